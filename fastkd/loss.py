@@ -1,0 +1,301 @@
+"""``distill_loss``, the functional form, and ``DistillLoss``, the module that owns adapters and teacher statistics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import ops
+from fastkd.info_map import NORMALIZERS, PENALTIES, InfoMap, require_known, require_positive, resolve
+from fastkd.levels import check, warn_if_nothing_learns
+from fastkd.reference import EPS
+
+REDUCTIONS = ("sum", "none")
+
+
+def distill_loss(
+    student_feats: Sequence[Tensor],
+    teacher_feats: Sequence[Tensor],
+    *,
+    info_map: str | InfoMap = "self_information",
+    prior: Sequence[Tensor | None] | None = None,
+    standardize: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    weights: Sequence[float] | None = None,
+    penalty: str = "l2",
+    beta: float = 1.0,
+    normalizer: str | None = None,
+    reduction: str = "sum",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Weighted imitation of a teacher's feature maps, over all levels at once.
+
+    For each level, with w the information map (see ``InfoMap``) and t' the teacher, standardised where asked::
+
+        loss = weight * sum_p w_p * sum_c rho(s - t') / Z
+
+    Only the student gets a gradient; the teacher, the map and the prior are constants. With the defaults the map is
+    the energy of the teacher over its mean, and Z the number of elements. Li et al. (2022), who weight a YOLOv3
+    teacher's backbone and neck by an information map, publish no formula for it: ours is a reading, see ``PRESETS``.
+
+    Args:
+        student_feats: one (N, C, H, W) tensor per level, backbone then neck; float16, bfloat16, float32 or float64,
+            any strides (channels_last is not copied).
+        teacher_feats: the teacher's, of the same shapes, from a frozen teacher; the dtype may differ.
+        info_map: a preset (``fastkd.info_map.PRESETS``) or an ``InfoMap``.
+        prior: per level an (N, H, W) tensor q >= 0 that multiplies the map, or None.
+        standardize: per level (mean, rstd), two (C,) vectors: t' = (t - mean) * rstd; or None for t' = t.
+        weights: one finite number per level; all 1 by default.
+        penalty: rho: ``"l2"`` x^2; ``"l1"`` abs(x); ``"smooth_l1"`` as ``torch.nn.SmoothL1Loss``.
+        beta: > 0, where ``smooth_l1`` turns from quadratic to linear.
+        normalizer: Z: ``"elements"`` N C H W; ``"map"`` C sum(w), over the batch; ``"map_all_ranks"`` the same over
+            the batches of all ranks, divided by their number, so that averaged gradients (DDP) are those of one
+            process with the whole batch; ``"batch"`` N. By default the one that goes with the map.
+        reduction: ``"sum"`` over levels, a scalar; ``"none"``: one loss per level, (L,).
+        backend: ``"cpp"``, ``"reference"``, or None for the fastest that works here (``fastkd.backends()``).
+
+    Returns:
+        float32 scalar or (L,) tensor; float64 if any feature is float64.
+
+    Raises:
+        ValueError: lists of unequal length or empty; shapes, devices or values that do not fit; a teacher or a prior
+            that requires grad; an unknown name (the message lists the known ones).
+        TypeError: not a list, not a tensor, or not a floating dtype.
+        RuntimeError: the backend is not built here (says how to build it); double backward of a compiled backend.
+    """
+    info = resolve(info_map)
+    normalizer = info.normalizer if normalizer is None else normalizer
+    require_known("normalizer", normalizer, NORMALIZERS)
+    require_known("penalty", penalty, PENALTIES)
+    require_known("reduction", reduction, REDUCTIONS)
+    require_positive("beta", beta)
+    levels = check(
+        student_feats, teacher_feats, info=info, prior=prior, standardize=standardize, weights=weights
+    )  # fmt: skip
+    backend = ops.choose(backend, levels.student[0].device)
+    warn_if_nothing_learns(levels.student)
+    losses, mass = ops.level_losses(levels, info, penalty, float(beta), normalizer, backend)
+    if normalizer == "map_all_ranks":
+        losses = losses / _mean_over_ranks(mass, levels.student)
+    return losses.sum() if reduction == "sum" else losses
+
+
+def _mean_over_ranks(mass: Tensor, student: Sequence[Tensor]) -> Tensor:
+    """Z of ``map_all_ranks``: C times the map's mass, averaged over the ranks of the default process group."""
+    mass = mass.detach().clone()
+    ranks = 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        torch.distributed.all_reduce(mass)
+    channels = torch.tensor([x.shape[1] for x in student], dtype=mass.dtype).to(mass.device, non_blocking=True)
+    return channels * mass / ranks + EPS
+
+
+class ChannelStatistics(nn.Module):
+    """Running mean and variance of one level's teacher, per channel; empty until the first batch.
+
+    Batches are merged as by Chan et al. (1983). ``rstd`` keeps a channel whose variance is under a ten-thousandth
+    of the level's mean variance, a dead one say, from being blown up.
+    """
+
+    count: Tensor
+    mean: Tensor
+    square: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(0))
+        self.register_buffer("square", torch.zeros(0))  # sum of squared distances from the mean
+
+    @torch.no_grad()
+    def update(self, feature: Tensor) -> None:
+        """Add an (N, C, H, W) batch."""
+        if feature.numel() == 0:
+            return
+        if self.mean.numel() == 0:
+            self.mean, self.square = (x.new_zeros(feature.shape[1]) for x in (self.mean, self.square))
+        variance, mean = torch.var_mean(feature.to(self.mean.dtype), dim=(0, 2, 3), correction=0)
+        cells = feature.numel() // feature.shape[1]
+        total = self.count + cells
+        distance = mean - self.mean
+        self.square.add_(variance * cells + distance.square() * self.count * cells / total)
+        self.mean.add_(distance * cells / total)
+        self.count.copy_(total)
+
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """(mean, rstd), each (C,), or None before the first batch."""
+        if self.mean.numel() == 0:
+            return None
+        variance = self.square / self.count.clamp_min(1)
+        return self.mean, variance.clamp_min(1e-4 * variance.mean()).clamp_min(1e-12).rsqrt()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("mean", "square"):
+            if prefix + name in state_dict:  # before the first batch the number of channels is unknown
+                setattr(self, name, getattr(self, name).new_zeros(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class DistillLoss(nn.Module):
+    """``distill_loss`` with what it needs to keep: 1x1 adapters, the teacher's statistics, level weights, warm-up.
+
+    Args:
+        student_channels, teacher_channels: widths of each level's student and teacher, for the adapters: one 1x1
+            convolution a level. None: adapters take their widths from the first batch (``levels`` says how many).
+        levels: number of levels, where no channels and no adapters are given.
+        adapters: one module per level instead (``nn.Identity()`` for none), student feature to teacher's shape.
+        standardize: imitate the teacher standardised per channel; None: as the preset of ``info_map`` says.
+        calibration_batches: the teacher's statistics are taken from so many first training batches, then fixed.
+        warmup_steps: the loss grows linearly to its full weight over so many training forwards.
+        stop_step: from this training forward on the loss is zero.
+        info_map, weights, penalty, beta, normalizer, reduction, backend: as in ``distill_loss``.
+
+    Attributes:
+        level_losses: (L,) losses of the last forward, detached, before warm-up.
+
+    Raises:
+        ValueError, TypeError: as in ``distill_loss``; numbers of levels that do not agree.
+    """
+
+    level_losses: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        student_channels: Sequence[int] | None = None,
+        teacher_channels: Sequence[int] | None = None,
+        *,
+        levels: int | None = None,
+        adapters: Sequence[nn.Module] | None = None,
+        info_map: str | InfoMap = "self_information",
+        standardize: bool | None = None,
+        calibration_batches: int = 8,
+        weights: Sequence[float] | None = None,
+        penalty: str = "l2",
+        beta: float = 1.0,
+        normalizer: str | None = None,
+        warmup_steps: int = 0,
+        stop_step: int | None = None,
+        reduction: str = "sum",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.info_map = resolve(info_map)
+        self.standardize = self.info_map.standardize if standardize is None else standardize
+        require_known("penalty", penalty, PENALTIES)
+        require_known("reduction", reduction, REDUCTIONS)
+        require_positive("beta", beta)
+        if normalizer is not None:
+            require_known("normalizer", normalizer, NORMALIZERS)
+        for name, value in (("calibration_batches", calibration_batches), ("warmup_steps", warmup_steps)):
+            if value < 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        self.adapters = nn.ModuleList(_adapters(student_channels, teacher_channels, levels, adapters))
+        count = len(self.adapters)
+        if weights is not None and len(weights) != count:
+            raise ValueError(f"weights: expected {count} numbers, one per level, got {len(weights)}")
+        self.statistics = nn.ModuleList(ChannelStatistics() for _ in range(count))
+        self.calibration_batches = calibration_batches
+        self.calibrated = not self.standardize
+        self.weights, self.penalty, self.beta = weights, penalty, beta
+        self.normalizer, self.reduction, self.backend = normalizer, reduction, backend
+        self.warmup_steps, self.stop_step = warmup_steps, stop_step
+        self._batches_seen = 0
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.level_losses = torch.zeros(count)
+
+    def forward(
+        self,
+        student_feats: Sequence[Tensor],
+        teacher_feats: Sequence[Tensor],
+        prior: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """The loss, as ``distill_loss``; in training it also calibrates and counts the step."""
+        self._require_levels(student_feats, teacher_feats)
+        if self.training and not self.calibrated:
+            self.calibrate(teacher_feats)
+        self.prepare(student_feats, teacher_feats)
+        losses = distill_loss(
+            [adapt(s) for adapt, s in zip(self.adapters, student_feats, strict=True)],
+            teacher_feats,
+            info_map=self.info_map,
+            prior=prior,
+            standardize=[x.moments() for x in self.statistics] if self.standardize else None,  # type: ignore[operator]
+            weights=self.weights,
+            penalty=self.penalty,
+            beta=self.beta,
+            normalizer=self.normalizer,
+            reduction="none",
+            backend=self.backend,
+        )
+        self.level_losses = losses.detach()
+        losses = losses * self._ramp().to(losses.dtype)
+        return losses.sum() if self.reduction == "sum" else losses
+
+    def _require_levels(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:
+        for name, feats in (("student_feats", student_feats), ("teacher_feats", teacher_feats)):
+            if isinstance(feats, Tensor) or len(feats) != len(self.adapters):
+                got = "one tensor" if isinstance(feats, Tensor) else f"{len(feats)} levels"
+                raise ValueError(f"{name}: expected {len(self.adapters)} levels, as this DistillLoss has, got {got}")
+
+    def _ramp(self) -> Tensor:
+        """Warm-up and stop, 0 to 1, computed where the step counter lives: no host sync, no recompilation."""
+        ramp = ((self.step + 1) / max(self.warmup_steps, 1)).clamp(max=1)
+        if self.stop_step is not None:
+            ramp = ramp * (self.step < self.stop_step)
+        if self.training:
+            self.step += 1
+        return ramp
+
+    @torch.no_grad()
+    def calibrate(self, teacher_feats: Sequence[Tensor]) -> None:
+        """Add one batch of teacher features to the statistics; after ``calibration_batches`` they stay fixed."""
+        for statistics, feature in zip(self.statistics, teacher_feats, strict=True):
+            statistics.update(feature)  # type: ignore[operator]
+        self._batches_seen += 1
+        self.calibrated = self._batches_seen >= self.calibration_batches
+
+    @torch.no_grad()
+    def prepare(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:
+        """Give adapters that wait for their first batch their widths; nothing to do once they have them."""
+        for adapter, s, t in zip(self.adapters, student_feats, teacher_feats, strict=True):
+            if isinstance(adapter, nn.LazyConv2d):
+                adapter.out_channels = t.shape[1]
+                adapter.to(s.device)
+                adapter(s[:0].to(torch.get_default_dtype()))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"batches_seen": self._batches_seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self._batches_seen = state["batches_seen"]
+        self.calibrated = not self.standardize or self._batches_seen >= self.calibration_batches
+
+
+def _adapters(
+    student_channels: Sequence[int] | None,
+    teacher_channels: Sequence[int] | None,
+    levels: int | None,
+    adapters: Sequence[nn.Module] | None,
+) -> list[nn.Module]:
+    """The modules given, or a 1x1 convolution per level, of the widths given or of those of the first batch."""
+    counts = {len(x) for x in (student_channels, teacher_channels, adapters) if x is not None}
+    counts |= {levels} if levels is not None else set()
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(
+            "DistillLoss: expected student_channels and teacher_channels, or adapters, or levels, all of one length "
+            f"> 0; got lengths {sorted(counts) or 'none'}"
+        )
+    if adapters is not None:
+        return list(adapters)
+    if student_channels is not None and teacher_channels is not None:
+        return [nn.Conv2d(s, t, 1) for s, t in zip(student_channels, teacher_channels, strict=True)]
+    if student_channels is not None or teacher_channels is not None:
+        raise ValueError("DistillLoss: expected both student_channels and teacher_channels, or neither; got one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls lazy modules new; what we use of them is old
+        return [nn.LazyConv2d(0, 1) for _ in range(counts.pop())]

@@ -1,0 +1,1 @@
+"""Home of the Triton kernels (shipped as ``fastkd.kernels``); the CPU kernels are in ``csrc/cpu``."""

@@ -1,0 +1,182 @@
+"""Bad input gets an error that names the argument, what was expected, what came, and the way out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import ops
+from fastkd.levels import _warn_nothing_learns
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    sample = {
+        "student_feats": [torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(2, 8, 2, 2, requires_grad=True)],
+        "teacher_feats": [torch.randn(2, 4, 3, 3), torch.randn(2, 8, 2, 2)],
+    }
+    return {**sample, **changes}
+
+
+def s(*shape: int, **options: Any) -> torch.Tensor:
+    return torch.randn(*shape, **options)
+
+
+GOOD = arguments()
+STUDENT, TEACHER = GOOD["student_feats"], GOOD["teacher_feats"]
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "unequal lengths": ({"teacher_feats": TEACHER[:1]}, ValueError, "one entry per level in both, got 2 and 1.*stride"),
+    "no level": ({"student_feats": [], "teacher_feats": []}, ValueError, "student_feats: .*at least one level"),
+    "a bare tensor": ({"student_feats": STUDENT[0]}, TypeError, r"student_feats: .*list.*shape \(2, 4, 3, 3\)"),
+    "not a tensor": ({"teacher_feats": [TEACHER[0], "x"]}, TypeError, r"teacher_feats\[1\]: .*tensor, got a str"),
+    "not 4-D": (
+        {"student_feats": [STUDENT[0][0], STUDENT[1]]},
+        ValueError,
+        r"student_feats\[0\]: .*N, C, H, W.*\(4, 3, 3\)",
+    ),
+    "channels": (
+        {"teacher_feats": [TEACHER[0], s(2, 9, 2, 2)]},
+        ValueError,
+        r"level 1: student_feats \(2, 8, 2, 2\) and teacher_feats \(2, 9, 2, 2\).*channels.*DistillLoss.*adapters",
+    ),
+    "size": (
+        {"teacher_feats": [s(2, 4, 6, 6), TEACHER[1]]},
+        ValueError,
+        r"level 0: student_feats \(2, 4, 3, 3\) and teacher_feats \(2, 4, 6, 6\).*height or width.*Distiller.*stride",
+    ),
+    "batch": ({"teacher_feats": [s(1, 4, 3, 3), TEACHER[1]]}, ValueError, "level 0: .*batch size"),
+    "devices": (
+        {"teacher_feats": [TEACHER[0], TEACHER[1].to("meta")]},
+        ValueError,
+        r"teacher_feats\[1\]: .*device cpu, got meta",
+    ),
+    "integers": (
+        {"teacher_feats": [TEACHER[0].long(), TEACHER[1]]},
+        TypeError,
+        r"teacher_feats\[0\]: .*torch.int64.*float",
+    ),
+    "teacher with grad": (
+        {"teacher_feats": [TEACHER[0], s(2, 8, 2, 2, requires_grad=True)]},
+        ValueError,
+        r"teacher_feats\[1\]: .*requires grad.*no_grad.*detach",
+    ),
+    "prior's length": ({"prior": [None]}, ValueError, "prior: expected 2 entries.*got 1"),
+    "prior's shape": (
+        {"prior": [s(2, 3, 4), None]},
+        ValueError,
+        r"prior\[0\]: expected shape \(2, 3, 3\), got \(2, 3, 4\)",
+    ),
+    "prior's dtype": ({"prior": [torch.ones(2, 3, 3, dtype=torch.int64), None]}, TypeError, r"prior\[0\]: .*int64"),
+    "negative prior": ({"prior": [None, torch.full((2, 2, 2), -1.0)]}, ValueError, r"prior\[1\]: .*>= 0, got .*-1"),
+    "prior with grad": (
+        {"prior": [torch.rand(2, 3, 3, requires_grad=True), None]},
+        ValueError,
+        r"prior\[0\]: .*requires grad.*detach",
+    ),
+    "prior is a tensor": ({"prior": torch.rand(2, 3, 3)}, TypeError, "prior: expected a list"),
+    "moments' shape": (
+        {"standardize": [None, (torch.zeros(4), torch.ones(4))]},
+        ValueError,
+        r"standardize\[1\]\[0\]: expected shape \(8,\), got \(4,\)",
+    ),
+    "not a pair": ({"standardize": [torch.zeros(4), None]}, TypeError, r"standardize\[0\]: .*pair \(mean, rstd\)"),
+    "weights' length": ({"weights": [1.0]}, ValueError, "weights: expected 2 entries"),
+    "infinite weight": (
+        {"weights": [1.0, float("inf")]},
+        ValueError,
+        r"weights\[1\]: expected a finite number, got inf",
+    ),
+    "weight is NaN": ({"weights": [float("nan"), 1]}, ValueError, r"weights\[0\]"),
+    "unknown map": ({"info_map": "energi"}, ValueError, "info_map: .*'self_information'.*'uniform'; got 'energi'"),
+    "not a map": ({"info_map": 3}, TypeError, "info_map: .*name or an InfoMap, got int"),
+    "unknown penalty": ({"penalty": "huber"}, ValueError, "penalty: .*'l2', 'l1', 'smooth_l1'; got 'huber'"),
+    "unknown Z": ({"normalizer": "mean"}, ValueError, "normalizer: .*'elements'.*got 'mean'"),
+    "unknown reduction": ({"reduction": "mean"}, ValueError, "reduction: .*'sum', 'none'; got 'mean'"),
+    "unknown backend": ({"backend": "cuda"}, ValueError, "backend: .*'reference'.*'cpp'.*got 'cuda'"),
+    "beta": ({"penalty": "smooth_l1", "beta": 0}, ValueError, "beta: .*> 0, got 0"),
+    "beta is NaN": ({"beta": float("nan")}, ValueError, "beta"),
+    "map without its prior": ({"info_map": "fgfi"}, ValueError, "prior: .*IoU mask.*needs one"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_clear_error(case: str) -> None:
+    changes, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        fastkd.distill_loss(**arguments(**changes))
+
+
+def test_the_good_input_that_the_cases_change_is_accepted() -> None:
+    assert fastkd.distill_loss(**arguments()).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", 0.0, "temperature: .*> 0, got 0"),
+        ("temperature", -1.0, "temperature"),
+        ("temperature", float("inf"), "temperature"),
+        ("score", "energie", "score: .*'magnitude'.*got 'energie'"),
+        ("norm", "l2", "norm: .*'minmax'.*got 'l2'"),
+        ("normalizer", "none", "normalizer"),
+    ],
+)
+def test_a_bad_info_map_is_a_clear_error(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastkd.InfoMap(**{field: value})
+
+
+def test_a_backend_that_is_not_built_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ops._unavailable, "cpp", "the C++ extension is not built; build it: pip install .")
+    with pytest.raises(RuntimeError, match=r"backend='cpp': .*not built.*pip install"):
+        fastkd.distill_loss(**arguments(backend="cpp"))
+    default = fastkd.distill_loss(**GOOD)
+    torch.testing.assert_close(default, fastkd.distill_loss(**GOOD, backend="reference"), rtol=0, atol=0)
+
+
+def test_cpp_says_that_it_has_no_kernels_for_another_device() -> None:
+    on_meta = {k: [x.detach().to("meta").requires_grad_(k == "student_feats") for x in v] for k, v in GOOD.items()}
+    with pytest.raises(RuntimeError, match=r"backend='cpp': .*CPU tensors, got meta"):
+        fastkd.distill_loss(**on_meta, backend="cpp")
+    assert fastkd.distill_loss(**on_meta).device.type == "meta"
+
+
+def test_a_student_that_cannot_learn_is_warned_about_once() -> None:
+    frozen = arguments(student_feats=[x.detach() for x in STUDENT])
+    _warn_nothing_learns.cache_clear()
+    with pytest.warns(UserWarning, match="none requires grad.*no_grad"):
+        fastkd.distill_loss(**frozen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastkd.distill_loss(**frozen)
+        _warn_nothing_learns.cache_clear()
+        with torch.no_grad():
+            fastkd.distill_loss(**frozen)
+        fastkd.distill_loss(**arguments())
+
+
+def test_importing_fastkd_needs_torch_alone() -> None:
+    """Every module of the extras is made impossible to import."""
+    code = """
+import sys
+for name in ("numpy", "cv2", "pycocotools", "sklearn", "matplotlib", "accelerate", "tensorboard", "tqdm", "triton"):
+    sys.modules[name] = None
+import torch, fastkd
+s = [torch.randn(2, 4, 3, 3, requires_grad=True)]
+fastkd.distill_loss(s, [torch.randn(2, 4, 3, 3)]).backward()
+assert s[0].grad.abs().sum() > 0
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in fastkd.__all__:
+        assert name == "__version__" or re.search(r"\w", getattr(fastkd, name).__doc__ or ""), name

@@ -1,0 +1,170 @@
+"""Maps by hand-computed values and published formulas; edge rules: always finite, never NaN out of nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from samples import INFO_MAPS, levels, loss_and_gradients
+
+import fastkd
+from fastkd import InfoMap, distill_loss
+from fastkd.info_map import NORMALIZERS, PENALTIES, PRESETS
+
+BACKENDS = [name for name, reason in fastkd.backends().items() if reason is None]
+
+
+def features(n: int = 2, c: int = 6, h: int = 4, w: int = 5) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(n, c, h, w, generator=g).requires_grad_()], [torch.randn(n, c, h, w, generator=g)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestPublishedFormulas:
+    """Peers' losses, written here from their papers in plain PyTorch."""
+
+    def test_attention_is_the_spatial_attention_of_fgd(self, backend: str) -> None:
+        (s,), (t,) = features()
+        magnitude = t.abs().mean(1)
+        attention = 20 * torch.softmax(magnitude.flatten(1) / 0.5, 1).view_as(magnitude)
+        expected = (attention[:, None] * (s - t) ** 2).sum() / 2
+        loss = distill_loss([s], [t], info_map="attention", normalizer="batch", backend=backend)
+        torch.testing.assert_close(loss, expected)
+
+    def test_energy_is_the_attention_transfer_map(self, backend: str) -> None:
+        (s,), (t,) = features()
+        energy = (t**2).sum(1)
+        energy = energy / energy.mean((1, 2), keepdim=True)
+        expected = (energy[:, None] * (s - t) ** 2).mean()
+        torch.testing.assert_close(distill_loss([s], [t], info_map="energy", backend=backend), expected)
+        torch.testing.assert_close(distill_loss([s], [t], backend=backend), expected)
+
+    def test_score_is_the_feature_term_of_frs_over_channels(self, backend: str) -> None:
+        (s,), (t,) = features()
+        confidence = torch.rand(2, 4, 5)
+        expected = (confidence[:, None] * (s - t) ** 2).sum() / (6 * confidence.sum())
+        loss = distill_loss([s], [t], info_map="score", prior=[confidence], backend=backend)
+        torch.testing.assert_close(loss, expected)
+
+    def test_fgfi_is_half_its_published_loss_over_channels(self, backend: str) -> None:
+        (s,), (t,) = features()
+        mask = (torch.rand(2, 4, 5) > 0.7).float()
+        published = (mask[:, None] * (s - t) ** 2).sum() / (2 * mask.sum())
+        loss = distill_loss([s], [t], info_map="fgfi", prior=[mask], backend=backend)
+        torch.testing.assert_close(loss, 2 * published / 6)
+
+    def test_self_information_is_minus_log_p_of_the_teachers_gaussian(self, backend: str) -> None:
+        _, (t,) = features()
+        mean, std = t.mean((0, 2, 3)), t.std((0, 2, 3))
+        nats = -torch.distributions.Normal(mean.view(-1, 1, 1), std.view(-1, 1, 1)).log_prob(t).sum(1)
+        constant = (std.log() + 0.5 * math.log(2 * math.pi)).sum()
+        (score,) = fastkd.info_map([t], InfoMap("energy", "none"), standardize=[(mean, 1 / std)])
+        torch.testing.assert_close(score, (nats - constant) * 2 / 6)
+
+
+def test_maps_have_the_scale_that_their_normaliser_promises() -> None:
+    _, (t,) = features()
+    (mean,) = fastkd.info_map([t], InfoMap("energy", "mean"))
+    (softmax,) = fastkd.info_map([t], InfoMap("magnitude", "softmax", 0.1))
+    (minmax,) = fastkd.info_map([t], InfoMap("entropy", "minmax"))
+    for w in (mean, softmax):
+        torch.testing.assert_close(w.mean((1, 2)), torch.ones(2))
+    assert minmax.amin() == 0
+    assert 0.99 < minmax.amax() <= 1
+    assert mean.shape == (2, 4, 5)
+    assert mean.dtype == torch.float32
+
+
+def test_entropy_is_one_for_a_single_active_channel_and_zero_for_equal_ones() -> None:
+    peaked, flat = torch.zeros(1, 8, 1, 1), torch.full((1, 8, 1, 1), 3.0)
+    peaked[:, 2] = 100
+    (w,) = fastkd.info_map([torch.cat([peaked, flat], 3)], InfoMap("entropy", "none"))
+    torch.testing.assert_close(w, torch.tensor([[[1.0, 0.0]]]), rtol=0, atol=1e-6)
+
+
+def test_the_map_shown_is_the_map_used() -> None:
+    (s,), (t,) = features()
+    prior = [torch.rand(2, 4, 5)]
+    for name in PRESETS:
+        (w,) = fastkd.info_map([t], name, prior=prior)
+        expected = (w[:, None] * (s - t) ** 2).mean()
+        torch.testing.assert_close(
+            distill_loss([s], [t], info_map=name, prior=prior, normalizer="elements"), expected
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("info", INFO_MAPS, ids=lambda m: f"{m.score}-{m.norm}")
+class TestEdges:
+    def every_option(self, info: InfoMap, backend: str, s: torch.Tensor, t: torch.Tensor, **options: object) -> None:
+        s = s.detach().requires_grad_()
+        for penalty in PENALTIES:
+            for normalizer in NORMALIZERS:
+                loss = distill_loss(
+                    [s], [t], info_map=info, penalty=penalty, normalizer=normalizer, backend=backend, **options
+                )  # fmt: skip
+                (gradient,) = torch.autograd.grad(loss, s)
+                assert loss.isfinite(), (penalty, normalizer)
+                assert gradient.isfinite().all(), (penalty, normalizer)
+
+    def test_constant_teacher(self, info: InfoMap, backend: str) -> None:
+        for value in (0.0, 3.0):
+            self.every_option(info, backend, torch.randn(2, 4, 3, 3), torch.full((2, 4, 3, 3), value))
+
+    def test_student_equal_to_teacher(self, info: InfoMap, backend: str) -> None:
+        t = torch.randn(2, 4, 3, 3)
+        self.every_option(info, backend, t.clone(), t)
+
+    def test_one_cell_and_one_channel(self, info: InfoMap, backend: str) -> None:
+        for shape in ((2, 4, 1, 1), (2, 1, 3, 3), (1, 1, 1, 1)):
+            self.every_option(info, backend, torch.randn(shape), torch.randn(shape))
+
+    def test_empty_batch_and_empty_level(self, info: InfoMap, backend: str) -> None:
+        for shape in ((0, 4, 3, 3), (2, 4, 0, 3), (2, 0, 3, 3)):
+            self.every_option(info, backend, torch.randn(shape), torch.randn(shape))
+
+    def test_all_zero_prior_gives_zero(self, info: InfoMap, backend: str) -> None:
+        s, t = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(2, 4, 3, 3)
+        self.every_option(info, backend, s, t, prior=[torch.zeros(2, 3, 3)])
+        loss = distill_loss([s], [t], info_map=info, normalizer="map", prior=[torch.zeros(2, 3, 3)], backend=backend)
+        (gradient,) = torch.autograd.grad(loss, s)
+        assert loss == 0
+        assert not gradient.any()
+
+    def test_temperature_near_zero(self, info: InfoMap, backend: str) -> None:
+        sharp = InfoMap(info.score, info.norm, temperature=1e-30)
+        self.every_option(sharp, backend, torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3))
+
+    def test_large_float16_values(self, info: InfoMap, backend: str) -> None:
+        t = (torch.randn(2, 4, 3, 3) * 1e4).half()
+        s = (torch.randn(2, 4, 3, 3) * 1e4).half().requires_grad_()
+        assert distill_loss([s], [t], info_map=info, backend=backend).isfinite()
+
+    def test_nan_and_inf_go_through_to_the_loss(self, info: InfoMap, backend: str) -> None:
+        for value in (math.nan, math.inf, -math.inf):
+            for where in ("student", "teacher"):
+                s, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+                {"student": s, "teacher": t}[where][1, 2, 1, 1] = value
+                loss = distill_loss([s.requires_grad_()], [t], info_map=info, backend=backend)
+                assert not loss.isfinite(), (value, where)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_student_and_teacher_may_differ_in_dtype_and_layout(backend: str) -> None:
+    sample = levels(torch.bfloat16, "student_channels_last")
+    sample["teacher_feats"] = [t.float() for t in sample["teacher_feats"]]
+    loss = distill_loss(**sample, reduction="none", backend=backend)
+    assert loss.dtype == torch.float32
+    for s, gradient in zip(sample["student_feats"], loss_and_gradients(loss, sample["student_feats"])[1:], strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert gradient.shape[2] == 1 or gradient.stride() == s.stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reduction_none_sums_to_reduction_sum_and_weights_scale_levels(backend: str) -> None:
+    sample = levels()
+    each = distill_loss(**sample, reduction="none", backend=backend)
+    torch.testing.assert_close(each.sum(), distill_loss(**sample, backend=backend))
+    unweighted = distill_loss(**{**sample, "weights": None}, reduction="none", backend=backend)
+    torch.testing.assert_close(each, unweighted * torch.tensor(sample["weights"]))

@@ -1,0 +1,179 @@
+"""DistillLoss: adapters, calibration, weights, warm-up, state; and the loss over several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+import fastkd
+from fastkd import DistillLoss, distill_loss
+
+
+def feats(channels: tuple[int, ...] = (4, 8), seed: int = 0, n: int = 2) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, c, 6 // (i + 1), 5, generator=g) * (1 + i) + i for i, c in enumerate(channels)]
+
+
+def test_adapters_bring_the_student_to_the_teachers_width() -> None:
+    criterion = DistillLoss([3, 5], [4, 8], info_map="energy")
+    student, teacher = feats((3, 5), seed=1), feats()
+    adapted = [a(s) for a, s in zip(criterion.adapters, student, strict=True)]
+    torch.testing.assert_close(criterion(student, teacher), distill_loss(adapted, teacher, info_map="energy"))
+    criterion(student, teacher).backward()
+    assert all(p.grad.abs().sum() > 0 for p in criterion.parameters())
+
+
+def test_lazy_adapters_take_their_widths_from_the_first_batch_and_train_in_an_earlier_optimizer() -> None:
+    criterion = DistillLoss(levels=2)
+    optimizer = torch.optim.AdamW(criterion.parameters(), lr=0.1)
+    student, teacher = feats((3, 5), seed=1), feats()
+    first = criterion(student, teacher)
+    first.backward()
+    before = [a.weight.clone() for a in criterion.adapters]
+    assert [w.shape for w in before] == [(4, 3, 1, 1), (8, 5, 1, 1)]
+    optimizer.step()
+    assert all(not torch.equal(w, a.weight) for w, a in zip(before, criterion.adapters, strict=True))
+    assert criterion(student, teacher) < first
+
+
+def test_statistics_of_k_batches_are_those_of_their_union_and_then_stay() -> None:
+    criterion = DistillLoss([4, 8], [4, 8], calibration_batches=3)
+    batches = [feats(seed=k, n=k + 1) for k in range(5)]
+    for batch in batches:
+        criterion(feats(seed=9, n=len(batch[0])), batch)
+    assert criterion.calibrated
+    for level in range(2):
+        union = torch.cat([b[level] for b in batches[:3]])
+        mean, rstd = criterion.statistics[level].moments()
+        torch.testing.assert_close(mean, union.mean((0, 2, 3)))
+        torch.testing.assert_close(rstd, union.var((0, 2, 3), correction=0).rsqrt(), rtol=1e-4, atol=0)
+
+
+def test_a_dead_channel_is_not_blown_up() -> None:
+    teacher = feats((4,))
+    teacher[0][:, 1] = 7
+    criterion = DistillLoss(adapters=[nn.Identity()], calibration_batches=1)
+    criterion.calibrate(teacher)
+    _, rstd = criterion.statistics[0].moments()
+    assert rstd[1] <= 101 * teacher[0].var((0, 2, 3)).mean().rsqrt()
+    criterion.calibrate([torch.zeros_like(teacher[0])])
+
+
+def test_evaluation_neither_calibrates_nor_counts() -> None:
+    criterion = DistillLoss([4, 8], [4, 8], warmup_steps=10).eval()
+    with torch.no_grad():
+        criterion(feats(seed=1), feats())
+    assert criterion.statistics[0].moments() is None
+    assert criterion.step == 0
+
+
+def test_warm_up_is_linear_and_stop_is_zero() -> None:
+    criterion = DistillLoss(adapters=[nn.Identity()] * 2, info_map="energy", warmup_steps=4, stop_step=6)
+    full = distill_loss(feats(seed=1), feats(), info_map="energy")
+    ratios = [(criterion(feats(seed=1), feats()) / full).item() for _ in range(8)]
+    assert ratios == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0, 0])
+    torch.testing.assert_close(criterion.level_losses.sum(), full)
+
+
+def test_state_returns_into_a_fresh_lazy_loss() -> None:
+    trained = DistillLoss(levels=2, calibration_batches=2, warmup_steps=5)
+    for k in range(3):
+        trained(feats((3, 5), seed=k), feats(seed=k + 5))
+    fresh = DistillLoss(levels=2, calibration_batches=2, warmup_steps=5)
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.calibrated
+    student, teacher = feats((3, 5), seed=20), feats(seed=21)
+    torch.testing.assert_close(fresh(student, teacher), trained(student, teacher), rtol=0, atol=0)
+
+
+def test_state_survives_torch_save_with_weights_only(tmp_path: Path) -> None:
+    criterion = DistillLoss([3], [4])
+    criterion(feats((3,)), feats((4,)))
+    torch.save(criterion.state_dict(), tmp_path / "loss.pt")
+    DistillLoss([3], [4]).load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
+
+
+def test_a_calibrated_loss_compiles_without_graph_break() -> None:
+    criterion = DistillLoss([3, 5], [4, 8], calibration_batches=1, warmup_steps=3)
+    student, teacher = feats((3, 5), seed=1), feats()
+    criterion.calibrate(teacher)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    for expected in (1 / 3, 2 / 3, 1, 1):
+        loss = compiled(student, teacher)
+        torch.testing.assert_close(loss, criterion.level_losses.sum() * expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "student_channels and teacher_channels, or adapters, or levels"),
+        ({"student_channels": [3]}, "both student_channels and teacher_channels"),
+        ({"student_channels": [3], "teacher_channels": [4, 5]}, r"one length.*\[1, 2\]"),
+        ({"levels": 2, "adapters": [nn.Identity()]}, r"\[1, 2\]"),
+        ({"levels": 0}, "> 0"),
+        ({"levels": 2, "weights": [1.0]}, "weights: expected 2 numbers"),
+        ({"levels": 2, "info_map": "nothing"}, "info_map: "),
+        ({"levels": 2, "penalty": "nothing"}, "penalty: "),
+        ({"levels": 2, "normalizer": "nothing"}, "normalizer: "),
+        ({"levels": 2, "beta": -1}, "beta: "),
+        ({"levels": 2, "warmup_steps": -1}, "warmup_steps: "),
+    ],
+)
+def test_bad_options_are_a_clear_error(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillLoss(**options)
+
+
+def test_wrong_number_of_levels_is_a_clear_error() -> None:
+    criterion = DistillLoss(levels=2)
+    with pytest.raises(ValueError, match="student_feats: expected 2 levels, as this DistillLoss has, got 1"):
+        criterion(feats((3,)), feats())
+    with pytest.raises(ValueError, match=r"teacher_feats: .*one tensor"):
+        criterion(feats(), feats()[0])
+
+
+def _rank(rank: int, folder: str) -> None:
+    """Each of two ranks has half the batch; DDP would average their gradients."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )  # fmt: skip
+    half = slice(0, 1) if rank == 0 else slice(1, 4)
+    student = [x[half].clone().requires_grad_() for x in feats(seed=1, n=4)]
+    teacher = [x[half] for x in feats(n=4)]
+    loss = distill_loss(student, teacher, info_map="attention", normalizer="map_all_ranks", prior=prior(half))
+    gradients = torch.autograd.grad(loss, student)
+    torch.save((loss.detach(), gradients), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def prior(images: slice) -> list[Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return [torch.rand(4, *x.shape[2:], generator=g)[images] for x in feats(n=4)]
+
+
+def test_map_all_ranks_averages_to_the_whole_batch(tmp_path: Path) -> None:
+    spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    student = [x.requires_grad_() for x in feats(seed=1, n=4)]
+    whole = distill_loss(student, feats(n=4), info_map="attention", normalizer="map", prior=prior(slice(4)))
+    expected = torch.autograd.grad(whole, student)
+    (loss0, gradients0), (loss1, gradients1) = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    torch.testing.assert_close((loss0 + loss1) / 2, whole.detach())
+    for first, second, both in zip(gradients0, gradients1, expected, strict=True):
+        torch.testing.assert_close(torch.cat([first, second]) / 2, both)
+
+
+def test_the_public_map_of_a_standardised_teacher_is_that_of_the_loss() -> None:
+    teacher = feats()
+    criterion = DistillLoss(adapters=[nn.Identity()] * 2, calibration_batches=1)
+    loss = criterion(feats(seed=1), teacher)
+    moments = [x.moments() for x in criterion.statistics]
+    maps = fastkd.info_map(teacher, standardize=moments)
+    by_hand = sum(
+        (w[:, None] * (s - (t - m[:, None, None]) * r[:, None, None]) ** 2).mean()
+        for w, s, t, (m, r) in zip(maps, feats(seed=1), teacher, moments, strict=True)
+    )
+    torch.testing.assert_close(loss, by_hand)

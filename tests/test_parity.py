@@ -1,0 +1,53 @@
+"""Every kernel against the float64 reference: its error is at most twice that of eager PyTorch at the same dtype."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from samples import DTYPES, INFO_MAPS, LAYOUTS, levels, loss_and_gradients, widened
+
+import fastkd
+from fastkd.info_map import NORMALIZERS, PENALTIES, InfoMap
+
+BACKENDS = [name for name, reason in fastkd.backends().items() if name != "reference" and reason is None]
+
+
+def errors(got: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float, float]:
+    """Largest relative error of a level's loss, and of a level's gradient as a whole."""
+    by_level = [
+        ((x.double() - y).norm() / y.norm().clamp_min(1e-12)).item()
+        for x, y in zip([*got[0], *got[1:]], [*exact[0], *exact[1:]], strict=True)
+    ]
+    return max(by_level[: len(got[0])]), max(by_level[len(got[0]) :])
+
+
+@pytest.mark.parametrize("info", INFO_MAPS, ids=lambda m: f"{m.score}-{m.norm}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_is_at_most_twice_that_of_eager(
+    backend: str, dtype: torch.dtype, info: InfoMap, request: pytest.FixtureRequest
+) -> None:
+    worst = {"reference": [0.0, 0.0], backend: [0.0, 0.0]}
+    cases = list(itertools.product(LAYOUTS, PENALTIES, NORMALIZERS))
+    for layout, penalty, normalizer in cases if request.config.getoption("--full") else cases[:: len(NORMALIZERS) + 1]:
+        sample = levels(dtype, layout, seed=len(layout) + len(normalizer))
+        options = {"info_map": info, "penalty": penalty, "beta": 0.5, "normalizer": normalizer, "reduction": "none"}
+        wide = widened(sample)
+        exact = loss_and_gradients(
+            fastkd.distill_loss(**wide, **options, backend="reference"), wide["student_feats"]
+        )  # fmt: skip
+        for name, largest in worst.items():
+            loss = fastkd.distill_loss(**sample, **options, backend=name)
+            gradients = loss_and_gradients(loss, sample["student_feats"])
+            assert all(x.dtype == s.dtype for x, s in zip(gradients[1:], sample["student_feats"], strict=True))
+            for i, error in enumerate(errors(gradients, exact)):
+                largest[i] = max(largest[i], error)
+    floor = 2e-15 if dtype == torch.float64 else 6e-8  # half a unit in the last place of the sums' dtype
+    for ours, eager, what in zip(worst[backend], worst["reference"], ("loss", "gradient"), strict=True):
+        assert ours <= 2 * max(eager, floor), f"{what}: error {ours:.3g}, eager's is {eager:.3g}"
+
+
+def test_a_compiled_backend_is_tested_here() -> None:
+    assert "cpp" in BACKENDS, fastkd.backends()["cpp"]
