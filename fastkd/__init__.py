@@ -1,8 +1,19 @@
 """fastkd: fused losses that distil an object detector's feature maps."""
 
+from fastkd.distiller import Distiller
+from fastkd.health import fingerprint
 from fastkd.info_map import InfoMap, info_map
 from fastkd.loss import DistillLoss, distill_loss
 from fastkd.ops import backends
 
 __version__ = "0.1.0"
-__all__ = ["DistillLoss", "InfoMap", "__version__", "backends", "distill_loss", "info_map"]
+__all__ = [
+    "DistillLoss",
+    "Distiller",
+    "InfoMap",
+    "__version__",
+    "backends",
+    "distill_loss",
+    "fingerprint",
+    "info_map",
+]

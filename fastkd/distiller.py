@@ -1,0 +1,395 @@
+"""``Distiller``: distils whole models inside a training loop that exists already, through forward hooks."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import health
+from fastkd.health import Check, Report
+from fastkd.hooks import Group, Levels, Tap
+from fastkd.levels import warn_if_nothing_learns
+from fastkd.loss import DistillLoss
+
+Prior: TypeAlias = Callable[[Any, list[tuple[int, int]]], Sequence[Tensor | None]]
+
+SIZED_BY = {"adapters", "levels", "student_channels", "teacher_channels"}  # loss options that fix the level count
+
+
+class Distiller(nn.Module):
+    """Teaches ``student`` what ``teacher`` sees, from feature maps caught by forward hooks::
+
+        distiller = fastkd.Distiller(student, teacher, backbone=[("layer4", "layer6")], neck=[("fpn.2", "fpn.3")])
+        optimizer.add_param_group({"params": distiller.parameters()})  # the 1x1 adapters
+        out = student(images)
+        loss = task_loss(out, targets) + distiller.loss(images)
+
+    The teacher is put in eval mode and frozen, and again before each use, whoever called ``.train()``. The two models
+    are not submodules: ``parameters()`` and ``state_dict()`` hold the adapters, the teacher's statistics and the step
+    alone. A copy or pickle of the student carries hooks that do nothing. For several processes call
+    ``prepare(images)``, wrap the distiller in ``DistributedDataParallel`` like the student, and call it
+    (``forward`` is ``loss``), so that adapters and statistics are the same on every rank.
+
+    Args:
+        student, teacher: any modules that take a batch of images; they may be wrapped in ``DistributedDataParallel``
+            or ``torch.compile`` (compile a student, or at least run it first, after the distiller is made).
+        backbone, neck: where to listen, module names or modules, in either of two forms: a *list of pairs*
+            ``[(student, teacher), ...]``, or a *tuple of two lists* ``([student, ...], [teacher, ...])``, of any
+            lengths, which are paired by stride on the first batch; levels without a partner are dropped.
+            A name needs no ``module.`` or ``_orig_mod.`` prefix. Levels are counted backbone first.
+        prior: called as ``prior(teacher_output, sizes)`` without grad, sizes being the (height, width) of each level;
+            returns one (N, height, width) tensor or None per level.
+        criterion: a ``DistillLoss`` made beforehand; or
+        **loss_options: arguments of ``DistillLoss``: ``info_map``, ``weights``, ``warmup_steps``, ...
+
+    Attributes:
+        criterion: the ``DistillLoss``. Lazy adapters get their widths on the first batch, or in ``prepare``.
+
+    Raises:
+        ValueError: unknown module (lists near names), no level at all, models that share weights, options beside a
+            criterion.
+        TypeError: a level that is neither a name nor a module.
+    """
+
+    criterion: DistillLoss
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        backbone: Levels | None = None,
+        neck: Levels | None = None,
+        prior: Prior | None = None,
+        criterion: DistillLoss | None = None,
+        **loss_options: Any,
+    ) -> None:
+        super().__init__()
+        _refuse_shared_weights(student, teacher)
+        given = {name: levels for name, levels in (("backbone", backbone), ("neck", neck)) if levels is not None}
+        self._models = (student, teacher)  # in a tuple they are not registered as submodules
+        self._groups = [Group(name, levels, student, teacher) for name, levels in given.items()]
+        most = sum(min(len(x.student), len(x.teacher)) for x in self._groups)
+        if not most:
+            raise ValueError("backbone, neck: expected at least one level to distil, got none")
+        paired = [x.pairs for x in self._groups if x.pairs is not None]
+        self._pairs = [p for x in paired for p in x] if len(paired) == len(self._groups) else None
+        if criterion is not None and loss_options:
+            raise ValueError(f"criterion: expected no loss options beside it, got {', '.join(loss_options)}")
+        self._options = loss_options
+        self._open = criterion is None and self._pairs is None and not SIZED_BY & loss_options.keys()
+        self.criterion = criterion or self._first_criterion(most)
+        if self._pairs is not None:
+            self._settle(len(self._pairs))
+        self.prior = prior
+        self._taps = [tap for x in self._groups for tap in (*x.student, *x.teacher)]
+        for tap in self._taps:
+            tap.attach()
+        # listed once: walking a large teacher at every step would take a millisecond
+        self._frozen = (tuple(teacher.modules()), tuple(teacher.parameters()))
+        self._freeze()
+
+    def _first_criterion(self, most: int) -> DistillLoss:
+        options = dict(self._options)
+        if self._open:
+            options.pop("weights", None)  # one per matched level, so they are read when these are known
+        if self._open or self._pairs is not None:
+            options.setdefault("levels", most)
+        return DistillLoss(**options)
+
+    @property
+    def student(self) -> nn.Module:
+        """The student, as it was given."""
+        return self._models[0]
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The teacher, as it was given; frozen."""
+        return self._models[1]
+
+    @property
+    def levels(self) -> list[tuple[str, str]] | None:
+        """(student, teacher) module names of each level; None while strides wait for the first batch."""
+        return None if self._pairs is None else [(s.name, t.name) for s, t in self._pairs]
+
+    def forward(self, images: Any, prior: Prior | None = None) -> Tensor:
+        """``loss``, so that the distiller can be wrapped (``DistributedDataParallel``)."""
+        return self.loss(images, prior)
+
+    def loss(self, images: Any, prior: Prior | None = None) -> Tensor:
+        """Distillation loss of the student's last forward, which must have been on the same images.
+
+        Args:
+            images: what the teacher takes: usually the (N, 3, H, W) batch that the student has just seen. The teacher
+                runs on it once, under ``no_grad`` and whatever autocast is on.
+            prior: for this call instead of the constructor's, for priors made from this batch's boxes.
+
+        Returns:
+            A float32 scalar; (L,) with ``reduction="none"``.
+
+        Raises:
+            RuntimeError: a hook has not fired since the last call, or ``remove()`` was called.
+            TypeError, ValueError: a hooked output is not a 4-D tensor; levels whose sizes differ; what
+                ``distill_loss`` raises.
+        """
+        try:
+            student, teacher, q = self._features(images, prior)
+            warn_if_nothing_learns(student)
+            loss: Tensor = self.criterion(student, teacher, q)
+            return loss
+        finally:
+            self._clear()
+
+    @torch.no_grad()
+    def prepare(self, images: Any) -> None:
+        """Match levels and give the adapters their widths now: before DDP, an EMA or a count of parameters.
+
+        Runs both models once on ``images`` in eval mode and leaves no other trace. Raises as ``loss``.
+        """
+        try:
+            student, teacher, _ = self._dry_run(images)
+            self.criterion.prepare(student, teacher)
+        finally:
+            self._clear()
+
+    @torch.no_grad()
+    def calibrate(self, loader: Iterable[Any]) -> None:
+        """Take the teacher's per-channel statistics from a loader now, not from the first training batches.
+
+        Stops after ``calibration_batches`` batches; after a shorter loader the first training batches fill up.
+
+        Args:
+            loader: batches, each what the teacher takes or a tuple or list that starts with it.
+
+        Raises:
+            TypeError: one tensor where batches are expected. Else as ``loss``.
+        """
+        if isinstance(loader, Tensor):
+            raise TypeError("loader: expected an iterable of batches, got one tensor; wrap it: [images]")
+        for batch in loader:
+            if self.criterion.calibrated:
+                return
+            images = batch[0] if isinstance(batch, (tuple, list)) else batch
+            if isinstance(images, Tensor):
+                images = images.to(_device(self.teacher))
+            if self._pairs is None:
+                self.prepare(images)
+            try:
+                self._run_teacher(images)
+                features = [t.feature() for _, t in self._matched()]
+                self._follow(features)
+                self.criterion.calibrate(features)
+            finally:
+                self._clear()
+
+    def check(
+        self,
+        images: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        task_loss: float | Tensor | None = None,
+        *,
+        teacher_fingerprint: str | None = None,
+    ) -> Report:
+        """Is distillation really on? Looks at what silently switches it off, and says so in plain words.
+
+        Nothing is trained or counted; the models run in eval mode. What an argument is missing for is reported as
+        unknown. ``print(distiller.check(images, optimizer, task_loss))`` shows a table.
+
+        Args:
+            images: a batch, to run both models on: hooks, gradient at every level, loss.
+            optimizer: to look for the adapters in.
+            task_loss: the other term of the loss on these images, to compare with (before a factor of your own).
+            teacher_fingerprint: ``fastkd.fingerprint`` of the weights that the teacher should have.
+
+        Returns:
+            A ``Report``; ``report.ok`` is False if anything is wrong.
+        """
+        checks = [health.check_trained(self.teacher, teacher_fingerprint), health.check_frozen(self.teacher)]
+        hooks = Check("hooks", None, "not known: pass images")
+        gradient = Check("gradient", None, "not known: pass images")
+        share = Check("loss share", None, "not known: pass images and task_loss")
+        if images is not None:
+            hooks = self._check_hooks(images)
+            if hooks.ok:
+                gradient, losses = self._check_gradient(images)
+                share = health.check_share(losses, task_loss)
+        checks += [
+            hooks,
+            gradient,
+            share,
+            health.check_optimizer(self.criterion, optimizer),
+            health.check_schedule(self.criterion),
+        ]
+        return Report(tuple(checks))
+
+    def remove(self) -> None:
+        """Take the hooks off both models; the distiller is then of no more use."""
+        for tap in self._taps:
+            tap.detach()
+        self._taps = []
+
+    def extra_repr(self) -> str:
+        if self._pairs is None:
+            return "levels wait for the first batch, to be matched by stride"
+        return "\n".join(f"{s} <- {t}" for s, t in self._pairs)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"levels": 0 if self._open else len(self.criterion.adapters)}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        if state["levels"]:  # children load after their parent, so the criterion can still get its final length
+            self._settle(state["levels"])
+
+    def _settle(self, levels: int) -> None:
+        """Fix the number of levels: spare lazy adapters go, the others stay the parameters an optimiser may hold."""
+        have = len(self.criterion.adapters)
+        if self._open and levels <= have:
+            old, self._open = self.criterion, False
+            adapters = list(old.adapters)[:levels]
+            self.criterion = DistillLoss(adapters=adapters, **self._options).to(old.step.device).train(old.training)
+        elif levels != have:
+            raise ValueError(f"criterion: expected {levels} levels, as there are pairs of modules, got {have}")
+
+    def _features(
+        self, images: Any, prior: Prior | None = None
+    ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None]:
+        """Features of both models, level by level, and the prior; runs the teacher."""
+        if not self._taps:
+            raise RuntimeError("Distiller: the hooks were removed by remove(); make a new Distiller")
+        for tap in self._taps:
+            if tap.role == "student":
+                tap.feature()  # before the teacher runs for nothing
+        output = self._run_teacher(images)
+        pairs = self._matched(images)
+        student, teacher = [s.feature() for s, _ in pairs], [t.feature() for _, t in pairs]
+        for (s, t), x, y in zip(pairs, student, teacher, strict=True):
+            if x.shape[0] != y.shape[0] or x.shape[2:] != y.shape[2:]:
+                raise ValueError(
+                    f"{s} and {t}: expected equal batch, height and width, got {tuple(x.shape)} and {tuple(y.shape)}; "
+                    "run both on the same images and pair modules of equal stride, or pass two lists, "
+                    "([student, ...], [teacher, ...]), to have them matched"
+                )
+        self._follow(teacher)
+        prior = self.prior if prior is None else prior
+        if prior is None:
+            return student, teacher, None
+        with torch.no_grad():
+            return student, teacher, prior(output, [(x.shape[2], x.shape[3]) for x in teacher])
+
+    def _follow(self, features: Sequence[Tensor]) -> None:
+        """Take the criterion to the features' device; its parameters stay the same objects."""
+        if self.criterion.step.device != features[0].device:
+            self.criterion.to(features[0].device)
+
+    def _freeze(self) -> None:
+        modules, parameters = self._frozen
+        if any(module.training for module in modules):
+            self.teacher.eval()
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+
+    def _run_teacher(self, images: Any) -> Any:
+        self._freeze()
+        with torch.no_grad():
+            return self.teacher(images)
+
+    def _dry_run(self, images: Any) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None]:
+        """As ``_features``, after a forward of the student in eval mode."""
+        with _evaluating(self.student):
+            self.student(images)
+        return self._features(images)
+
+    def _matched(self, images: Any = None) -> list[tuple[Tap, Tap]]:
+        """The pairs of hooks; the first time, those of lists are found by stride and the others taken off."""
+        if self._pairs is None:
+            pairs = [p for x in self._groups for p in (x.match(images) if x.pairs is None else x.pairs)]
+            self._settle(len(pairs))
+            self._pairs = pairs
+            used = [tap for pair in pairs for tap in pair]
+            for tap in self._taps:
+                if tap not in used:
+                    tap.detach()
+            self._taps = used
+        return self._pairs
+
+    def _clear(self) -> None:
+        for tap in self._taps:
+            tap.reset()
+
+    def _check_hooks(self, images: Any) -> Check:
+        try:
+            pairs = len(self._dry_run(images)[0])
+            often = [f"{tap} {tap.calls} times" for tap in self._taps if tap.calls != 1]
+        except (RuntimeError, TypeError, ValueError) as error:
+            return Check("hooks", False, str(error))
+        finally:
+            self._clear()
+        if often:
+            return Check("hooks", False, f"expected once a forward, fired: {', '.join(often)}; the last output counts")
+        return Check("hooks", True, f"each fired once a forward, at {pairs} levels")
+
+    def _check_gradient(self, images: Any) -> tuple[Check, Tensor]:
+        """Pushes each level's own gradient through the student; also the (L,) losses at full weight."""
+        try:
+            with torch.enable_grad():
+                student, teacher, prior = self._dry_run(images)
+                self.criterion.prepare(student, teacher)
+                criterion = copy.deepcopy(self.criterion).train()  # so that nothing is counted or calibrated
+                criterion.warmup_steps, criterion.stop_step = 0, None
+                leaves = [x.detach().requires_grad_() for x in student]  # cut off from the levels that follow
+                gradients = torch.autograd.grad(criterion(leaves, teacher, prior).sum(), leaves)
+                taps = [s for s, _ in self._matched()]
+                norms = {str(s): self._student_gradient(images, s, g) for s, g in zip(taps, gradients, strict=True)}
+        finally:
+            self._clear()
+        bad = {name: norm for name, norm in norms.items() if not 0 < norm < math.inf}
+        listed = ", ".join(f"{name} {norm:.3g}" for name, norm in (bad or norms).items())
+        message = f"reaches the student at every level (norm): {listed}"
+        if bad:
+            message = f"none, or no finite one, reaches the student's weights (norm): {listed}; frozen or detached?"
+        return Check("gradient", not bad, message), criterion.level_losses
+
+    def _student_gradient(self, images: Any, tap: Tap, gradient: Tensor) -> float:
+        """Norm of the gradient of the student's weights, from ``gradient`` at this level alone."""
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        with _evaluating(self.student):
+            self.student(images)  # anew for each level: a compiled graph can't always be walked twice
+        feature = tap.feature()
+        if not feature.requires_grad or not parameters:
+            return 0.0
+        found = torch.autograd.grad(feature, parameters, gradient, allow_unused=True)
+        return math.sqrt(sum(x.double().square().sum().item() for x in found if x is not None))
+
+
+def _refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
+    """Freezing the teacher would freeze these in the student too."""
+    frozen = {id(p) for p in teacher.parameters()}
+    shared = [name for name, p in student.named_parameters() if id(p) in frozen]
+    if shared:
+        raise ValueError(
+            f"teacher: expected weights of its own, but it shares {len(shared)} parameters with the student "
+            f"({shared[0]}, ...); pass copy.deepcopy(teacher), and a student that does not contain it"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and then each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

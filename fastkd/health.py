@@ -1,0 +1,141 @@
+"""Is distillation really on? The single checks of ``Distiller.check``, and their report."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.hooks import bare_name
+from fastkd.loss import DistillLoss
+
+SHARE = (0.01, 0.99)  # of the total loss: outside, one of the two terms hardly counts
+SCALES = ("weight", "running_var")
+SHIFTS = ("bias", "running_mean")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that ``Distiller.check`` looked at: ``ok`` is None where it could not be known."""
+
+    name: str
+    ok: bool | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``Distiller.check`` found; ``str(report)`` is a table."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """False if any check failed; what is not known does not count."""
+        return all(x.ok is not False for x in self.checks)
+
+    def __str__(self) -> str:
+        words = {True: "ok", False: "FAIL", None: "?"}
+        width = max(len(x.name) for x in self.checks)
+        lines = (f"{words[x.ok]:<5} {x.name:<{width}}  {x.message}" for x in self.checks)
+        indent = " " * (6 + width + 2)
+        return "\n".join(textwrap.fill(line, 110, subsequent_indent=indent, break_long_words=False) for line in lines)
+
+
+def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
+    """Digest of a model's or state dict's names, dtypes, shapes and values: 16 hexadecimal digits of a SHA-256.
+
+    ``distiller.check(teacher_fingerprint=fastkd.fingerprint(torch.load(path)))`` proves that the teacher has the file's
+    weights. Wrappers' prefixes (``module.``, ``_orig_mod.``) don't count.
+    """
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    digest = hashlib.sha256()
+    for name, value in sorted((bare_name(name), value) for name, value in state.items() if isinstance(value, Tensor)):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(ctypes.string_at(value.data_ptr(), value.nbytes))  # numpy is not required
+    return digest.hexdigest()[:16]
+
+
+def check_trained(teacher: nn.Module, expected: str | None) -> Check:
+    """Compares with the expected weights; else looks for layers that still are as a constructor leaves them."""
+    name = "teacher trained"
+    if expected is not None:
+        found = fingerprint(teacher)
+        same = f"has the expected weights, fingerprint {found}"
+        return Check(name, found == expected, same if found == expected else f"expected {expected}, got {found}")
+    layers = {bare_name(n): x for n, m in teacher.named_modules() if (x := _looks_initial(m)) is not None}
+    fresh = [n for n, initial in layers.items() if initial]
+    if not layers:
+        return Check(name, None, "not known: no layer whose initial weights can be told; pass teacher_fingerprint")
+    if fresh:
+        some = ", ".join(fresh[:3]) + (", ..." if len(fresh) > 3 else "")
+        message = (
+            f"{len(fresh)} of {len(layers)} layers look as initialised ({some}): was a checkpoint loaded, all of it?"
+        )
+        return Check(name, False, message)
+    return Check(name, True, f"none of {len(layers)} normalisation layers is as initialised")
+
+
+def _looks_initial(module: nn.Module) -> bool | None:
+    """Whether a normalisation layer has scale 1, shift 0 and no statistics, which any training changes; else None."""
+    if not isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and not hasattr(module, "running_mean"):
+        return None
+    ones = [x for x in (getattr(module, n, None) for n in SCALES) if isinstance(x, Tensor)]
+    zeros = [x for x in (getattr(module, n, None) for n in SHIFTS) if isinstance(x, Tensor)]
+    if not ones + zeros:
+        return None
+    return all(bool((x == 1).all()) for x in ones) and all(bool((x == 0).all()) for x in zeros)
+
+
+def check_frozen(teacher: nn.Module) -> Check:
+    training = sum(module.training for module in teacher.modules())
+    learning = sum(p.requires_grad for p in teacher.parameters())
+    if training or learning:
+        message = f"{training} modules in training mode, {learning} parameters that require grad; loss() resets them, "
+        return Check("teacher frozen", False, message + "yet keep the teacher out of what you call .train() on")
+    return Check("teacher frozen", True, "in eval mode, no parameter requires grad")
+
+
+def check_share(losses: Tensor, task_loss: float | Tensor | None) -> Check:
+    loss = losses.sum().item()
+    if not math.isfinite(loss):
+        return Check("loss share", False, f"expected a finite distillation loss, got {loss}")
+    if task_loss is None:
+        return Check("loss share", None, f"distillation loss {loss:.4g} at full weight; pass task_loss to compare")
+    task = float(task_loss.detach() if isinstance(task_loss, Tensor) else task_loss)
+    share = loss / (loss + task) if loss + task else math.nan
+    ok = SHARE[0] <= share <= SHARE[1]
+    message = f"distillation {loss:.4g}, task {task:.4g}: {share:.1%} of the total"
+    way_out = f"; expected {SHARE[0]:.0%} to {SHARE[1]:.0%}: scale weights= or your factor"
+    return Check("loss share", ok, message if ok else message + way_out)
+
+
+def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | None) -> Check:
+    held = [] if optimizer is None else [id(p) for group in optimizer.param_groups for p in group["params"]]
+    adapters = dict(criterion.adapters.named_parameters())
+    missing = [name for name, p in adapters.items() if id(p) not in held or not p.requires_grad]
+    if not adapters:
+        return Check("optimizer", True, "nothing to train: the adapters have no weights")
+    if optimizer is None:
+        return Check("optimizer", None, "not known: pass optimizer")
+    if missing:
+        message = f"does not train {len(missing)} of {len(adapters)} adapter weights (adapters.{missing[0]}, ...); "
+        way_out = 'optimizer.add_param_group({"params": distiller.parameters()})'
+        return Check("optimizer", False, message + way_out)
+    return Check("optimizer", True, f"trains all {len(adapters)} adapter weights")
+
+
+def check_schedule(criterion: DistillLoss) -> Check:
+    step = int(criterion.step)
+    if criterion.stop_step is not None and step >= criterion.stop_step:
+        return Check("schedule", False, f"the loss is zero: step {step}, stop_step {criterion.stop_step}")
+    warmup = "" if step >= criterion.warmup_steps else f" of {criterion.warmup_steps} of the warm-up"
+    pending = "" if criterion.calibrated else "; teacher statistics still come from the next training batches"
+    return Check("schedule", True, f"step {step}{warmup}{pending}")

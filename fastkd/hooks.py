@@ -1,0 +1,147 @@
+"""Forward hooks on modules found by name, through the wrappers of DistributedDataParallel and torch.compile."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeAlias
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastkd.levels import match_by_stride
+
+Place: TypeAlias = str | nn.Module
+Levels: TypeAlias = Sequence[tuple[Place, Place]] | tuple[Sequence[Place], Sequence[Place]]
+
+# names that wrappers put in between: torch.compile, FullyShardedDataParallel, activation checkpointing
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+class Tap:
+    """Forward hook that keeps the last output of one module and counts its calls in one forward of the model.
+
+    A copied or unpickled tap listens to nothing, so an EMA of the student can't feed the distiller.
+    """
+
+    def __init__(self, role: str, label: str, model: nn.Module, place: Place) -> None:
+        self.role, self.label = role, label
+        self.root = _unwrapped(model)
+        self.name, self.module = _find(role, label, model, place)
+        self.output: Any = None
+        self.calls = 0
+        self.handles: list[RemovableHandle] = []
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.label} {self.name!r}"
+
+    def attach(self) -> None:
+        # what an earlier forward left behind, a validation's say, is dropped as the model's next one begins
+        before = self.root.register_forward_pre_hook(self.reset)
+        self.handles = [before, self.module.register_forward_hook(self)]
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.reset()
+
+    def reset(self, *_: Any) -> None:
+        self.output, self.calls = None, 0
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self.module:
+            self.output = output
+            self.calls += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": None, "output": None, "calls": 0}
+
+    def feature(self) -> Tensor:
+        """The last output, a 4-D tensor."""
+        if not self.calls:
+            raise RuntimeError(
+                f"{self}: expected it to run, but its hook has not fired since the last call; "
+                + ("call student(images) before each distiller.loss(images). " if self.role == "student" else "")
+                + "Is the module part of the forward? If its model was compiled and run before the Distiller was "
+                "made, call torch.compiler.reset()"
+            )
+        if not isinstance(self.output, Tensor):
+            raise TypeError(
+                f"{self}: expected an output tensor (N, C, H, W), got a {type(self.output).__name__}; "
+                "choose a module whose output is one tensor"
+            )
+        if self.output.ndim != 4:
+            raise ValueError(
+                f"{self}: expected an output of 4 dimensions (N, C, H, W), got shape {tuple(self.output.shape)}"
+            )
+        return self.output
+
+
+class Group:
+    """The hooks of the backbone's or the neck's levels, in pairs if they were given so."""
+
+    def __init__(self, name: str, levels: Levels, student: nn.Module, teacher: nn.Module) -> None:
+        by_stride = isinstance(levels, tuple) and len(levels) == 2
+        if isinstance(levels, str) or not all(isinstance(x, (list, tuple)) for x in levels):
+            self._refuse(name, levels)
+        if not by_stride and not all(len(x) == 2 for x in levels):
+            self._refuse(name, levels)
+        sides = levels if by_stride else [[pair[k] for pair in levels] for k in (0, 1)]
+        self.name = name
+        self.student = [Tap("student", f"{name}[{i}]", student, x) for i, x in enumerate(sides[0])]
+        self.teacher = [Tap("teacher", f"{name}[{i}]", teacher, x) for i, x in enumerate(sides[1])]
+        self.pairs = None if by_stride else list(zip(self.student, self.teacher, strict=True))
+
+    @staticmethod
+    def _refuse(name: str, levels: object) -> NoReturn:
+        raise TypeError(
+            f"{name}: expected a list of pairs [(student, teacher), ...] or a tuple of two lists "
+            f"([student, ...], [teacher, ...]), of module names or modules, got {levels!r}"
+        )
+
+    def match(self, images: Any) -> list[tuple[Tap, Tap]]:
+        """Pairs of equal stride; relative to the largest map where the images are not one tensor."""
+        heights = [[tap.feature().shape[2] for tap in taps] for taps in (self.student, self.teacher)]
+        image = images.shape[-2] if isinstance(images, Tensor) else max(max(x) for x in heights)
+        try:
+            pairs = match_by_stride(*([image / max(height, 1) for height in side] for side in heights))
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        return [(self.student[i], self.teacher[j]) for i, j in pairs]
+
+
+def bare_name(name: str) -> str:
+    """A module's or tensor's name without what wrappers put into it."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while parts and parts[0] == "module":  # DistributedDataParallel, AveragedModel
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and DistributedDataParallel, whose forward every wrapper ends in."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def _find(role: str, label: str, model: nn.Module, place: Place) -> tuple[str, nn.Module]:
+    """Bare name and module of one level."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(place, nn.Module):
+        for name, module in modules.items():
+            if module is place:
+                return bare_name(name), module
+        raise ValueError(f"{label}: expected a module of the {role}, got a {type(place).__name__} that is not in it")
+    if not isinstance(place, str):
+        raise TypeError(f"{label}: expected the name of a module of the {role} or a module, got {place!r}")
+    bare = {bare_name(name): module for name, module in modules.items()}  # of several, the innermost, which is the last
+    if place in modules or bare_name(place) in bare:
+        return bare_name(place), modules[place] if place in modules else bare[bare_name(place)]
+    near = difflib.get_close_matches(bare_name(place), bare, n=5, cutoff=0.4)
+    way_out = f"near names: {', '.join(map(repr, near))}" if near else f"see {role}.named_modules()"
+    raise ValueError(f"{label}: the {role} has no module named {place!r}; {way_out}")

@@ -1,0 +1,224 @@
+"""Pictures of what distillation looks at and how it goes; needs matplotlib (``pip install 'fastkd[train]'``).
+
+Each function returns a ``matplotlib.figure.Figure`` of its own, outside pyplot's global state: save it with
+``figure.savefig(path)``, show it as the last line of a notebook's cell, or hand it to TensorBoard's ``add_figure``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Numbers: TypeAlias = Sequence[float]
+
+# Okabe and Ito (2008): told apart with any kind of colour vision; line styles repeat the difference in grey
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+HEAT = "inferno"
+PANEL = 2.2  # inches
+
+
+def overlay_maps(
+    images: Tensor, maps: Sequence[Tensor], titles: Sequence[str], *, max_images: int = 4, opacity: float = 0.75
+) -> Figure:
+    """Information maps as heat over the images: one row an image, one column a level, the plain image first.
+
+    Each map is shown relative to its own highest cell (in that image), so that levels of any scale can be compared
+    in shape; the number below a panel is how many times the mean its highest cell weighs. Cells have sharp edges:
+    one square is one cell of the level.
+
+    Args:
+        images: (N, 3, H, W), float in [0, 1] or uint8.
+        maps: per level (N, h, w), not negative, as of ``fastkd.info_map``.
+        titles: one name a level, ``"backbone, stride 8"`` say.
+        max_images: rows at most.
+        opacity: of the heat where the map is highest, in [0, 1]; the lowest cells show the image.
+
+    Raises:
+        ImportError: no matplotlib.
+        ValueError: no image; lengths or shapes that do not fit.
+    """
+    _check_overlay(images, maps, titles)
+    rows, height, width = min(len(images), max_images), images.shape[2], images.shape[3]
+    figure = _figure((PANEL * (len(maps) + 1) + 0.8, (PANEL * height / width + 0.12) * rows + 0.3))
+    axes = figure.subplots(rows, len(maps) + 1, squeeze=False)
+    for i in range(rows):
+        picture = _pixels(images[i])
+        grey = 0.7 * picture.mean(2, keepdim=True).expand(-1, -1, 3)  # so that colour and light mean weight
+        for k, axis in enumerate(axes[i]):
+            axis.set(xticks=[], yticks=[])
+            axis.imshow((grey if k else picture).numpy())
+            if i == 0:
+                axis.set_title(titles[k - 1] if k else "image", fontsize=9)
+        for axis, level in zip(axes[i][1:], maps, strict=True):
+            values = level[i].detach().float().cpu()
+            relative = values / values.max().clamp_min(torch.finfo(torch.float32).tiny)
+            axis.imshow(
+                relative.numpy(),
+                cmap=HEAT,
+                vmin=0,
+                vmax=1,
+                alpha=(opacity * relative.sqrt()).numpy(),
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                interpolation="nearest",
+            )
+            peak = float(values.max() / values.mean()) if values.mean() else 0.0
+            axis.set_xlabel(f"highest {peak:.1f} × mean", fontsize=7, labelpad=2)
+    bar = figure.colorbar(axes[0][1].images[1], ax=axes, fraction=0.025, pad=0.015)
+    bar.set_label("weight, relative to the map's highest cell", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def plot_level_losses(history: Mapping[str, Numbers], *, steps: Numbers | None = None, smooth: float = 0.9) -> Figure:
+    """Distillation loss of each level over training, on a logarithmic scale; and each level's share of their sum.
+
+    Args:
+        history: level name to its loss at every logged step, all of one length (``criterion.level_losses`` collected).
+        steps: training step of each entry; by default 0, 1, 2, ...
+        smooth: share that the running mean keeps of itself per entry, in [0, 1); the raw values stay faintly visible.
+
+    Raises:
+        ImportError: no matplotlib.
+        ValueError: no level, unequal lengths, ``smooth`` outside [0, 1).
+    """
+    if not history or not 0 <= smooth < 1:
+        raise ValueError(f"history, smooth: expected a level or more and 0 <= smooth < 1, got {len(history)}, {smooth}")
+    count = len(next(iter(history.values())))
+    x = list(range(count)) if steps is None else list(steps)
+    for name, values in history.items():
+        if len(values) != len(x):
+            raise ValueError(f"history[{name!r}]: expected {len(x)} values, one per step, got {len(values)}")
+    figure = _figure((9, 3.6))
+    left, right = figure.subplots(1, 2)
+    means = [_running_mean(values, smooth) for values in history.values()]
+    for i, (name, values) in enumerate(history.items()):
+        left.plot(x, values, color=_look(i)["color"], linewidth=0.8, alpha=0.25)
+        left.plot(x, means[i], label=name, **_look(i))
+    totals = [sum(m[k] for m in means) or 1.0 for k in range(len(x))]
+    shares = [[value / total for value, total in zip(mean, totals, strict=True)] for mean in means]
+    right.stackplot(x, shares, colors=[_look(i)["color"] for i in range(len(shares))], edgecolor="white", linewidth=0.6)
+    if any(value > 0 for values in history.values() for value in values):
+        left.set_yscale("log")
+    _label(left, "step", "loss of the level")
+    _label(right, "step", "share of the sum")
+    right.set(ylim=(0, 1), xlim=(x[0], x[-1]) if len(x) > 1 else None)
+    right.grid(visible=False)
+    _legend(figure, left)
+    return figure
+
+
+def plot_curves(
+    curves: Mapping[str, tuple[Numbers, Numbers | Sequence[Numbers]]],
+    *,
+    references: Mapping[str, float] | None = None,
+    x_label: str = "step",
+    y_label: str = "mAP",
+) -> Figure:
+    """One line a model: students with and without distillation, say.
+
+    Args:
+        curves: name to (x, y); y is one series, or several (one per seed), drawn as their mean in a band from the
+            lowest to the highest.
+        references: name to a value drawn as a thin horizontal line, the teacher's for one.
+        x_label, y_label: of the axes, with units.
+
+    Raises:
+        ImportError: no matplotlib.
+        ValueError: no curve, or an x and a y of different lengths.
+    """
+    if not curves:
+        raise ValueError("curves: expected at least one, got none")
+    figure = _figure((6, 3.8))
+    axis = figure.subplots()
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        series = [list(s) for s in y] if y and isinstance(y[0], Sequence) else [list(y)]  # type: ignore[arg-type]
+        for s in series:
+            if len(s) != len(x):
+                raise ValueError(f"curves[{name!r}]: expected as many y as x, {len(x)}, got {len(s)}")
+        columns = list(zip(*series, strict=True))
+        axis.plot(x, [sum(c) / len(c) for c in columns], label=name, marker="o", markersize=3.5, **_look(i))
+        if len(series) > 1:
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            axis.fill_between(x, low, high, color=_look(i)["color"], alpha=0.18, linewidth=0)
+    for name, value in (references or {}).items():
+        axis.axhline(value, color="0.35", linewidth=1, linestyle=(0, (1, 2)))
+        axis.annotate(
+            name,
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="0.25",
+        )
+    axis.margins(y=0.1)
+    _label(axis, x_label, y_label)
+    _legend(figure, axis)
+    return figure
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("fastkd.viz needs matplotlib: pip install 'fastkd[train]'") from error
+    return Figure(figsize=size, dpi=150, layout="constrained")
+
+
+def _check_overlay(images: Tensor, maps: Sequence[Tensor], titles: Sequence[str]) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(f"images: expected (N, 3, H, W) with N > 0, got {tuple(images.shape)}")
+    if not maps or len(maps) != len(titles):
+        raise ValueError(f"titles: expected one per map and at least one map, got {len(titles)} for {len(maps)} maps")
+    for i, level in enumerate(maps):
+        if level.ndim != 3 or len(level) != len(images):
+            raise ValueError(f"maps[{i}]: expected shape ({len(images)}, h, w), as images, got {tuple(level.shape)}")
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """(H, W, 3) float in [0, 1] of a (3, H, W) image."""
+    scale = 255 if image.dtype == torch.uint8 else 1
+    return (image.detach().float().cpu() / scale).clamp(0, 1).permute(1, 2, 0)
+
+
+def _running_mean(values: Numbers, keep: float) -> list[float]:
+    """Exponential mean that starts unbiased; what is not finite stays as it is and is left out of it."""
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(total / weight if weight and math.isfinite(value) else math.nan)
+    return out
+
+
+def _look(i: int) -> dict[str, Any]:
+    return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)]}
+
+
+def _label(axis: Axes, x: str, y: str) -> None:
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(visible=True, color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    figure.legend(
+        *axis.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=min(5, len(axis.get_legend_handles_labels()[1])),
+        frameon=False,
+        fontsize=8,
+    )

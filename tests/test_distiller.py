@@ -1,0 +1,661 @@
+"""What the Distiller promises: hooks that are heard, a frozen teacher, levels that fit, a check that is right."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.distiller import Distiller
+from fastkd.health import fingerprint
+
+
+def block(cin: int, cout: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(cin, cout, 3, 2, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU())
+
+
+class Net(nn.Module):
+    """Stages of stride 2, 4, 8 and a neck convolution on each of the last two; the output is a list of neck maps."""
+
+    def __init__(self, width: int, stages: int = 3) -> None:
+        super().__init__()
+        channels = [3, *(width * 2**i for i in range(stages))]
+        self.stages = nn.ModuleList(block(a, b) for a, b in itertools.pairwise(channels))
+        self.neck = nn.ModuleDict({f"p{i}": nn.Conv2d(channels[i], width, 1) for i in range(2, stages + 1)})
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pair = Pair()
+        self.unused = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        out = []
+        for i, stage in enumerate(self.stages, 1):
+            x = stage(x)
+            if i > 1:
+                out.append(self.neck[f"p{i}"](x))
+        self.pair(self.pool(x).flatten(1))
+        return out
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class Wrapper(nn.Module):
+    """As an averaged model or an engine wraps it: under the name ``module``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return self.module(x)
+
+
+BACKBONE = [("stages.1", "stages.1"), ("stages.2", "stages.2")]
+NECK = [("neck.p3", "neck.p3")]
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """As if trained: batch norms with other than their first values."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def student() -> Net:
+    return Net(4)
+
+
+@pytest.fixture
+def teacher() -> nn.Module:
+    return trained(Net(8))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32)
+
+
+def named(report: fastkd.health.Report) -> dict[str, bool | None]:
+    return {check.name: check.ok for check in report.checks}
+
+
+def text(report: fastkd.health.Report) -> str:
+    """The table without its line breaks."""
+    return " ".join(str(report).split())
+
+
+# --- hooks
+
+
+def test_names_and_modules_are_the_same_levels(student: Net, teacher: Net, images: Tensor) -> None:
+    by_name = Distiller(student, teacher, backbone=BACKBONE, neck=NECK)
+    by_module = Distiller(
+        student,
+        teacher,
+        backbone=[(student.stages[1], teacher.stages[1]), (student.stages[2], "stages.2")],
+        neck=[(student.neck["p3"], teacher.neck["p3"])],
+        adapters=by_name.criterion.adapters,
+    )
+    student(images)
+    first, second = by_name.loss(images), by_module.loss(images)
+    assert by_name.levels == by_module.levels == [*BACKBONE, *NECK]
+    assert first.item() == second.item() > 0
+
+
+def test_loss_is_the_criterion_of_the_hooked_features(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, neck=[("neck.p2", "neck.p2"), ("neck.p3", "neck.p3")], info_map="energy")
+    loss = (student(images), distiller.loss(images))[1]
+    with torch.no_grad():
+        expected = distiller.criterion(student(images), teacher(images))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_unknown_module_names_the_near_ones(student: Net, teacher: Net) -> None:
+    with pytest.raises(ValueError, match=r"backbone\[1\]: the teacher has no module named 'stage.2'.*'stages.2'"):
+        Distiller(student, teacher, backbone=[BACKBONE[0], ("stages.2", "stage.2")])
+    assert not any(m._forward_hooks for m in student.modules())
+
+
+def test_a_module_of_another_model_is_refused(student: Net, teacher: Net) -> None:
+    with pytest.raises(ValueError, match=r"neck\[0\]: expected a module of the student, got a Conv2d"):
+        Distiller(student, teacher, neck=[(teacher.neck["p3"], teacher.neck["p3"])])
+
+
+@pytest.mark.parametrize("levels", ["stages.1", ["stages.1"], [("a", "b", "c")], (["a"], "b")])
+def test_levels_of_another_form_are_refused(student: Net, teacher: Net, levels: Any) -> None:
+    with pytest.raises(TypeError, match=r"backbone: expected a list of pairs"):
+        Distiller(student, teacher, backbone=levels)
+
+
+def test_no_level_is_refused(student: Net, teacher: Net) -> None:
+    with pytest.raises(ValueError, match="at least one level"):
+        Distiller(student, teacher, backbone=[])
+
+
+def test_loss_without_a_new_forward_is_an_error(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE)
+    student(images)
+    distiller.loss(images)
+    with pytest.raises(RuntimeError, match=r"student backbone\[0\] 'stages.1'.*has not fired.*call student\(images\)"):
+        distiller.loss(images)
+
+
+def test_a_module_outside_the_forward_is_named(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, neck=[("neck.p3", "unused")])
+    student(images)
+    with pytest.raises(RuntimeError, match=r"teacher neck\[0\] 'unused'.*has not fired"):
+        distiller.loss(images)
+
+
+def test_output_that_is_no_tensor_or_not_4d_is_an_error_with_its_type(
+    student: Net, teacher: Net, images: Tensor
+) -> None:
+    for place, error, message in (
+        ("pair", TypeError, r"student neck\[0\] 'pair'.*got a tuple"),
+        ("pool", ValueError, r"student neck\[0\] 'pool' and teacher neck\[0\] 'neck.p3'.*\(2, 16, 1, 1\)"),
+    ):
+        distiller = Distiller(student, teacher, neck=[(place, "neck.p3")])
+        student(images)
+        with pytest.raises(error, match=message):
+            distiller.loss(images)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    distiller = Distiller(flat, teacher, neck=[("1", "neck.p3")])
+    flat(images)
+    with pytest.raises(ValueError, match=r"4 dimensions \(N, C, H, W\), got shape \(2, 4\)"):
+        distiller.loss(images)
+
+
+def test_sizes_that_differ_are_named_with_both_modules(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=[("stages.1", "stages.2")])
+    student(images)
+    with pytest.raises(ValueError, match=r"student backbone\[0\] 'stages.1'.*'stages.2'.*\(2, 8, 8, 8\).*two lists"):
+        distiller.loss(images)
+
+
+def test_other_images_for_the_teacher_are_noticed(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE)
+    student(images)
+    with pytest.raises(ValueError, match="equal batch"):
+        distiller.loss(images[:1])
+
+
+def test_copies_of_the_student_do_not_feed_the_distiller(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE[:1])
+    average = torch.optim.swa_utils.AveragedModel(student)
+    student(images)
+    average(torch.randn(5, 3, 32, 32))
+    twins = (copy.deepcopy(student), pickle.loads(pickle.dumps(student)))
+    assert distiller.loss(images) > 0
+    for twin in twins:
+        twin(images)
+        copy.copy(student.stages[1])(torch.randn(2, 4, 16, 16))  # shares the hooks, as DataParallel's replicas do
+        with pytest.raises(RuntimeError, match="has not fired"):
+            distiller.loss(images)
+
+
+def test_a_validation_in_between_leaves_nothing_behind(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE)
+    student.eval()
+    with torch.no_grad():
+        student(torch.randn(7, 3, 64, 64))
+    student.train()
+    student(images)
+    assert distiller.loss(images).requires_grad
+
+
+def test_remove_takes_every_hook_off(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK)
+    distiller.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for x in (student, teacher) for m in x.modules())
+    student(images)
+    with pytest.raises(RuntimeError, match="hooks were removed"):
+        distiller.loss(images)
+
+
+# --- the teacher
+
+
+def test_teacher_stays_frozen_whoever_calls_train(student: Net, teacher: nn.Module, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE)
+    before = fingerprint(teacher)
+    student.teacher = teacher  # as where one module holds all
+    student.train()
+    distiller.train()
+    for p in teacher.parameters():
+        p.requires_grad_(True)
+    student(images)
+    distiller.loss(images).backward()
+    assert fingerprint(teacher) == before
+    assert not any(m.training for m in teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_weights_shared_with_the_student_are_refused(student: Net) -> None:
+    with pytest.raises(ValueError, match=r"shares .* parameters with the student"):
+        Distiller(student, Wrapper(student), backbone=BACKBONE)
+
+
+# --- wrappers
+
+
+@pytest.fixture
+def process_group(tmp_path: Any) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_ddp_student_and_ddp_distiller_train_as_bare_ones(student: Net, teacher: Net, images: Tensor) -> None:
+    def gradients(parallel: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        model: nn.Module = nn.parallel.DistributedDataParallel(Net(4)) if parallel else Net(4)
+        distiller = Distiller(model, teacher, backbone=[("module.stages.1", "stages.1"), BACKBONE[1]], neck=NECK)
+        distiller.prepare(images)
+        call: nn.Module = nn.parallel.DistributedDataParallel(distiller) if parallel else distiller
+        for _ in range(2):  # the second forward fails if DDP waits for a gradient of the first
+            outputs = model(images)
+            bare = model.module if parallel else model
+            task = sum(x.square().mean() for x in outputs) + sum(p.sum() for p in bare.unused.parameters())
+            (task + call(images)).backward()
+        return [p.grad for p in (*model.parameters(), *distiller.parameters())]
+
+    for ours, plain in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_a_wrapper_named_module_needs_no_prefix(student: Net, teacher: Net, images: Tensor) -> None:
+    wrapped = Wrapper(Wrapper(student))
+    distiller = Distiller(wrapped, Wrapper(teacher), backbone=BACKBONE)
+    wrapped(images)
+    assert distiller.loss(images) > 0
+    assert distiller.levels == BACKBONE
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("first", ["compile", "distiller"])
+def test_compiled_student_gets_the_gradient_of_the_eager_one(
+    teacher: Net, images: Tensor, backend: str, first: str
+) -> None:
+    def gradients(compiled: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        student: nn.Module = Net(4)
+        bare = student
+        if compiled and first == "compile":
+            student = torch.compile(student, backend=backend)
+        distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK)
+        if compiled and first == "distiller":
+            student = torch.compile(student, backend=backend)
+        for _ in range(2):
+            student(images)
+            distiller.loss(images).backward()
+        return [p.grad for name, p in bare.named_parameters() if name.startswith("stages")]
+
+    torch.compiler.reset()
+    for ours, plain in zip(gradients(True), gradients(False), strict=True):
+        assert ours.abs().sum() > 0
+        torch.testing.assert_close(ours, plain)
+
+
+def test_hooks_do_not_make_the_compiler_start_again(student: Net, teacher: Net, images: Tensor) -> None:
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(student, backend=counter, fullgraph=True)
+    distiller = Distiller(compiled, teacher, backbone=BACKBONE, neck=NECK)
+    for _ in range(4):
+        compiled(images)
+        distiller.loss(images).backward()
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_submodule_is_found_by_its_plain_name(student: Net, teacher: Net, images: Tensor) -> None:
+    torch.compiler.reset()
+    student.stages[1] = torch.compile(student.stages[1], backend="eager")
+    distiller = Distiller(student, teacher, backbone=[("stages.1.0", "stages.1.0"), BACKBONE[1]])
+    student(images)
+    assert distiller.loss(images) > 0
+    assert distiller.levels == [("stages.1.0", "stages.1.0"), BACKBONE[1]]
+
+
+def test_bfloat16_autocast_trains_the_student(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK)
+    with torch.autocast("cpu", torch.bfloat16):
+        student(images)
+        loss = distiller.loss(images)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in distiller.parameters())
+    assert student.stages[0][0].weight.grad.abs().sum() > 0
+
+
+# --- levels by stride
+
+
+def test_unequal_lists_are_matched_by_stride(images: Tensor) -> None:
+    student, teacher = Net(4, stages=3), trained(Net(8, stages=4))
+    distiller = Distiller(
+        student,
+        teacher,
+        backbone=(["stages.2", "stages.1"], ("stages.1", "stages.2", "stages.3")),
+        neck=(["neck.p3"], ["neck.p4", "neck.p3"]),
+        weights=[1.0, 2.0, 0.5],
+    )
+    assert distiller.levels is None
+    student(images)
+    assert distiller.loss(images) > 0
+    assert distiller.levels == [("stages.2", "stages.2"), ("stages.1", "stages.1"), ("neck.p3", "neck.p3")]
+    assert not teacher.stages[3]._forward_hooks
+    assert not teacher.neck["p4"]._forward_hooks
+
+
+def test_a_stride_that_one_model_lacks_is_dropped_on_both_sides(images: Tensor) -> None:
+    student, teacher = Net(4, stages=3), trained(Net(8, stages=4))
+    distiller = Distiller(
+        student, teacher, backbone=(["stages.0", "stages.2"], ["stages.2", "stages.3"]), weights=[2.0]
+    )
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    student(images)
+    distiller.loss(images).backward()
+    optimizer.step()
+    assert distiller.levels == [("stages.2", "stages.2")]
+    assert len(distiller.criterion.adapters) == 1
+    assert not student.stages[0]._forward_hooks
+
+
+def test_no_common_stride_names_the_group(images: Tensor, student: Net, teacher: Net) -> None:
+    distiller = Distiller(student, teacher, neck=(["neck.p3"], ["neck.p2"]))
+    student(images)
+    with pytest.raises(ValueError, match=r"neck: levels: expected a stride that student and teacher share"):
+        distiller.loss(images)
+
+
+def test_a_criterion_of_another_length_is_refused(student: Net, teacher: Net, images: Tensor) -> None:
+    criterion = fastkd.DistillLoss(levels=3)
+    with pytest.raises(ValueError, match="criterion: expected 2 levels, as there are pairs of modules, got 3"):
+        Distiller(student, teacher, backbone=BACKBONE, criterion=criterion)
+    distiller = Distiller(student, teacher, backbone=tuple(zip(*BACKBONE, strict=True)), criterion=criterion)
+    student(images)
+    with pytest.raises(ValueError, match="criterion: expected 2 levels"):
+        distiller.loss(images)
+    with pytest.raises(ValueError, match="criterion: expected no loss options beside it, got penalty"):
+        Distiller(student, teacher, backbone=BACKBONE, criterion=fastkd.DistillLoss(levels=2), penalty="l1")
+
+
+# --- adapters, statistics, state
+
+
+def test_state_dict_holds_adapters_statistics_and_step_alone(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK)
+    student(images)
+    distiller.loss(images)
+    parts = {key.split(".")[1] for key in distiller.state_dict() if key.startswith("criterion.")}
+    assert parts == {"adapters", "statistics", "step", "_extra_state"}
+    assert {key.split(".")[0] for key in distiller.state_dict()} == {"criterion", "_extra_state"}
+    assert len(list(distiller.parameters())) == 6
+
+
+@pytest.mark.parametrize("form", ["pairs", "lists"])
+def test_state_round_trips_into_a_fresh_lazy_distiller(teacher: Net, images: Tensor, form: str) -> None:
+    def make() -> tuple[Net, Distiller, torch.optim.Optimizer]:
+        torch.manual_seed(3)
+        student = Net(4)
+        lists = (["stages.0", "stages.1"], ["stages.2", "stages.1"])
+        distiller = Distiller(student, teacher, backbone=BACKBONE if form == "pairs" else lists, calibration_batches=2)
+        return student, distiller, torch.optim.AdamW([*student.parameters(), *distiller.parameters()], lr=1e-2)
+
+    def step(student: Net, distiller: Distiller, optimizer: torch.optim.Optimizer, seed: int) -> float:
+        batch = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        student(batch)
+        loss = distiller.loss(batch)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    first = make()
+    for seed in range(3):
+        step(*first, seed)
+    file = io.BytesIO()
+    torch.save([x.state_dict() for x in first], file)
+    file.seek(0)
+    second = make()
+    torch.manual_seed(99)  # a resumed process draws other adapters, if it draws any
+    for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert second[1].criterion.calibrated
+    assert [step(*second, seed) for seed in (3, 4, 5)] == [step(*first, seed) for seed in (3, 4, 5)]
+
+
+def test_statistics_come_from_the_first_batches_alone(student: Net, teacher: nn.Module) -> None:
+    distiller = Distiller(student, teacher, neck=NECK, calibration_batches=2)
+    batches = [torch.randn(2, 3, 32, 32) * 2**i for i in range(4)]
+    for batch in batches:
+        student(batch)
+        distiller.loss(batch)
+    mean, rstd = distiller.criterion.statistics[0].moments()
+    with torch.no_grad():
+        features = torch.cat([teacher(batch)[1] for batch in batches[:2]])
+    torch.testing.assert_close(mean, features.mean((0, 2, 3)))
+    torch.testing.assert_close(rstd, features.var((0, 2, 3), correction=0).rsqrt())
+
+
+def test_calibrate_takes_a_loader_and_no_more_batches_than_it_needs(student: Net, teacher: nn.Module) -> None:
+    batches = [torch.randn(2, 3, 32, 32) for _ in range(4)]
+    used = []
+    distiller = Distiller(student, teacher, neck=(["neck.p3"], ["neck.p2", "neck.p3"]), calibration_batches=2)
+    distiller.calibrate((used.append(i) or x, "targets") for i, x in enumerate(batches))
+    assert distiller.criterion.calibrated
+    assert len(used) <= 3
+    with torch.no_grad():
+        features = torch.cat([teacher(batch)[1] for batch in batches[:2]])
+    torch.testing.assert_close(distiller.criterion.statistics[0].moments()[0], features.mean((0, 2, 3)))
+    with pytest.raises(TypeError, match="loader: expected an iterable of batches, got one tensor"):
+        distiller.calibrate(batches[0])
+
+
+def test_an_optimizer_made_before_the_first_batch_trains_the_adapters(
+    student: Net, teacher: Net, images: Tensor
+) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=(["neck.p3"], ["neck.p2", "neck.p3"]))
+    optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()], lr=1e-2)
+    losses = []
+    for i in range(8):
+        optimizer.zero_grad()
+        student(images)
+        loss = distiller.loss(images)
+        loss.backward()
+        if i == 0:
+            before = [p.detach().clone() for p in distiller.parameters()]
+        optimizer.step()
+        losses.append(loss.item())
+    assert all((p != q).any() for p, q in zip(distiller.parameters(), before, strict=True))
+    assert losses[-1] < losses[0]
+
+
+def test_prepare_gives_adapters_their_widths_and_leaves_no_other_trace(
+    student: Net, teacher: Net, images: Tensor
+) -> None:
+    distiller = Distiller(student, teacher, backbone=(["stages.1"], ["stages.0", "stages.1"]))
+    student.stages[0].eval()
+    before = fingerprint(student)
+    distiller.prepare(images)
+    assert [p.shape for p in distiller.parameters()] == [(16, 8, 1, 1), (16,)]
+    assert fingerprint(student) == before
+    assert student.stages[1].training
+    assert not student.stages[0].training
+    assert distiller.criterion.step == 0
+    assert not distiller.criterion.calibrated
+    with pytest.raises(RuntimeError, match="has not fired"):
+        distiller.loss(images)
+
+
+# --- priors and options
+
+
+def test_prior_gets_the_teachers_output_and_the_sizes(student: Net, teacher: nn.Module, images: Tensor) -> None:
+    seen = []
+
+    def nothing(output: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
+        seen.append((len(output), output[0].requires_grad, sizes))
+        return [torch.zeros(2, *size) for size in sizes]
+
+    distiller = Distiller(student, teacher, backbone=BACKBONE, prior=nothing)
+    student(images)
+    assert distiller.loss(images) == 0
+    student(images)
+    assert distiller.loss(images, prior=lambda output, sizes: [None, torch.ones(2, *sizes[1])]) > 0
+    assert seen == [(2, False, [(8, 8), (4, 4)])]
+
+
+def test_reduction_none_gives_a_loss_per_level(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK, reduction="none", weights=[1.0, 0.0, 2.0])
+    student(images)
+    losses = distiller.loss(images)
+    assert losses.shape == (3,)
+    assert losses[1] == 0 < losses[2]
+
+
+# --- check
+
+
+@pytest.fixture
+def healthy(student: Net, teacher: Net) -> tuple[Distiller, torch.optim.Optimizer]:
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=(["neck.p3"], ["neck.p2", "neck.p3"]))
+    return distiller, torch.optim.AdamW([*student.parameters(), *distiller.parameters()])
+
+
+Healthy = tuple[Distiller, torch.optim.Optimizer]
+
+
+def test_check_is_content_with_a_healthy_set_up_and_changes_nothing(healthy: Healthy, images: Tensor) -> None:
+    distiller, optimizer = healthy
+    before = fingerprint(distiller.student)
+    report = distiller.check(images, optimizer, task_loss=torch.tensor(3.0, requires_grad=True))
+    assert report.ok
+    assert set(named(report).values()) == {True}
+    assert "at 3 levels" in text(report)
+    assert "student neck[0] 'neck.p3'" in text(report)
+    assert fingerprint(distiller.student) == before
+    assert distiller.student.training
+    assert distiller.criterion.step == 0
+    assert not distiller.criterion.calibrated
+    assert all(p.grad is None for p in (*distiller.parameters(), *distiller.student.parameters()))
+
+
+def test_check_calls_unknown_what_it_was_not_given(healthy: Healthy) -> None:
+    report = healthy[0].check()
+    unknown = {name for name, ok in named(report).items() if ok is None}
+    assert unknown == {"hooks", "gradient", "loss share", "optimizer"}
+    assert report.ok
+
+
+def test_check_names_a_teacher_without_a_checkpoint(student: Net, images: Tensor) -> None:
+    teacher = Net(8)
+    assert named(Distiller(student, teacher, backbone=BACKBONE).check())["teacher trained"] is False
+    trained(teacher.stages[0])  # a checkpoint that fits in part
+    report = Distiller(student, teacher, backbone=BACKBONE).check()
+    assert named(report)["teacher trained"] is False
+    assert "2 of 3 layers look as initialised (stages.1.1, stages.2.1)" in text(report)
+
+
+def test_check_compares_the_teacher_with_a_fingerprint(healthy: Healthy) -> None:
+    distiller = healthy[0]
+    right = fingerprint({f"module.{k}": v for k, v in distiller.teacher.state_dict().items()})
+    assert named(distiller.check(teacher_fingerprint=right))["teacher trained"] is True
+    with torch.no_grad():
+        distiller.teacher.stages[0][0].weight[0, 0, 0, 0] += 1
+    assert named(distiller.check(teacher_fingerprint=right))["teacher trained"] is False
+
+
+def test_check_cannot_know_a_teacher_without_normalisation(student: Net) -> None:
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1))
+    report = Distiller(student, teacher, backbone=[("stages.1", "0")]).check()
+    assert named(report)["teacher trained"] is None
+
+
+@pytest.mark.parametrize("harm", ["train", "grad"])
+def test_check_names_a_teacher_that_is_not_frozen(healthy: Healthy, harm: str) -> None:
+    distiller = healthy[0]
+    if harm == "train":
+        distiller.teacher.train()
+    else:
+        distiller.teacher.requires_grad_(True)
+    assert named(distiller.check()) | {"teacher frozen": None} == named(healthy[0].check()) | {"teacher frozen": None}
+    assert named(distiller.check())["teacher frozen"] is False
+
+
+def test_check_names_adapters_that_no_optimizer_trains(healthy: Healthy, images: Tensor) -> None:
+    distiller, _ = healthy
+    report = distiller.check(images, torch.optim.AdamW(distiller.student.parameters()))
+    assert [name for name, ok in named(report).items() if ok is False] == ["optimizer"]
+    assert "does not train 6 of 6 adapter weights" in text(report)
+
+
+def test_check_names_a_hook_that_does_not_fire_once(student: Net, teacher: Net, images: Tensor) -> None:
+    report = Distiller(student, teacher, backbone=[("unused", "stages.0")]).check(images)
+    assert named(report)["hooks"] is False
+    assert "'unused': expected it to run" in text(report)
+    shared = nn.Sequential(student.stages[0], once := nn.Conv2d(4, 4, 1), once)
+    report = Distiller(shared, teacher, backbone=[("1", "stages.0")]).check(images)
+    assert named(report)["hooks"] is False
+    assert "student backbone[0] '1' 2 times" in text(report)
+
+
+def test_check_names_a_level_that_gets_no_gradient(student: Net, teacher: Net, images: Tensor) -> None:
+    for p in (*student.stages[0].parameters(), *student.stages[1].parameters()):
+        p.requires_grad_(False)
+    report = Distiller(student, teacher, backbone=BACKBONE).check(images)
+    assert named(report)["gradient"] is False
+    line = next(x.message for x in report.checks if x.name == "gradient")
+    assert "'stages.1' 0" in line
+    assert "stages.2" not in line
+
+
+@pytest.mark.parametrize("task", [1e-9, 1e9])
+def test_check_names_a_share_that_drowns_one_of_the_losses(healthy: Healthy, images: Tensor, task: float) -> None:
+    report = healthy[0].check(images, task_loss=task)
+    assert named(report)["loss share"] is False
+    assert "expected 1% to 99%" in text(report)
+
+
+def test_check_names_features_that_are_not_finite(student: Net, teacher: Net, images: Tensor) -> None:
+    teacher.stages[1][0].weight.data.fill_(float("nan"))
+    report = Distiller(student, teacher, backbone=BACKBONE).check(images)
+    assert named(report)["gradient"] is False
+    assert named(report)["loss share"] is False
+
+
+def test_check_names_a_loss_that_has_stopped(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE, stop_step=1)
+    student(images)
+    distiller.loss(images)
+    report = distiller.check(images)
+    assert [name for name, ok in named(report).items() if ok is False] == ["schedule"]
+
+
+def test_check_works_on_a_compiled_student(student: Net, teacher: Net, images: Tensor) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(student, backend="aot_eager")
+    distiller = Distiller(compiled, teacher, backbone=BACKBONE, neck=NECK)
+    report = distiller.check(images, torch.optim.SGD(distiller.parameters(), 0.1), 1.0)
+    assert report.ok, str(report)
+    assert student.training
