@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def errors(got: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float, f
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_error_is_at_most_twice_that_of_eager(
-    backend: str, dtype: torch.dtype, info: InfoMap, request: pytest.FixtureRequest
+    backend: str, dtype: torch.dtype, info: InfoMap, request: pytest.FixtureRequest, record_property: Any
 ) -> None:
     worst = {"reference": [0.0, 0.0], backend: [0.0, 0.0]}
     cases = list(itertools.product(LAYOUTS, PENALTIES, NORMALIZERS))
@@ -45,8 +46,11 @@ def test_error_is_at_most_twice_that_of_eager(
             for i, error in enumerate(errors(gradients, exact)):
                 largest[i] = max(largest[i], error)
     floor = 2e-15 if dtype == torch.float64 else 6e-8  # half a unit in the last place of the sums' dtype
-    for ours, eager, what in zip(worst[backend], worst["reference"], ("loss", "gradient"), strict=True):
-        assert ours <= 2 * max(eager, floor), f"{what}: error {ours:.3g}, eager's is {eager:.3g}"
+    ours, eager = worst[backend], worst["reference"]
+    record = {"backend": backend, "dtype": str(dtype).removeprefix("torch."), "map": f"{info.score}, {info.norm}"}
+    record_property("parity", {**record, "ours": ours, "eager": eager, "floor": floor})
+    for i, what in enumerate(("loss", "gradient")):
+        assert ours[i] <= 2 * max(eager[i], floor), f"{what}: error {ours[i]:.3g}, eager's is {eager[i]:.3g}"
 
 
 def test_a_compiled_backend_is_tested_here() -> None:

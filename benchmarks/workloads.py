@@ -1,0 +1,51 @@
+"""The workloads that every benchmark names, and the providers that it compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import fastkd
+
+# (channels, height) of each level, teacher side: YOLOv3's backbone and neck
+WORKLOADS = {
+    "same6": [(256, 52), (512, 26), (1024, 13), (128, 52), (256, 26), (512, 13)],
+    "tiny5": [(256, 52), (512, 26), (1024, 13), (512, 26), (1024, 13)],
+    "large6": [(256, 80), (512, 40), (1024, 20), (128, 80), (256, 40), (512, 20)],
+}
+Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+
+def features(workload: str, n: int, dtype: torch.dtype, channels_last: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Random student (requires grad) and teacher features, after the adapters."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(n, c, h, h) for c, h in WORKLOADS[workload]]
+    student, teacher = (
+        [torch.randn(s, generator=generator).to(dtype, memory_format=layout) for s in shapes] for _ in range(2)
+    )
+    return [s.requires_grad_() for s in student], teacher
+
+
+def _eager(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    return fastkd.distill_loss(student, teacher, backend="reference")
+
+
+def providers() -> dict[str, Loss]:
+    """By name: every compiled backend that works here, then plain PyTorch, eager and compiled."""
+    here = [name for name, reason in fastkd.backends().items() if reason is None and name != "reference"]
+    ours = {f"fastkd-{name}": (lambda s, t, name=name: fastkd.distill_loss(s, t, backend=name)) for name in here}
+    return {**ours, "eager": _eager, "torch.compile": torch.compile(_eager)}
+
+
+def floor(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Callable[[], None]:
+    """What no loss can beat: read student and teacher once, write one gradient (3 units of the student's bytes)."""
+    out = [torch.empty_like(s) for s in student]
+
+    def run() -> None:
+        for s, t, o in zip(student, teacher, out, strict=True):
+            torch.add(s.detach(), t, out=o)
+
+    return run
