@@ -1,0 +1,114 @@
+"""Darknet ``.weights`` files: a header of 20 bytes, then float32 values, little-endian, layer after layer.
+
+A layer with batch norm holds its bias, scale, running mean, running variance, then the convolution; one without
+holds bias, then convolution. Layers come in the order in which a model registers its modules.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_VERSION = (0, 2, 0)  # as in the files published with the paper
+_LONG_HEADER = struct.Struct("<iiiq")  # major, minor, revision, images seen
+_SHORT_HEADER = struct.Struct("<iiii")  # before version 0.2
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
+    """Read a Darknet ``.weights`` file into a model, in place; nothing is changed when the file does not fit.
+
+    Also takes a part of a model: ``load_weights(yolov3.backbone, "darknet53.conv.74")``.
+
+    Args:
+        model: of convolutions and batch norms in the file's order, such as ``YOLOv3`` and ``YOLOv3Tiny``.
+        path: the file.
+
+    Returns:
+        How many images the file's network had seen in training.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is shorter or longer than the model's weights (says by how much).
+    """
+    data = Path(path).read_bytes()
+    header, seen = _read_header(data, path)
+    tensors = list(_in_file_order(model))
+    _check_length(len(data), header + 4 * sum(t.numel() for t in tensors), model, path)
+    values = torch.from_numpy(np.frombuffer(data, "<f4", offset=header).astype(np.float32))
+    with torch.no_grad():
+        for tensor, chunk in zip(tensors, torch.split(values, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(chunk.view_as(tensor))
+    return seen
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str], seen: int = 0) -> None:
+    """Write a model as a Darknet ``.weights`` file, whole or not at all.
+
+    Args:
+        model: as for ``load_weights``; reading the file back gives the same float32 weights bit for bit.
+        path: replaced if it exists.
+        seen: images seen in training, for the header.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(_LONG_HEADER.pack(*_VERSION, seen))
+            for tensor in _in_file_order(model):
+                file.write(tensor.detach().cpu().contiguous().float().numpy().astype("<f4").tobytes())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def weights_size(model: nn.Module) -> int:
+    """Bytes of the model's ``.weights`` file."""
+    return _LONG_HEADER.size + 4 * sum(t.numel() for t in _in_file_order(model))
+
+
+def _in_file_order(model: nn.Module) -> Iterator[Tensor]:
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        if layer.bias is not None:
+            yield layer.bias
+        elif isinstance(following, nn.BatchNorm2d) and following.running_mean is not None:
+            yield from (following.bias, following.weight, following.running_mean, following.running_var)  # type: ignore[misc]
+        else:
+            raise ValueError("model: a convolution without bias is not followed by a batch norm; not a Darknet network")
+        yield layer.weight
+
+
+def _read_header(data: bytes, path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Length of the header in bytes, and images seen."""
+    if len(data) < _LONG_HEADER.size:
+        raise ValueError(f"{path}: {len(data)} bytes, too short for a .weights header of {_LONG_HEADER.size} bytes")
+    major, minor, _, seen = _LONG_HEADER.unpack_from(data)
+    if (major, minor) >= (0, 2):
+        return _LONG_HEADER.size, seen
+    return _SHORT_HEADER.size, _SHORT_HEADER.unpack_from(data)[3]
+
+
+def _check_length(got: int, expected: int, model: nn.Module, path: str | os.PathLike[str]) -> None:
+    if got == expected:
+        return
+    cause, relation = (
+        ("truncated, or of a smaller", "fewer") if got < expected else ("too long, or of a larger", "more")
+    )
+    gap = abs(got - expected)
+    raise ValueError(
+        f"{path}: {cause} model: {got:,} bytes, {gap:,} bytes ({gap / 4:,.0f} values) {relation} than the "
+        f"{expected:,} of {_describe(model)}; check model, num_classes and width, or fetch the file again"
+    )
+
+
+def _describe(model: nn.Module) -> str:
+    options = [f"{name}={getattr(model, name)}" for name in ("num_classes", "width") if hasattr(model, name)]
+    return f"{type(model).__name__}({', '.join(options)})"

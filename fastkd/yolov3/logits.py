@@ -1,0 +1,116 @@
+"""Distilling the heads: the student's outputs follow the teacher's where the teacher sees an object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd.yolov3.boxes import head_cells, widen
+
+
+def logit_distill_loss(
+    student_outputs: Sequence[Tensor],
+    teacher_outputs: Sequence[Tensor],
+    student_strides: Sequence[int],
+    teacher_strides: Sequence[int],
+    num_classes: int,
+    *,
+    student_anchors: Tensor | None = None,
+    teacher_anchors: Tensor | None = None,
+) -> Tensor:
+    """Objectness-scaled distillation of a detector's outputs (Mehta & Ozturk 2018, arXiv:1811.05588, section 3).
+
+    For each cell and anchor, with w = sigmoid of the teacher's objectness: w times cross-entropy on x and y, w times
+    absolute error on log width and height, w times cross-entropy a class, and cross-entropy on objectness. Targets
+    are the teacher's sigmoids; the teacher's own entropy is taken off, so that equal outputs cost 0 (same gradient).
+    Summed over cells and averaged over images, as ``DetectionLoss``. Float32 or wider, also under autocast.
+
+    Heads are matched by stride; those that only one of the two has are left out. The n-th anchors of a cell are
+    compared, so both detectors should have similar anchors at equal strides.
+
+    Args:
+        student_outputs, teacher_outputs: raw head maps, (N, A * (5 + K), H / stride, W / stride) a stride.
+        student_strides, teacher_strides: strides of those maps.
+        num_classes: K, the same for both.
+        student_anchors, teacher_anchors: (heads, A, 2) in pixels. With both, widths and heights are compared in
+            pixels (their logarithms); without, as ratios to each one's own anchors.
+
+    Returns:
+        A scalar. Gradient reaches the student only.
+
+    Raises:
+        ValueError: lists of different lengths, no common stride, or matched heads of different shapes.
+    """
+    _check_lengths(student_outputs, student_strides, teacher_outputs, teacher_strides)
+    common = [stride for stride in student_strides if stride in teacher_strides]
+    if not common:
+        raise ValueError(
+            f"no head to distil: the student's strides {tuple(student_strides)} and the teacher's "
+            f"{tuple(teacher_strides)} have none in common"
+        )
+    total = student_outputs[0].new_zeros((), dtype=widen(student_outputs[0]).dtype)
+    for stride in common:
+        s, t = list(student_strides).index(stride), list(teacher_strides).index(stride)
+        _check_pair(student_outputs[s], teacher_outputs[t], stride, num_classes)
+        log_ratio = None
+        if student_anchors is not None and teacher_anchors is not None:
+            log_ratio = (student_anchors[s].to(total) / teacher_anchors[t].to(total)).log()
+        total = total + _head_loss(student_outputs[s], teacher_outputs[t], num_classes, log_ratio)
+    return total
+
+
+def _head_loss(student: Tensor, teacher: Tensor, num_classes: int, log_ratio: Tensor | None) -> Tensor:
+    with torch.autocast(student.device.type, enabled=False):
+        anchors = student.shape[1] // (5 + num_classes)
+        s = head_cells(widen(student), anchors)
+        t = head_cells(widen(teacher.detach()), anchors).to(s)
+        excess = s[..., 2:4] - t[..., 2:4]
+        if log_ratio is not None:
+            excess = excess + log_ratio[:, None, None]
+        where_object = (
+            _cross_entropy(s[..., :2], t[..., :2]).sum(-1)
+            + excess.abs().sum(-1)
+            + _cross_entropy(s[..., 5:], t[..., 5:]).sum(-1)
+        )
+        objectness = _cross_entropy(s[..., 4], t[..., 4])
+        return (t[..., 4].sigmoid() * where_object + objectness).sum() / max(len(s), 1)
+
+
+def _cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    """Binary cross-entropy of logits, less its least value: the KL divergence of two Bernoulli variables."""
+    target = teacher.sigmoid()
+    cross = F.binary_cross_entropy_with_logits(student, target, reduction="none")
+    return cross - F.binary_cross_entropy_with_logits(teacher, target, reduction="none")
+
+
+def _check_lengths(
+    student_outputs: Sequence[Tensor],
+    student_strides: Sequence[int],
+    teacher_outputs: Sequence[Tensor],
+    teacher_strides: Sequence[int],
+) -> None:
+    for name, outputs, strides in (
+        ("student", student_outputs, student_strides),
+        ("teacher", teacher_outputs, teacher_strides),
+    ):
+        if len(outputs) != len(strides):
+            raise ValueError(
+                f"{name}_outputs: expected one map for each of {name}_strides {tuple(strides)}, got {len(outputs)} maps"
+            )
+
+
+def _check_pair(student: Tensor, teacher: Tensor, stride: int, num_classes: int) -> None:
+    if student.shape != teacher.shape or student.ndim != 4:
+        raise ValueError(
+            f"heads at stride {stride}: expected the student's and the teacher's output to have one shape, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}; both detectors need the same images, classes and "
+            "number of anchors a cell"
+        )
+    if student.shape[1] % (5 + num_classes):
+        raise ValueError(
+            f"heads at stride {stride}: expected A * (5 + {num_classes}) channels for num_classes={num_classes}, "
+            f"got {student.shape[1]}"
+        )

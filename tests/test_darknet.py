@@ -1,0 +1,160 @@
+"""Darknet .weights files: the layout, exact round trips, errors that say by how much."""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, load_weights, save_weights
+from fastkd.yolov3.darknet import weights_size
+
+
+def scrambled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every weight and statistic drawn at random, so that no two tensors can be confused."""
+    torch.manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and name != "anchors":
+            tensor.copy_(torch.rand_like(tensor) + 0.1)
+    return model
+
+
+def tiny(seed: int = 0) -> YOLOv3Tiny:
+    model = scrambled(YOLOv3Tiny(num_classes=3, width=0.125), seed)
+    assert isinstance(model, YOLOv3Tiny)
+    return model
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().items(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for (name, x), y in pairs if not name.endswith("num_batches_tracked"))
+
+
+@pytest.mark.parametrize(("build", "size"), [(YOLOv3, 248_007_048), (YOLOv3Tiny, 35_434_956)])
+def test_sizes_are_those_of_the_official_files(build: type[YOLOv3] | type[YOLOv3Tiny], size: int) -> None:
+    assert weights_size(build()) == size
+
+
+def test_the_backbone_alone_has_the_size_of_darknet53_conv_74() -> None:
+    assert weights_size(YOLOv3().backbone) == 162_482_580
+
+
+def test_a_full_size_file_has_the_size_it_should(tmp_path: Path) -> None:
+    save_weights(YOLOv3Tiny(), tmp_path / "tiny.weights")
+    assert (tmp_path / "tiny.weights").stat().st_size == 35_434_956
+
+
+@pytest.mark.parametrize("build", [YOLOv3, YOLOv3Tiny])
+def test_a_round_trip_is_exact(build: type[YOLOv3] | type[YOLOv3Tiny], tmp_path: Path) -> None:
+    model, other = scrambled(build(3, 0.125), 0), scrambled(build(3, 0.125), 1)
+    assert not same_weights(model, other)
+    save_weights(model, tmp_path / "a.weights", seen=32_013_312)
+    assert load_weights(other, tmp_path / "a.weights") == 32_013_312
+    assert same_weights(model, other)
+    save_weights(other, tmp_path / "b.weights", seen=32_013_312)
+    assert (tmp_path / "a.weights").read_bytes() == (tmp_path / "b.weights").read_bytes()
+
+
+def test_the_layout_is_darknets(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 1, 1))
+    values = np.arange(1, 14, dtype="<f4")
+    (tmp_path / "x.weights").write_bytes(struct.pack("<iiiq", 0, 2, 5, 77) + values.tobytes())
+    assert load_weights(model, tmp_path / "x.weights") == 77
+    conv, norm, _, head = model
+    assert norm.bias.tolist() == [1, 2]
+    assert norm.weight.tolist() == [3, 4]
+    assert norm.running_mean.tolist() == [5, 6]
+    assert norm.running_var.tolist() == [7, 8]
+    assert conv.weight.flatten().tolist() == [9, 10]
+    assert head.bias.tolist() == [11]
+    assert head.weight.flatten().tolist() == [12, 13]
+
+
+@pytest.mark.parametrize(
+    ("build", "widths"),
+    [
+        (YOLOv3Tiny, [16, 32, 64, 128, 256, 512, 1024, 256, 512, 255, 128, 256, 255]),
+        (
+            YOLOv3,
+            [
+                *(32, 64, 32, 64, 128, *[64, 128] * 2, 256, *[128, 256] * 8, 512, *[256, 512] * 8),
+                *(1024, *[512, 1024] * 4, 512, 1024, 512, 1024, 512, 1024, 255),
+                *(256, 256, 512, 256, 512, 256, 512, 255),
+                *(128, 128, 256, 128, 256, 128, 256, 255),
+            ],
+        ),
+    ],
+)
+def test_layers_come_in_the_order_of_the_cfg_file(build: type[YOLOv3] | type[YOLOv3Tiny], widths: list[int]) -> None:
+    assert [m.out_channels for m in build().modules() if isinstance(m, nn.Conv2d)] == widths
+
+
+def test_files_from_before_version_0_2_have_a_short_header(tmp_path: Path) -> None:
+    save_weights(tiny(), tmp_path / "new.weights")
+    body = (tmp_path / "new.weights").read_bytes()[20:]
+    (tmp_path / "old.weights").write_bytes(struct.pack("<iiii", 0, 1, 0, 640) + body)
+    model = tiny(1)
+    assert load_weights(model, tmp_path / "old.weights") == 640
+    assert same_weights(model, tiny())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (-8, r"truncated.* 8 bytes \(2 values\) fewer than the .*YOLOv3Tiny\(num_classes=3, width=0.125\)"),
+        (-3, r"truncated.* 3 bytes \(1 values\) fewer"),
+        (12, r"too long.* 12 bytes \(3 values\) more"),
+    ],
+)
+def test_a_file_of_another_length_is_refused_by_how_much(change: int, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.weights"
+    save_weights(tiny(1), path)
+    data = path.read_bytes()
+    path.write_bytes(data[:change] if change < 0 else data + bytes(change))
+    model = tiny()
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, path)
+    assert same_weights(model, tiny())
+
+
+def test_a_file_of_another_model_is_refused_by_how_much(tmp_path: Path) -> None:
+    other = YOLOv3Tiny(num_classes=5, width=0.125)
+    save_weights(other, tmp_path / "x.weights")
+    gap = weights_size(other) - weights_size(tiny())
+    with pytest.raises(ValueError, match=rf"of a larger model.* {gap:,} bytes \({gap // 4:,} values\) more"):
+        load_weights(tiny(), tmp_path / "x.weights")
+
+
+def test_a_file_without_a_whole_header_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.weights").write_bytes(b"\0" * 7)
+    with pytest.raises(ValueError, match=r"7 bytes, too short for a \.weights header of 20 bytes"):
+        load_weights(tiny(), tmp_path / "x.weights")
+
+
+def test_a_missing_file_is_reported_as_such(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_weights(tiny(), tmp_path / "none.weights")
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
+    path = tmp_path / "x.weights"
+    save_weights(tiny(), path)
+    before = path.read_bytes()
+    broken = nn.Sequential(OrderedDict(a=nn.Conv2d(1, 1, 1), b=nn.Conv2d(1, 1, 1, bias=False)))
+    with pytest.raises(ValueError, match="not followed by a batch norm"):
+        save_weights(broken, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_half_precision_models_are_saved_as_float32(tmp_path: Path) -> None:
+    model = tiny().bfloat16()
+    save_weights(model, tmp_path / "x.weights")
+    copy = tiny(1)
+    load_weights(copy, tmp_path / "x.weights")
+    assert torch.equal(copy.head16.weight, model.head16.weight.float())
