@@ -1,0 +1,189 @@
+"""COCO metrics of a detector on a data set, by pycocotools."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fastkd.yolov3.anchors import Heads
+from fastkd.yolov3.boxes import detect
+from fastkd.yolov3.data import CocoDetection, collate
+
+Detection = dict[str, Any]  # one entry of a COCO results file: image_id, category_id, bbox (x, y, w, h), score
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """COCO's average precisions, 0..1, at most 100 detections a picture.
+
+    A value that the set cannot give (it has no box of that size or class) is None.
+    """
+
+    mAP: float  # noqa: N815  (the field's name; over IoU 0.5, 0.55, ..., 0.95)
+    AP50: float
+    AP75: float
+    AP_small: float | None  # boxes of up to 32x32 pixels
+    AP_medium: float | None  # up to 96x96
+    AP_large: float | None  # larger
+    AR100: float  # average recall
+    per_class: dict[str, float | None]  # mAP of each class, by name
+
+    def as_dict(self) -> dict[str, Any]:
+        """The values by name, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"mAP {100 * self.mAP:.1f}  AP50 {100 * self.AP50:.1f}  AP75 {100 * self.AP75:.1f}"
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: CocoDetection,
+    *,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    score_threshold: float = 0.001,
+    iou_threshold: float = 0.5,
+    workers: int = 0,
+    detections_file: str | os.PathLike[str] | None = None,
+) -> Metrics:
+    """Run a detector over a data set and score it with pycocotools.
+
+    Args:
+        model: a detector that returns raw head maps and has `anchors` and `strides`, not wrapped.
+        dataset: without augmentation.
+        batch_size: pictures a step.
+        device: where to run; None: where the model's parameters are. The model is not moved.
+        score_threshold: detections below it are left out; low, because the metric integrates over all scores.
+        iou_threshold: of the non-maximum suppression.
+        workers: processes that load pictures.
+        detections_file: where to keep the detections as a COCO results file; None: nowhere.
+
+    Raises:
+        ValueError: the data set augments or has no box to find, or the model is wrapped.
+    """
+    detections = detect_all(
+        model,
+        dataset,
+        batch_size=batch_size,
+        device=device,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        workers=workers,
+    )
+    if detections_file is not None:
+        write_detections(detections, detections_file)
+    return score(detections, dataset)
+
+
+def detect_all(
+    model: nn.Module,
+    dataset: CocoDetection,
+    *,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    score_threshold: float = 0.001,
+    iou_threshold: float = 0.5,
+    workers: int = 0,
+) -> list[Detection]:
+    """The detections on every picture as COCO results: boxes in pixels of the original pictures.
+
+    The model runs in eval mode; every module's own mode is put back afterwards.
+    """
+    if dataset.augmentation is not None:
+        raise ValueError("dataset: expected one without augmentation; build it with augmentation=None")
+    for attribute in ("anchors", "strides", "num_classes"):
+        if not hasattr(model, attribute):
+            raise ValueError(
+                f"model: expected a detector with {attribute}, got {type(model).__name__}; unwrap it first"
+            )
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    results: list[Detection] = []
+    with _eval_mode(model), torch.inference_mode():
+        for batch in loader:
+            outputs = model(batch.images.to(device))
+            found = detect(outputs, cast(Heads, model), score_threshold=score_threshold, iou_threshold=iou_threshold)
+            for image_id, letterbox, detections in zip(batch.image_ids, batch.letterboxes, found, strict=True):
+                boxes = letterbox.to_original(detections.boxes.double().cpu().numpy())
+                boxes[:, 2:] -= boxes[:, :2]
+                scores, classes = detections.scores.tolist(), detections.classes.tolist()
+                for box, value, index in zip(boxes.tolist(), scores, classes, strict=True):
+                    category_id = dataset.category_ids[int(index)]
+                    results.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": value})
+    return results
+
+
+def score(detections: list[Detection], dataset: CocoDetection) -> Metrics:
+    """Score COCO results against a data set's annotations; crowds are ignored, as COCO does."""
+    if all(annotation["iscrowd"] for annotation in dataset.annotations):
+        raise ValueError("dataset: it has no box to find, so there is nothing to score")
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = _coco(dataset, dataset.annotations)
+        found = truth.loadRes(detections) if detections else _coco(dataset, [])
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # precision: (IoU thresholds, recalls, classes, areas, detection limits); -1 where a class has no box
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    ap, ap50, ap75, small, medium, large, _, _, recall = evaluation.stats[:9].tolist()
+    return Metrics(
+        mAP=ap,
+        AP50=ap50,
+        AP75=ap75,
+        AP_small=_defined(small),
+        AP_medium=_defined(medium),
+        AP_large=_defined(large),
+        AR100=recall,
+        per_class={name: _defined(float(precision[:, :, i].mean())) for i, name in enumerate(dataset.class_names)},
+    )
+
+
+def write_detections(detections: list[Detection], path: str | os.PathLike[str]) -> None:
+    """Write COCO results as JSON, whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(detections), encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, then each module's own mode again: parts may be frozen in eval while the rest trains."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _coco(dataset: CocoDetection, annotations: list[dict[str, Any]]) -> COCO:
+    coco = COCO()
+    # Copies, because pycocotools writes into the annotations.
+    copies = [dict(annotation) for annotation in annotations]
+    coco.dataset = {"info": {}, "images": dataset.images, "annotations": copies, "categories": dataset.categories}
+    coco.createIndex()
+    return coco
+
+
+def _defined(value: float) -> float | None:
+    """pycocotools says -1 where there is nothing to average."""
+    return None if value < 0 else value

@@ -1,0 +1,172 @@
+"""Evaluation: COCO's numbers, in the pixels of the original pictures, and a model left as it was."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastkd.yolov3 import YOLOv3Tiny
+from fastkd.yolov3.augment import Augmentation
+from fastkd.yolov3.data import CocoDetection
+from fastkd.yolov3.evaluate import detect_all, evaluate, score, write_detections
+
+# One box centred in a cell each, so that a fake head can say it exactly: x, y, w, h in the original picture.
+TRUTH = {1: (7, [64, 32, 40, 32]), 2: (9, [0, 0, 96, 64])}
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two pictures of 192 x 128 pixels, shown to the network at half size with 16 rows of grey above and below."""
+    images, annotations = [], []
+    for number, (category_id, bbox) in TRUTH.items():
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((128, 192, 3), number, dtype=np.uint8))
+        images.append({"id": number, "file_name": f"{number}.png", "width": 192, "height": 128})
+        annotations.append({"id": number, "image_id": number, "category_id": category_id, "bbox": bbox})
+    categories = [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}, {"id": 11, "name": "owl"}]
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return CocoDetection(path, tmp_path, 96)
+
+
+class FakeDetector(nn.Module):
+    """Finds the true box of each picture (known by its grey level), or nothing."""
+
+    def __init__(self, finds=True):
+        super().__init__()
+        self.finds = finds
+        self.num_classes, self.strides = 3, (8,)
+        self.register_buffer("anchors", torch.tensor([[[8.0, 8.0]]]))
+        self.norm = nn.BatchNorm2d(3)
+        self.frozen = nn.BatchNorm2d(3).eval()
+        self.seen_training = []
+
+    def forward(self, images):
+        self.seen_training.append((self.training, self.norm.training, torch.is_inference_mode_enabled()))
+        out = torch.full((len(images), 8, 12, 12), -20.0)
+        for head, image in zip(out, images, strict=True):
+            number = round(float(image[0, 48, 48]) * 255)
+            category_id, (x, y, w, h) = TRUTH[number]
+            x, y, w, h = x / 2, y / 2 + 16, w / 2, h / 2
+            cx, cy = (x + w / 2) / 8, (y + h / 2) / 8
+            row, column = int(cy), int(cx)
+            if self.finds:
+                offsets = torch.logit(torch.tensor([cx - column, cy - row]), eps=1e-6)
+                head[:2, row, column] = offsets
+                head[2:4, row, column] = torch.tensor([w / 8, h / 8]).log()
+                head[4, row, column] = 20.0
+                head[5 + (category_id - 7) // 2, row, column] = 20.0
+        return [out]
+
+
+def test_perfect_detections_score_one(dataset):
+    metrics = evaluate(FakeDetector(), dataset, batch_size=1)
+    assert metrics.mAP == pytest.approx(1)
+    assert all(value == pytest.approx(1) for value in (metrics.AP50, metrics.AP75, metrics.AR100))
+    assert metrics.per_class == {"cat": pytest.approx(1), "dog": pytest.approx(1), "owl": None}
+
+
+def test_boxes_are_mapped_back_through_the_letterbox(dataset):
+    detections = detect_all(FakeDetector(), dataset)
+    assert [(d["image_id"], d["category_id"]) for d in detections] == [(1, 7), (2, 9)]
+    for detection in detections:
+        np.testing.assert_allclose(detection["bbox"], TRUTH[detection["image_id"]][1], atol=1e-3)
+        assert detection["score"] > 0.99
+
+
+def test_no_detection_scores_zero(dataset):
+    metrics = evaluate(FakeDetector(finds=False), dataset)
+    assert (metrics.mAP, metrics.AP50, metrics.AR100) == (0, 0, 0)
+    assert metrics.per_class == {"cat": 0, "dog": 0, "owl": None}
+
+
+def test_a_wrong_box_costs_what_coco_says(dataset):
+    """One of two classes found with IoU 0.6: AP counts for thresholds 0.5, 0.55 and 0.6, i.e. 3 of 10."""
+    detections = [{"image_id": 1, "category_id": 7, "bbox": [64, 32, 40, 32 * 0.6001], "score": 0.9}]
+    metrics = score(detections, dataset)
+    assert metrics.mAP == pytest.approx(0.3 / 2)
+    assert pytest.approx(0.5) == metrics.AP50
+    assert metrics.AP75 == 0
+
+
+def test_sizes_without_boxes_are_none_not_minus_one(dataset):
+    metrics = evaluate(FakeDetector(), dataset)
+    assert metrics.AP_small is None
+    assert metrics.AP_medium == pytest.approx(1)
+    assert json.loads(json.dumps(metrics.as_dict()))["AP_small"] is None
+
+
+def test_crowds_do_not_count_against_the_detector(dataset):
+    crowd = {"id": 3, "image_id": 1, "category_id": 7, "bbox": [0, 0, 60, 60], "area": 3600, "iscrowd": 1}
+    dataset.annotations.append(crowd)
+    inside = {"image_id": 1, "category_id": 7, "bbox": [5, 5, 40, 40], "score": 1.0}
+    assert score([inside, *detect_all(FakeDetector(), dataset)], dataset).mAP == pytest.approx(1)
+    dataset.annotations.remove(crowd)
+    assert score([inside, *detect_all(FakeDetector(), dataset)], dataset).mAP < 0.8
+
+
+def test_model_runs_in_eval_mode_and_gets_its_modes_back(dataset):
+    model = FakeDetector()
+    evaluate(model, dataset)
+    assert model.seen_training == [(False, False, True)]
+    assert (model.training, model.norm.training, model.frozen.training) == (True, True, False)
+
+
+def test_modes_come_back_after_an_error(dataset):
+    model = FakeDetector()
+    model.forward = lambda images: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, dataset)
+    assert model.training
+
+
+def test_scoring_leaves_the_data_set_as_it_was(dataset):
+    before = json.dumps([dataset.images, dataset.annotations, dataset.categories])
+    assert evaluate(FakeDetector(), dataset) == evaluate(FakeDetector(), dataset)
+    assert json.dumps([dataset.images, dataset.annotations, dataset.categories]) == before
+
+
+def test_nothing_is_printed(dataset, capfd):
+    evaluate(FakeDetector(), dataset)
+    assert capfd.readouterr().out == ""
+
+
+def test_detections_file_is_a_coco_results_file(dataset, tmp_path):
+    path = tmp_path / "deep" / "detections.json"
+    evaluate(FakeDetector(), dataset, detections_file=path)
+    assert json.loads(path.read_text()) == detect_all(FakeDetector(), dataset)
+    assert [entry.name for entry in path.parent.iterdir()] == ["detections.json"]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "detections.json"
+    write_detections([], path)
+    with pytest.raises(TypeError):
+        write_detections([{"score": object()}], path)
+    assert path.read_text() == "[]"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["detections.json"]
+
+
+def test_real_detector_can_be_evaluated(dataset):
+    torch.manual_seed(0)
+    metrics = evaluate(YOLOv3Tiny(num_classes=3, width=0.125), dataset)
+    assert 0 <= metrics.mAP <= metrics.AP50 <= 1
+
+
+def test_augmented_data_set_is_refused(dataset):
+    dataset.augmentation = Augmentation()
+    with pytest.raises(ValueError, match="dataset: expected one without augmentation"):
+        evaluate(FakeDetector(), dataset)
+
+
+def test_set_without_boxes_is_refused(dataset):
+    dataset.annotations.clear()
+    with pytest.raises(ValueError, match="no box to find"):
+        evaluate(FakeDetector(), dataset)
+
+
+def test_wrapped_model_is_refused(dataset):
+    with pytest.raises(ValueError, match="model: expected a detector with anchors, got Sequential; unwrap it"):
+        evaluate(nn.Sequential(FakeDetector()), dataset)
