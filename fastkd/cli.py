@@ -1,0 +1,419 @@
+"""The command ``fastkd``: train, eval, predict, data, demo, doctor. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import fastkd
+
+if TYPE_CHECKING:
+    from fastkd.health import Report
+    from fastkd.yolov3.checkpoint import Trained
+    from fastkd.yolov3.config import TrainConfig
+
+# what the extra [train] brings: package to module
+EXTRAS = {
+    "accelerate": "accelerate",
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "opencv-python-headless": "cv2",
+    "pycocotools": "pycocotools",
+    "scikit-learn": "sklearn",
+    "tensorboard": "tensorboard",
+    "tqdm": "tqdm",
+}
+
+OVERVIEW = """\
+Train small object detectors with the help of large ones (knowledge distillation).
+
+  fastkd demo                                the whole story in minutes on a CPU
+  fastkd doctor                              is everything installed, does distillation work here
+"""
+
+TRAIN = """\
+Train a detector; with --teacher, distil that teacher into it.
+
+  fastkd data digits --out runs/digits
+  fastkd train --data runs/digits --out runs/teacher --model yolov3 --width 0.25 --size 96 --steps 3000 --cache
+  fastkd train --data runs/digits --train train_100 --out runs/student --width 0.5 --size 96 --steps 800 \\
+               --cache --teacher runs/teacher/model.pt
+
+The folder of --out gets model.pt (the detector alone), model.weights (Darknet's format), checkpoint.pt (to go on from,
+with --resume), metrics.jsonl and TensorBoard curves (tensorboard --logdir runs).
+Several GPUs: torchrun --nproc-per-node 4 -m fastkd train ...
+"""
+
+DATA_HELP = """folder of a data set in COCO JSON: annotations/NAME.json or annotations/instances_NAME.json, and the
+pictures in images/NAME or NAME"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 1 (doctor found a fault), 2 (wrong input), 130 (stopped)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.command(arguments)
+        return status
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in EXTRAS.values():
+            raise
+        return _fail(f"this command needs {missing}, which is not installed: pip install 'fastkd[train]'")
+    except (ValueError, OSError, FloatingPointError) as error:
+        if arguments.traceback:
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        way_on = "; the same command with --resume goes on" if arguments.command is _train else ""
+        print(f"\nstopped{way_on}", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"fastkd: error: {message}", file=sys.stderr)
+    return 2
+
+
+# ---- arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "fastkd", description=OVERVIEW, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"fastkd {fastkd.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from, to report a bug")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_eval(commands)
+    _add_predict(commands)
+    _add_data(commands)
+    _add_demo(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help_text: str, text: str = "") -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=text or f"{help_text[0].upper()}{help_text[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(commands, "train", _train, "train a detector, with or without a teacher", TRAIN)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
+    data.add_argument("--train", default="train", metavar="NAME", help="training set in --data (default: train)")
+    data.add_argument("--val", default="val", metavar="NAME", help="validation set, or 'none' (default: val)")
+
+    # no defaults here: what is not given is left to TrainConfig, and a test compares the texts with it
+    def add(group: Any, flag: str, help_text: str, **options: Any) -> None:
+        options.setdefault("default", argparse.SUPPRESS)
+        if "action" not in options and "choices" not in options:
+            options.setdefault("metavar", "N" if options.get("type") in (int, float) else "FILE")
+        group.add_argument(flag, help=help_text, **options)
+
+    add(data, "--size", "side of the network's square input in pixels, a multiple of 32 (default: 416)", type=int)
+    add(data, "--limit", "use the first N training pictures (default: all)", type=int)
+    add(data, "--workers", "processes that load pictures (default: 0)", type=int)
+    add(data, "--cache", "keep decoded pictures in memory: faster, for sets that fit", action="store_true")
+    add(data, "--flip", "chance of mirroring a picture; keep 0 where it changes the meaning (default: 0)", type=float)
+    add(data, "--mosaic", "chance of joining a picture with three others (default: 0)", type=float)
+
+    model = parser.add_argument_group("model")
+    names = ("yolov3", "yolov3-tiny")
+    add(model, "--model", "what to train (default: yolov3-tiny)", choices=names)
+    add(model, "--width", "multiplier of its channels (default: 1.0)", type=float)
+    add(model, "--init", ".pt or .weights file to start from (default: random weights)")
+    add(model, "--anchors", "found on the data, or the model's own (default: data)", choices=("data", "default"))
+
+    kd = parser.add_argument_group("distillation")
+    add(kd, "--teacher", "model.pt of a trained teacher, or Darknet .weights (default: no distillation)")
+    add(kd, "--teacher-model", "what a .weights teacher is (default: yolov3)", choices=names)
+    add(kd, "--distill-weight", "factor of the feature loss (default: 30.0)", type=float)
+    add(kd, "--info-map", "where in the features to look (default: self_information)", metavar="NAME")
+    add(
+        kd,
+        "--confidence-prior",
+        "also weight cells by the teacher's confidence (default: on)",
+        action=argparse.BooleanOptionalAction,
+    )
+    add(kd, "--logit-weight", "factor of the loss on the heads' outputs (default: 0.0)", type=float)
+    add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
+
+    how = parser.add_argument_group("optimisation")
+    add(how, "--epochs", "passes over the training set (default: 100)", type=int)
+    add(how, "--steps", "length in steps instead of --epochs", type=int)
+    add(how, "--batch", "pictures a step, over all processes (default: 16)", type=int)
+    add(how, "--optimizer", "(default: adamw)", choices=("adamw", "sgd"))
+    add(how, "--lr", "highest learning rate (default: 0.001)", type=float)
+    add(how, "--warmup", "steps until the learning rate is reached (default: 100)", type=int)
+    add(how, "--weight-decay", "of convolutions (default: 0.01)", type=float)
+    add(how, "--clip", "largest norm of the gradient, 0 for any (default: 10.0)", type=float)
+    add(how, "--ema", "decay of the averaged weights, 0 for none (default: 0.999)", type=float)
+    add(how, "--mixed-precision", "(default: no)", choices=("no", "bf16", "fp16"))
+    add(how, "--seed", "of weights, order and augmentation (default: 0)", type=int)
+    add(how, "--cpu", "do not use a GPU", action="store_true")
+
+    run = parser.add_argument_group("run")
+    add(run, "--out", "folder of the run", required=True, metavar="DIR")
+    add(run, "--resume", "go on from --out's checkpoint, if there is one", action="store_true")
+    add(run, "--eval-every", "epochs between evaluations, 0 for only at the end (default: 10)", type=int)
+    add(run, "--save-every", "epochs between checkpoints (default: 1)", type=int)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model.pt of a run, or Darknet .weights")
+    described = parser.add_argument_group("what a .weights file does not say")
+    described.add_argument("--arch", default="yolov3", choices=("yolov3", "yolov3-tiny"), help="(default: yolov3)")
+    described.add_argument("--classes", type=int, default=80, metavar="N", help="(default: 80)")
+    described.add_argument("--width", type=float, default=1.0, metavar="N", help="(default: 1.0)")
+    described.add_argument("--size", type=int, metavar="N", help="input side in pixels (default: the model's, or 416)")
+
+
+def _add_eval(commands: Any) -> None:
+    text = "Score a detector with COCO's metrics.\n\n  fastkd eval runs/student/model.pt --data runs/digits --set test"
+    parser = _command(commands, "eval", _eval, "score a detector with COCO's metrics", text)
+    _add_model(parser)
+    parser.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
+    parser.add_argument("--set", default="val", metavar="NAME", help="which set of it (default: val)")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="pictures a step (default: 32)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures (default: 0)")
+    parser.add_argument("--json", metavar="FILE", help="write all metrics there")
+    parser.add_argument("--detections", metavar="FILE", help="write the detections there, as COCO results")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+
+
+def _add_predict(commands: Any) -> None:
+    text = "Draw what a detector finds.\n\n  fastkd predict runs/student/model.pt photo.jpg holiday/ --out runs/found"
+    parser = _command(commands, "predict", _predict, "draw what a detector finds on pictures", text)
+    _add_model(parser)
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, or folders of pictures")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures with boxes")
+    parser.add_argument("--score", type=float, default=0.3, metavar="N", help="least score of a box (default: 0.3)")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+
+
+def _add_data(commands: Any) -> None:
+    parser = _command(commands, "data", None, "make a data set")
+    sets = parser.add_subparsers(title="data sets", required=True, metavar="NAME")
+    text = "Handwritten digits in scenes, made from images that scikit-learn ships: nothing is downloaded."
+    digits = _command(sets, "digits", _data_digits, "handwritten digits in scenes, made on the spot", text)
+    digits.add_argument("--out", required=True, metavar="DIR", help="folder to write, in COCO's format")
+    for name, count in (("train", 4000), ("val", 300), ("test", 500)):
+        digits.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"scenes (default: {count})")
+    digits.add_argument("--size", type=int, default=96, metavar="N", help="side of a scene in pixels (default: 96)")
+    digits.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+
+
+def _add_demo(commands: Any) -> None:
+    text = (
+        "Make the digits scenes, train a teacher (or reuse it), then the same student without and with distillation,\n"
+        "and compare them in a table and in pictures."
+    )
+    parser = _command(commands, "demo", _demo, "what distillation is worth, in minutes on a CPU", text)
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the demo (default: runs/demo)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train both students N times; with 2 or more the plain one's learning rate is tuned first (default: 1)",
+    )
+
+
+def _add_doctor(commands: Any) -> None:
+    text = "Say what is installed and whether distillation works here; with --run, whether it works in that run."
+    parser = _command(commands, "doctor", _doctor, "is everything installed, is distillation really on", text)
+    parser.add_argument("--run", metavar="DIR", help="folder of a run of fastkd train: check its models and data")
+
+
+# ---- commands
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.config import TrainConfig
+    from fastkd.yolov3.train import train
+
+    config = _train_config(arguments, TrainConfig)
+    result = train(config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{result.steps} steps in {result.seconds:.0f} s" + (f": {result.metrics}" if result.metrics else ""))
+        print(f"model: {result.model_file}")
+    return 0
+
+
+def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig]) -> TrainConfig:
+    from fastkd.yolov3.augment import Augmentation
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback", "data", "train", "val")}
+    changes = {name: options.pop(name) for name in ("flip", "mosaic") if name in options}
+    annotations, images = find_set(arguments.data, arguments.train)
+    options |= {"annotations": str(annotations), "images": str(images), "augmentation": Augmentation(**changes)}
+    if arguments.val != "none":
+        annotations, images = find_set(arguments.data, arguments.val)
+        options |= {"val_annotations": str(annotations), "val_images": str(images)}
+    return config_type(**options)
+
+
+def find_set(folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
+    """Annotation file and picture folder of one set: the layouts of COCO (``train2017``) and ``fastkd data``.
+
+    ``train_100`` is found to be a part of ``train``: its pictures are in ``images/train``.
+
+    Raises:
+        FileNotFoundError: no such set (lists those that are there).
+    """
+    root = Path(folder)
+    files = [root / "annotations" / f"{prefix}{name}.json" for prefix in ("", "instances_")]
+    images = [root / "images" / name, root / name, root / "images" / name.split("_")[0]]
+    found_file = next((x for x in files if x.is_file()), None)
+    found_images = next((x for x in images if x.is_dir()), None)
+    if found_file is None or found_images is None:
+        missing = files if found_file is None else images
+        known = sorted(x.stem for x in (root / "annotations").glob("*.json"))
+        raise FileNotFoundError(
+            f"set {name!r} in {root}: none of {', '.join(str(x.relative_to(root)) for x in missing)} is there; "
+            f"annotations found: {', '.join(known) or 'none'}"
+        )
+    return found_file, found_images
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
+    """The detector of the command line, on the device to use, and its input size."""
+    from fastkd.yolov3.checkpoint import load_detector
+
+    found = load_detector(
+        arguments.model, model=arguments.arch, num_classes=arguments.classes, width=arguments.width
+    )  # fmt: skip
+    found.model.to("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    return found, arguments.size or found.size or 416
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.checkpoint import replacing
+    from fastkd.yolov3.data import CocoDetection
+    from fastkd.yolov3.evaluate import evaluate
+
+    found, size = _load(arguments)
+    data = CocoDetection(*find_set(arguments.data, arguments.set), size)
+    if data.num_classes != found.model.num_classes:
+        raise ValueError(f"--data: expected the model's {found.model.num_classes} classes, got {data.num_classes}")
+    metrics = evaluate(
+        found.model,
+        data,
+        batch_size=arguments.batch,
+        workers=arguments.workers,
+        detections_file=arguments.detections,
+    )
+    for name, value in metrics.as_dict().items():
+        if name != "per_class":
+            print(f"{name:<10} {'-' if value is None else f'{100 * value:5.1f}'}")
+    print("mAP by class: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in metrics.per_class.items() if v is not None))
+    if arguments.json:
+        with replacing(arguments.json) as part:
+            part.write_text(json.dumps(metrics.as_dict(), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.predict import predict
+
+    found, size = _load(arguments)
+    written = predict(
+        found.model,
+        arguments.pictures,
+        arguments.out,
+        size=size,
+        class_names=found.class_names,
+        score_threshold=arguments.score,
+    )
+    print(f"{len(written)} pictures in {arguments.out}")
+    return 0
+
+
+def _data_digits(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.digits import write_digits
+
+    counts = {name: getattr(arguments, name) for name in ("train", "val", "test")}
+    out = write_digits(arguments.out, **counts, size=arguments.size, seed=arguments.seed)
+    print(f"{', '.join(f'{count} {name}' for name, count in counts.items())} scenes in {out}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.demo import run_demo
+
+    run_demo(arguments.out, seeds=arguments.seeds)
+    return 0
+
+
+# ---- doctor
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    print(f"fastkd {fastkd.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"CPU threads: {torch.get_num_threads()}; GPU: {device}")
+    print("\nbackends of the loss")
+    for name, reason in fastkd.backends().items():
+        print(f"  {'ok' if reason is None else '--':<3} {name}" + ("" if reason is None else f": {reason}"))
+    missing = [package for package, module in EXTRAS.items() if not _imports(module)]
+    print("\ntraining, data and demo: " + (f"missing {', '.join(missing)}" if missing else "ok"))
+    if missing:
+        print("  pip install 'fastkd[train]'")
+    where = f"in {arguments.run}" if arguments.run else "on a small YOLOv3 and YOLOv3-tiny"
+    print(f"\ndistillation, tried {where}")
+    report = _check_run(arguments.run) if arguments.run else _check_small_pair()
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _imports(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def _check_small_pair() -> Report:
+    """Distillation between two small detectors, whose teacher has seen a batch so that it is not as initialised."""
+    from fastkd.distiller import Distiller
+    from fastkd.yolov3.model import YOLOv3, YOLOv3Tiny
+
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 64, 64)
+    teacher, student = YOLOv3(num_classes=4, width=0.125), YOLOv3Tiny(num_classes=4, width=0.125)
+    with torch.no_grad():
+        teacher(images)
+    distiller = Distiller(
+        student,
+        teacher,
+        backbone=(student.backbone_levels, teacher.backbone_levels),
+        neck=(student.neck_levels, teacher.neck_levels),
+    )
+    distiller.prepare(images)
+    return distiller.check(images, torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.1))
+
+
+def _check_run(folder: str) -> Report:
+    """The models, weights and first pictures of a run of ``fastkd train``."""
+    from fastkd.yolov3.config import read_config
+    from fastkd.yolov3.train import check_distillation
+
+    return check_distillation(read_config(folder))

@@ -1,0 +1,166 @@
+"""What a training run depends on, and when two runs are the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastkd.yolov3.augment import Augmentation
+from fastkd.yolov3.checkpoint import MODELS
+
+OPTIMIZERS = ("adamw", "sgd")
+# what a resumed run may change: it has no influence on the weights
+FREE_TO_CHANGE = {
+    *("out", "resume", "workers", "cache", "eval_every", "save_every", "log_every", "tensorboard", "cpu"),
+    *("val_annotations", "val_images"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training run depends on.
+
+    An epoch is ``ceil(pictures / batch)`` steps. The pictures of a step, and how they are augmented, follow from
+    (seed, step) only, so that a resumed run, or one with more workers or processes, sees the same batches.
+
+    Args:
+        annotations, images: training set: COCO JSON file and the folder of its pictures.
+        out: folder of the run: ``checkpoint.pt`` to resume from, ``model.pt`` and ``model.weights`` (the detector
+            alone), ``config.json``, ``metrics.jsonl``, ``tensorboard/``.
+        val_annotations, val_images: validation set, or None for no evaluation.
+        model: ``"yolov3-tiny"`` or ``"yolov3"``.
+        width: multiplier of the model's channels.
+        size: side of the square network input in pixels, a multiple of 32.
+        init: ``.pt`` or ``.weights`` file of the same model to start from; None: random weights.
+        anchors: ``"data"``: k-means on the training set; ``"default"``: the model's own (those of ``init``, if given).
+        teacher: ``.pt`` file of the teacher (or ``.weights``: ``teacher_model`` at width 1 with its own anchors);
+            None: train without distillation.
+        match_threshold: IoU of sizes above which a box trains an anchor; 1: the best anchor alone, as in the paper.
+        distill_weight, info_map, confidence_prior, logit_weight: see ``Objective`` and ``fastkd.DistillLoss``.
+        distill_warmup: steps over which the distillation loss grows to its weight.
+        steps, epochs: how long; ``steps`` wins where both are given.
+        batch: pictures a step, over all processes.
+        optimizer: ``"adamw"`` or ``"sgd"`` (momentum 0.9). Biases and batch norms have no weight decay.
+        lr: highest learning rate, reached after ``warmup`` steps, then falling as a cosine to ``final_lr * lr``.
+        clip: largest norm of the gradient; 0: do not clip.
+        ema: decay of the moving average of the weights, which is what gets evaluated and exported; 0: no average.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
+        seed: of initial weights, order and augmentation.
+        augmentation: what to vary; None: nothing.
+        limit: use the first so many training pictures.
+        workers: processes that load pictures; 0 is best for small sets with ``cache``.
+        cache: keep decoded pictures in memory.
+        eval_every: epochs between evaluations (and exports); 0: at the end only.
+        save_every: epochs between checkpoints.
+        log_every: steps between two lines of the log.
+        cpu: do not use an accelerator.
+        resume: go on from ``out``'s checkpoint, if there is one.
+
+    Raises:
+        ValueError: a value that is out of range (at construction).
+    """
+
+    annotations: str
+    images: str
+    out: str
+    val_annotations: str | None = None
+    val_images: str | None = None
+    model: str = "yolov3-tiny"
+    width: float = 1.0
+    size: int = 416
+    init: str | None = None
+    anchors: str = "data"
+    teacher: str | None = None
+    teacher_model: str = "yolov3"
+    distill_weight: float = 30.0
+    info_map: str = "self_information"
+    confidence_prior: bool = True
+    match_threshold: float = 0.5
+    logit_weight: float = 0.0
+    distill_warmup: int = 0
+    steps: int | None = None
+    epochs: int = 100
+    batch: int = 16
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    final_lr: float = 0.01
+    warmup: int = 100
+    weight_decay: float = 0.01
+    clip: float = 10.0
+    ema: float = 0.999
+    mixed_precision: str = "no"
+    seed: int = 0
+    augmentation: Augmentation | None = field(default_factory=Augmentation)
+    limit: int | None = None
+    workers: int = 0
+    cache: bool = False
+    eval_every: int = 10
+    save_every: int = 1
+    log_every: int = 20
+    tensorboard: bool = True
+    cpu: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        known = {
+            "model": tuple(MODELS),
+            "teacher_model": tuple(MODELS),
+            "anchors": ("data", "default"),
+            "optimizer": OPTIMIZERS,
+            "mixed_precision": ("no", "bf16", "fp16"),
+        }
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for name, least in (("epochs", 1), ("batch", 1), ("save_every", 1), ("log_every", 1), ("eval_every", 0)):
+            self._require(name, getattr(self, name) >= least, f"a number >= {least}")
+        self._require("steps", self.steps is None or self.steps >= 1, "None or a number >= 1")
+        self._require("lr", 0 < self.lr < math.inf, "a finite number > 0")
+        for name in ("distill_weight", "logit_weight", "weight_decay", "clip", "warmup", "distill_warmup", "final_lr"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
+        self._require("ema", 0 <= self.ema < 1, "a number in [0, 1)")
+        self._require("val_images", (self.val_annotations is None) == (self.val_images is None), "it with the other")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
+    """The configuration of the run in a folder.
+
+    Raises:
+        FileNotFoundError: there is no run.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no run of fastkd train there (config.json is missing)")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values["augmentation"] is not None:
+        values["augmentation"]["zoom"] = tuple(values["augmentation"]["zoom"])
+        values["augmentation"] = Augmentation(**values["augmentation"])
+    return TrainConfig(**values)
+
+
+def require_same_run(saved: dict[str, Any], asked: dict[str, Any], step: int) -> None:
+    """Refuse to resume a run with other values than it was begun with, but for those that cannot change its weights.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    differ = [k for k in asked if k not in FREE_TO_CHANGE and _plain(saved.get(k)) != _plain(asked[k])]
+    if differ:
+        raise ValueError(
+            "resume: expected the configuration that the run was begun with; it differs in "
+            + ", ".join(f"{name} ({saved.get(name)!r} then, {asked[name]!r} now)" for name in differ)
+            + f"; {step} steps are done: give the same values, or another out"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON keeps it: tuples are lists."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,465 @@
+"""The demo: what distillation is worth to a small detector with few labels, on digits scenes, in minutes on a CPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import viz
+from fastkd.yolov3.augment import Augmentation
+from fastkd.yolov3.checkpoint import load_detector, replacing
+from fastkd.yolov3.config import TrainConfig
+from fastkd.yolov3.data import CocoDetection, collate
+from fastkd.yolov3.digits import write_digits
+from fastkd.yolov3.evaluate import Metrics, evaluate
+from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.predict import detect_objects, draw
+from fastkd.yolov3.run_log import read_log
+from fastkd.yolov3.train import TrainResult, build_objective, train, training_set
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLAIN, DISTILLED = "without distillation", "with distillation"
+SHOWN = ("mAP", "AP50", "AP75")
+PICTURES = 5  # scenes in the pictures
+PACKAGES = ("torch", "numpy", "accelerate", "opencv-python-headless", "pycocotools", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo trains.
+
+    Args:
+        scenes: how many for the teacher's training.
+        labelled: how many of these the students are given, with labels.
+        val, test: scenes to choose the learning rate on, and to report on.
+        teacher_width, student_width: of YOLOv3 and YOLOv3-tiny.
+        teacher_steps, student_steps, batch: lengths of the trainings.
+        teacher_lr: the teacher's learning rate.
+        student_lr: the students', where it is not tuned.
+        tuned_lr: those that the plain student may choose from, by its mAP on the validation scenes.
+        distill_weight: factor of the distillation loss.
+        curve_points: evaluations during a student's training.
+    """
+
+    scenes: int = 4000
+    labelled: int = 100
+    val: int = 300
+    test: int = 500
+    teacher_width: float = 0.25
+    student_width: float = 0.5
+    teacher_steps: int = 1000
+    student_steps: int = 800
+    batch: int = 16
+    teacher_lr: float = 4e-3
+    student_lr: float = 8e-3
+    tuned_lr: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
+    distill_weight: float = 30.0
+    curve_points: int = 5
+    size: int = 96
+
+
+@dataclass(frozen=True)
+class Student:
+    """One trained student."""
+
+    kind: str  # PLAIN or DISTILLED
+    seed: int
+    lr: float
+    config: TrainConfig
+    result: TrainResult
+    val: Metrics
+
+
+def run_demo(
+    out: str | os.PathLike[str] = "runs/demo", seeds: int = 1, settings: Settings = Settings()
+) -> dict[str, Any]:
+    """Train teacher and students, compare them on the test scenes, print a table and write pictures.
+
+    The folder gets ``results.json`` (every figure, seed and version), ``report.txt``, ``curves.png``,
+    ``predictions.png``, ``maps.png``, the data and the trained models. A teacher that is there is used again;
+    students are always trained anew.
+
+    Args:
+        out: the folder.
+        seeds: how many times both students are trained. With 2 or more, the plain student first chooses its learning
+            rate on the validation scenes, and the distilled one uses the same.
+        settings: sizes and lengths.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        ValueError: seeds < 1, or a teacher in ``out`` that was trained with other settings.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    started = time.perf_counter()
+    root = Path(out)
+    shutil.rmtree(root / "students", ignore_errors=True)
+    print(f"making digits scenes in {root / 'digits'}")
+    write_digits(root / "digits", train=settings.scenes, val=settings.val, test=settings.test, size=settings.size)
+    teacher = _train_teacher(root, settings)
+    students, lr = _train_students(root, settings, seeds, teacher)
+    chosen = [s for s in students if s.lr == lr]
+
+    print("scoring on the test scenes")
+    test = _scenes(root, settings, "test")
+    scores = {"teacher": evaluate(teacher.model, test)}
+    scores |= {_name(s): evaluate(s.result.model, test) for s in chosen}
+    last = next(s for s in chosen if s.kind == DISTILLED)
+    objective = _restored(last)
+    batch = collate([test[i] for i in range(min(settings.batch, len(test)))])
+    shares = _shares_of_step(objective, batch.images, last.result.seconds / last.result.steps)
+    results = _results(settings, seeds, lr, teacher, students, scores, shares, time.perf_counter() - started)
+    _draw(root, settings, teacher, chosen, objective, test)
+    report = _report(results)
+    for name, text in (("results.json", json.dumps(results, indent=2)), ("report.txt", report)):
+        with replacing(root / name) as part:
+            part.write_text(text + "\n", encoding="utf-8")
+    print("\n" + report)
+    print(f"\ncurves.png, predictions.png, maps.png, results.json and report.txt are in {root}")
+    return results
+
+
+# ---- training
+
+
+def _train_teacher(root: Path, settings: Settings) -> TrainResult:
+    if (root / "teacher" / "checkpoint.pt").is_file():
+        print(f"using the teacher in {root / 'teacher'} (delete that folder to train it again)")
+    else:
+        print(f"training the teacher on {settings.scenes} scenes")
+    return train(
+        TrainConfig(
+            **_data(root, "train", "train"),
+            out=str(root / "teacher"),
+            model="yolov3",
+            width=settings.teacher_width,
+            size=settings.size,
+            steps=settings.teacher_steps,
+            batch=settings.batch,
+            lr=settings.teacher_lr,
+            eval_every=0,
+            resume=True,
+        )
+    )
+
+
+def _train_students(root: Path, settings: Settings, seeds: int, teacher: TrainResult) -> tuple[list[Student], float]:
+    """All students, and the learning rate that counts: of several, the plain student's best on validation scenes."""
+    rates = settings.tuned_lr if seeds > 1 else (settings.student_lr,)
+    plain = [_train_student(root, settings, seed, lr, None) for lr in rates for seed in range(seeds)]
+    best = max(rates, key=lambda lr: statistics.mean(s.val.mAP for s in plain if s.lr == lr))
+    distilled = [_train_student(root, settings, seed, best, teacher) for seed in range(seeds)]
+    return plain + distilled, best
+
+
+def _train_student(root: Path, settings: Settings, seed: int, lr: float, teacher: TrainResult | None) -> Student:
+    kind = PLAIN if teacher is None else DISTILLED
+    print(f"training the student {kind}, seed {seed}, learning rate {lr:g}, on {settings.labelled} scenes")
+    epochs = settings.student_steps / math.ceil(settings.labelled / settings.batch)
+    config = TrainConfig(
+        **_data(root, f"train_{settings.labelled}", "train"),
+        val_annotations=str(root / "digits/annotations/val.json"),
+        val_images=str(root / "digits/images/val"),
+        out=str(root / "students" / f"{kind.split()[0]}-lr{lr:g}-seed{seed}"),
+        model="yolov3-tiny",
+        width=settings.student_width,
+        size=settings.size,
+        teacher=None if teacher is None else str(teacher.model_file),
+        distill_weight=settings.distill_weight,
+        steps=settings.student_steps,
+        batch=settings.batch,
+        lr=lr,
+        seed=seed,
+        eval_every=max(1, round(epochs / settings.curve_points)),
+    )
+    result = train(config)
+    if result.metrics is None:
+        raise RuntimeError("the student was not evaluated")
+    return Student(kind, seed, lr, config, result, result.metrics)
+
+
+def _data(root: Path, annotations: str, images: str) -> dict[str, Any]:
+    """What all trainings share: digits must not be mirrored, and the scenes fit in memory."""
+    return {
+        "annotations": str(root / f"digits/annotations/{annotations}.json"),
+        "images": str(root / f"digits/images/{images}"),
+        "augmentation": Augmentation(flip=0.0),
+        "cache": True,
+        "save_every": 50,
+        "tensorboard": False,
+        "cpu": True,
+    }
+
+
+def _scenes(root: Path, settings: Settings, split: str) -> CocoDetection:
+    return CocoDetection(
+        root / f"digits/annotations/{split}.json", root / f"digits/images/{split}", settings.size, cache=True
+    )
+
+
+# ---- figures
+
+
+def _restored(student: Student) -> Objective:
+    """Student, teacher, adapters and statistics as the training left them."""
+    objective = build_objective(student.config, training_set(student.config))
+    saved = torch.load(Path(student.config.out) / "checkpoint.pt", weights_only=True)
+    objective.student.load_state_dict(saved["student"])
+    _distiller(objective).load_state_dict(saved["distiller"])
+    return objective
+
+
+def _distiller(objective: Objective) -> fastkd.Distiller:
+    if objective.distiller is None:
+        raise ValueError("objective: expected one with a teacher")
+    return objective.distiller
+
+
+def _levels(objective: Objective, images: Tensor) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None]]:
+    """What the distillation loss gets for these images: student features, teacher features, prior."""
+    caught: list[Any] = []
+    distiller = _distiller(objective)
+    hook = distiller.criterion.register_forward_pre_hook(lambda _, args: caught.append(args))
+    try:
+        with torch.no_grad():
+            objective.eval().student(images)
+            distiller.loss(images)
+    finally:
+        hook.remove()
+    student, teacher, prior = caught[0]
+    return student, teacher, prior
+
+
+def _shares_of_step(objective: Objective, images: Tensor, step_seconds: float, repeats: int = 15) -> dict[str, float]:
+    """Share of a mean training step spent in the distillation loss, forward and backward, and in the teacher."""
+    student, teacher, prior = _levels(objective, images)
+    criterion, model = _distiller(objective).criterion, _distiller(objective).teacher
+    leaves = [x.detach().requires_grad_() for x in student]
+    parameters = [*leaves, *criterion.parameters()]
+
+    def loss() -> None:
+        torch.autograd.grad(criterion(leaves, teacher, prior), parameters)
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(images)
+
+    return {
+        "distillation_loss": _median_seconds(loss, repeats) / step_seconds,
+        "teacher": _median_seconds(forward, repeats) / step_seconds,
+    }
+
+
+def _median_seconds(work: Any, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])  # the first two warm up
+
+
+def _results(
+    settings: Settings,
+    seeds: int,
+    lr: float,
+    teacher: TrainResult,
+    students: Sequence[Student],
+    scores: dict[str, Metrics],
+    shares: dict[str, float],
+    seconds: float,
+) -> dict[str, Any]:
+    chosen = [s for s in students if s.lr == lr]
+    by_kind = {kind: [scores[_name(s)] for s in chosen if s.kind == kind] for kind in (PLAIN, DISTILLED)}
+    gains = {
+        name: [getattr(b, name) - getattr(a, name) for a, b in zip(by_kind[PLAIN], by_kind[DISTILLED], strict=True)]
+        for name in SHOWN
+    }
+    return {
+        "note": _note(settings, seeds, lr),
+        "versions": _versions(),
+        "machine": {"system": platform.system(), "cpu_threads": torch.get_num_threads()},
+        "settings": asdict(settings),
+        "seeds": list(range(seeds)),
+        "learning_rate": lr,
+        "teacher": {
+            "test": scores["teacher"].as_dict(),
+            "seconds": teacher.seconds,
+            "steps": teacher.steps,
+            "labelled_scenes": settings.scenes,
+        },
+        "students": [
+            {
+                "kind": s.kind,
+                "seed": s.seed,
+                "learning_rate": s.lr,
+                "seconds": s.result.seconds,
+                "steps": s.result.steps,
+                "labelled_scenes": settings.labelled,
+                "val": s.val.as_dict(),
+                "test": scores[_name(s)].as_dict() if s.lr == lr else None,
+            }
+            for s in students
+        ],
+        "mean_test": {kind: _mean_and_spread(by_kind[kind]) for kind in by_kind},
+        "gain": {name: _summary(values) for name, values in gains.items()},
+        "share_of_step": shares,
+        "seconds": seconds,
+    }
+
+
+def _mean_and_spread(metrics: Sequence[Metrics]) -> dict[str, Any]:
+    return {name: _summary([getattr(m, name) for m in metrics]) for name in SHOWN}
+
+
+def _summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, and the sample's standard deviation where there are several."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "standard_deviation": spread, "values": list(values)}
+
+
+def _versions() -> dict[str, str]:
+    found = {"fastkd": fastkd.__version__, "python": platform.python_version()}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _note(settings: Settings, seeds: int, lr: float) -> str:
+    chosen = (
+        f"The plain student's learning rate, {lr:g}, is its best of {', '.join(f'{x:g}' for x in settings.tuned_lr)} "
+        f"on the validation scenes, over {seeds} seeds; the distilled student uses the same."
+        if seeds > 1
+        else f"Both students use the learning rate {lr:g}; --seeds 3 tunes it for the plain one and repeats both."
+    )
+    return (
+        f"The teacher had what the students had not: the labels of {settings.scenes} scenes and "
+        f"{settings.teacher_steps} steps. Both students see the same {settings.labelled} of these scenes with labels, "
+        f"for the same {settings.student_steps} steps, from the same initial weights; the distilled one also sees the "
+        "teacher's features on them. So what distillation passes on is what the teacher learnt from its larger data. "
+        f"{chosen} "
+        f"Scores are on {settings.test} test scenes, made of other digits and other photographs' halves than the "
+        "training scenes, on which nothing was chosen."
+    )
+
+
+def _report(results: dict[str, Any]) -> str:
+    """The table and the note, as text."""
+    settings = results["settings"]
+    counted = [s for s in results["students"] if s["learning_rate"] == results["learning_rate"]]
+    rows = [f"{'on the test scenes':<34}{'mAP':>12}{'AP50':>12}{'AP75':>12}{'seconds':>9}"]
+    test = results["teacher"]["test"]
+    name = f"teacher, YOLOv3 x{settings['teacher_width']:g}"
+    rows.append(_row(name, [f"{100 * test[x]:.1f}" for x in SHOWN], f"{results['teacher']['seconds']:.0f}"))
+    for kind, means in results["mean_test"].items():
+        seconds = statistics.mean(s["seconds"] for s in counted if s["kind"] == kind)
+        rows.append(_row(f"student, {kind}", [_points(means[x]) for x in SHOWN], f"{seconds:.0f}"))
+    rows.append(_row("gain, paired by seed", [_points(results["gain"][x], "+") for x in SHOWN], ""))
+    shares = results["share_of_step"]
+    rows.append(
+        f"\nof the distilled student's step, {shares['distillation_loss']:.1%} goes into the distillation loss "
+        f"(adapters included), {shares['teacher']:.1%} into the teacher's forward; the demo took "
+        f"{results['seconds']:.0f} s"
+    )
+    return "\n".join(rows) + "\n\n" + textwrap.fill(results["note"], 100)
+
+
+def _row(name: str, values: Sequence[str], seconds: str) -> str:
+    return f"{name:<34}" + "".join(f"{value:>12}" for value in values) + f"{seconds:>9}"
+
+
+def _points(summary: dict[str, Any], sign: str = "") -> str:
+    spread = summary["standard_deviation"]
+    return f"{100 * summary['mean']:{sign}.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
+
+
+def _name(student: Student) -> str:
+    return f"{student.kind}, seed {student.seed}"
+
+
+# ---- pictures
+
+
+def _draw(
+    root: Path,
+    settings: Settings,
+    teacher: TrainResult,
+    students: Sequence[Student],
+    objective: Objective,
+    test: CocoDetection,
+) -> None:
+    """The three pictures."""
+    pair = {s.kind: s for s in students if s.seed == 0}
+    models = {
+        f"teacher ({settings.scenes} labelled scenes)": teacher.model,
+        **{f"student {kind}": load_detector(s.result.model_file).model for kind, s in pair.items()},
+    }
+    rows = range(0, len(test), max(1, len(test) // PICTURES))[:PICTURES]
+    images = collate([test[i] for i in rows]).images
+    figures = {
+        "curves": _curves(settings, students),
+        "predictions": _predictions(models, images, teacher.class_names, settings.size),
+        "maps": _maps(objective, images),
+    }
+    for name, figure in figures.items():
+        with replacing(root / f"{name}.png") as part:
+            figure.savefig(part, format="png")
+
+
+def _curves(settings: Settings, students: Sequence[Student]) -> Figure:
+    """mAP on the validation scenes over the training, of both students, a band over the seeds."""
+    curves = {}
+    for kind in (PLAIN, DISTILLED):
+        logs = [read_log(Path(s.config.out) / "metrics.jsonl") for s in students if s.kind == kind]
+        points = [[(x["step"], 100 * x["metrics"]["mAP"]) for x in log if "metrics" in x] for log in logs]
+        steps = [step for step, _ in points[0]]
+        curves[f"student {kind}"] = (steps, [[value for _, value in seed] for seed in points])
+    return viz.plot_curves(curves, y_label=f"mAP on {settings.val} validation scenes")
+
+
+def _predictions(models: dict[str, Any], images: Tensor, class_names: Sequence[str], size: int) -> Figure:
+    """One row a scene, one column a model; scenes are enlarged so that names can be read."""
+    import cv2
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.6 * len(models), 2.6 * len(images)), dpi=150, layout="constrained")
+    axes = figure.subplots(len(images), len(models), squeeze=False)
+    for axis, name in zip(axes[0], models, strict=True):
+        axis.set_title(name, fontsize=8)
+    for row, image in zip(axes, images, strict=True):
+        pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        pixels = cv2.resize(pixels, (4 * size, 4 * size), interpolation=cv2.INTER_CUBIC)
+        for axis, model in zip(row, models.values(), strict=True):
+            axis.imshow(draw(pixels, detect_objects(model, pixels, size), class_names))
+            axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def _maps(objective: Objective, images: Tensor) -> Figure:
+    """The information maps, confidence included, that weighted the distillation of backbone and neck."""
+    distiller = _distiller(objective)
+    _, features, prior = _levels(objective, images)
+    criterion = distiller.criterion
+    moments = [x.moments() for x in criterion.statistics] if criterion.standardize else None  # type: ignore[operator]
+    maps = fastkd.info_map(features, criterion.info_map, prior=prior, standardize=moments)
+    backbone = len(objective.student.backbone_levels)
+    places = [("backbone" if i < backbone else "neck", images.shape[2] // x.shape[1]) for i, x in enumerate(maps)]
+    return viz.overlay_maps(images, maps, [f"{place}, stride {stride}" for place, stride in places])

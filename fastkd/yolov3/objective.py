@@ -1,0 +1,122 @@
+"""What one training step minimises: the detection loss, and with a teacher the distillation terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import priors
+from fastkd.distiller import Distiller
+from fastkd.yolov3.checkpoint import Detector
+from fastkd.yolov3.logits import logit_distill_loss
+from fastkd.yolov3.loss import DetectionLoss
+
+
+class Objective(nn.Module):
+    """Student, adapters and losses in one module, so that one ``DistributedDataParallel`` averages all gradients.
+
+    Args:
+        student: trained in place.
+        teacher: frozen; None to train without distillation.
+        distill_weight: factor of the feature term.
+        logit_weight: factor of the term on the heads' outputs (``logit_distill_loss``).
+        match_threshold: see ``DetectionLoss``.
+        confidence_prior: weight cells by the teacher's own confidence (``fastkd.priors.confidence``).
+        **loss_options: of ``fastkd.DistillLoss``: ``info_map``, ``penalty``, ``warmup_steps``, ...
+
+    Raises:
+        ValueError: teacher and student have different numbers of classes; what ``Distiller`` raises.
+    """
+
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector | None = None,
+        *,
+        distill_weight: float = 30.0,
+        logit_weight: float = 0.0,
+        match_threshold: float = 0.5,
+        confidence_prior: bool = True,
+        **loss_options: Any,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.detection = DetectionLoss(student, match_threshold=match_threshold)
+        self.distill_weight, self.logit_weight = distill_weight, logit_weight
+        self.confidence_prior = confidence_prior
+        self.distiller: Distiller | None = None
+        if teacher is None:
+            return
+        if teacher.num_classes != student.num_classes:
+            raise ValueError(
+                f"teacher: expected the student's {student.num_classes} classes, got {teacher.num_classes}; "
+                "train a teacher on the same classes"
+            )
+        self.distiller = Distiller(
+            student,
+            teacher,
+            backbone=(student.backbone_levels, teacher.backbone_levels),
+            neck=(student.neck_levels, teacher.neck_levels),
+            prior=self._prior,
+            **loss_options,
+        )
+        self._teacher_layout = (teacher.strides, teacher.anchors, teacher.num_classes)
+        self._teacher_outputs: Sequence[Tensor] = ()
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of what ``forward`` reports, in its order."""
+        names = ["loss", "box", "objectness", "class"]
+        if self.distiller is not None:
+            names += ["distill"] + ["logit"] * (self.logit_weight > 0)
+            names += [f"distill/{student}" for student, _ in self.distiller.levels or []]
+        return names
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of a batch.
+
+        Args:
+            images: (N, 3, H, W) float, 0..1.
+            targets: (M, 6) as ``DetectionLoss`` takes them.
+
+        Returns:
+            The scalar to differentiate, and ``terms`` as one detached vector, without a host sync. Terms are weighted
+            as they stand in the sum, except those of single levels.
+        """
+        outputs = self.student(images)
+        loss, parts = self.detection(outputs, targets)
+        report = list(parts.values())
+        levels = loss.new_zeros(0)
+        if self.distiller is not None:
+            distill = self.distill_weight * self.distiller.loss(images)
+            loss, report = loss + distill, [*report, distill.detach()]
+            levels = self.distiller.criterion.level_losses
+            if self.logit_weight:
+                logit = self.logit_weight * self._logit_loss(outputs)
+                loss, report = loss + logit, [*report, logit.detach()]
+            self._teacher_outputs = ()
+        return loss, torch.cat([torch.stack([loss.detach(), *report]), levels.to(loss)])
+
+    def _prior(self, outputs: Sequence[Tensor], sizes: list[tuple[int, int]]) -> Sequence[Tensor | None]:
+        """The teacher's confidence; its outputs are kept for the logit term, so that it runs once a step."""
+        self._teacher_outputs = outputs
+        if not self.confidence_prior:
+            return [None] * len(sizes)
+        _, anchors, classes = self._teacher_layout
+        heads = [x.view(len(x), anchors.shape[1], 5 + classes, *x.shape[2:]) for x in outputs]
+        return priors.confidence([x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads], sizes)
+
+    def _logit_loss(self, outputs: Sequence[Tensor]) -> Tensor:
+        strides, anchors, classes = self._teacher_layout
+        return logit_distill_loss(
+            outputs,
+            self._teacher_outputs,
+            self.student.strides,
+            strides,
+            classes,
+            student_anchors=self.student.anchors,
+            teacher_anchors=anchors,
+        )

@@ -1,0 +1,130 @@
+"""Boxes drawn on pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastkd.yolov3.boxes import Detections, detect
+from fastkd.yolov3.checkpoint import Detector, replacing
+from fastkd.yolov3.data import fit, read_image
+
+Image = npt.NDArray[np.uint8]
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Okabe & Ito (2008): colours that colour-blind people tell apart; RGB
+COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+
+
+def predict(
+    model: Detector,
+    pictures: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    size: int,
+    class_names: Sequence[str] = (),
+    score_threshold: float = 0.3,
+    iou_threshold: float = 0.5,
+) -> list[Path]:
+    """Find objects in pictures, and write copies with boxes, class names and scores drawn on them.
+
+    Args:
+        model: the detector, on any device.
+        pictures: picture files, or folders of them.
+        out: folder for the copies, which keep their names (PNG for what OpenCV cannot write).
+        size: side in pixels of the square network input, a multiple of 32.
+        class_names: one per class; numbers are drawn without.
+        score_threshold: least score of a drawn box, in [0, 1).
+        iou_threshold: of the non-maximum suppression.
+
+    Returns:
+        The files written, in order.
+
+    Raises:
+        FileNotFoundError: no such picture or folder, or a folder without pictures.
+        ValueError: a file that is no picture, two pictures of one name, or a threshold out of range.
+    """
+    files = _listed(pictures)
+    targets = [Path(out) / file.name for file in files]
+    if len(set(targets)) != len(targets):
+        raise ValueError("pictures: expected different file names, got two alike; predict one folder at a time")
+    for file, target in zip(files, targets, strict=True):
+        image = read_image(file)
+        found = detect_objects(model, image, size, score_threshold, iou_threshold)
+        _write(target, draw(image, found, class_names))
+    return targets
+
+
+def detect_objects(
+    model: Detector, image: Image, size: int, score_threshold: float = 0.3, iou_threshold: float = 0.5
+) -> Detections:
+    """Objects in one picture, (H, W, 3) uint8 RGB of any size; boxes in its own pixels, clipped to it."""
+    square, letterbox = fit(image, size)
+    pixels = torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1)))[None]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            outputs = model(pixels.to(device).float() / 255)
+    finally:
+        model.train(was_training)
+    found = detect(outputs, model, score_threshold, iou_threshold)[0]
+    boxes = letterbox.to_original(found.boxes.cpu().numpy())
+    return Detections(torch.from_numpy(boxes), found.scores, found.classes)
+
+
+def draw(image: Image, found: Detections, class_names: Sequence[str] = ()) -> Image:
+    """A copy of an (H, W, 3) uint8 RGB picture with boxes, names and scores, the best on top."""
+    canvas: Image = image.copy()
+    scale = max(0.35, min(image.shape[:2]) / 900)
+    width = max(1, round(2 * scale))
+    boxes, scores, classes = found.boxes.round().int().tolist(), found.scores.tolist(), found.classes.tolist()
+    for (x1, y1, x2, y2), score, index in reversed(list(zip(boxes, scores, classes, strict=True))):
+        colour = COLOURS[index % len(COLOURS)]
+        name = class_names[index] if class_names else str(index)
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, width)
+        _label(canvas, f"{name} {score:.2f}", (x1, y1), colour, scale)
+    return canvas
+
+
+def _label(canvas: Image, text: str, corner: tuple[int, int], colour: tuple[int, int, int], scale: float) -> None:
+    """Text on a filled bar above the corner, or below it where the picture ends."""
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    (width, height), descent = cv2.getTextSize(text, font, scale, 1)
+    x = max(0, min(corner[0], canvas.shape[1] - width))
+    y = corner[1] if corner[1] >= height + descent else corner[1] + height + descent
+    cv2.rectangle(canvas, (x, y - height - descent), (x + width, y), colour, cv2.FILLED)
+    ink = (0, 0, 0) if sum(colour) > 330 else (255, 255, 255)
+    cv2.putText(canvas, text, (x, y - descent // 2), font, scale, ink, 1, cv2.LINE_AA)
+
+
+def _listed(pictures: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    files: list[Path] = []
+    for path in map(Path, pictures):
+        if path.is_dir():
+            inside = sorted(x for x in path.iterdir() if x.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise FileNotFoundError(f"{path}: no pictures in this folder ({', '.join(SUFFIXES)})")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"{path}: no such picture or folder")
+    return files
+
+
+def _write(target: Path, image: Image) -> None:
+    suffix = target.suffix if target.suffix.lower() in SUFFIXES else ".png"
+    done, encoded = cv2.imencode(suffix, cast(Image, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)))
+    if not done:
+        raise ValueError(f"{target}: this picture could not be encoded as {suffix}")
+    with replacing(target) as part:
+        part.write_bytes(encoded.tobytes())

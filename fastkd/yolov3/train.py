@@ -1,0 +1,446 @@
+"""Training a detector, with or without a teacher: ``train(TrainConfig(...))``, or ``fastkd train`` in a shell."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import accelerate
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastkd.distiller import Distiller
+from fastkd.health import Report
+from fastkd.yolov3.anchors import dataset_anchors
+from fastkd.yolov3.checkpoint import MODELS, Detector, Trained, build_detector, load_detector, replacing, save_detector
+from fastkd.yolov3.config import TrainConfig, require_same_run
+from fastkd.yolov3.data import Batch, CocoDetection, Sample, collate
+from fastkd.yolov3.evaluate import Metrics, evaluate
+from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.run_log import RunLog
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with."""
+
+    model: Detector  # the exported weights, in eval mode, on the device of the run
+    class_names: tuple[str, ...]
+    metrics: Metrics | None  # on the validation set; None without one
+    steps: int
+    seconds: float  # of training steps alone, those before a resume included
+    model_file: Path
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train, evaluate and export a detector.
+
+    Can be killed at any point and resumed: files appear whole. On a CPU the resumed run ends with the same weights,
+    bit for bit, as one that was not interrupted (with the same number of threads).
+
+    Raises:
+        FileNotFoundError: a file of the configuration is missing.
+        FileExistsError: ``out`` holds a run already and ``resume`` is off.
+        ValueError: a configuration that does not fit the data, the teacher or the run to be resumed.
+        FloatingPointError: a loss is not finite (names it).
+    """
+    run = _Run(config)
+    try:
+        while run.step < run.steps:
+            run.go_on()
+        return run.result()
+    finally:
+        run.close()
+
+
+def build_objective(config: TrainConfig, data: CocoDetection) -> Objective:
+    """Student with the run's initial weights, teacher, adapters and losses, on the CPU.
+
+    Raises:
+        ValueError: ``init`` or teacher do not fit the data set's classes or each other.
+    """
+    torch.manual_seed(config.seed)
+    student = _initial(config, data)
+    teacher = None
+    if config.teacher is not None:
+        found = load_detector(config.teacher, model=config.teacher_model, num_classes=data.num_classes)
+        _require_classes("teacher", found, data)
+        teacher = found.model
+    objective = Objective(
+        student,
+        teacher,
+        distill_weight=config.distill_weight,
+        logit_weight=config.logit_weight,
+        confidence_prior=config.confidence_prior,
+        match_threshold=config.match_threshold,
+        **({"info_map": config.info_map, "warmup_steps": config.distill_warmup} if teacher is not None else {}),
+    )
+    if objective.distiller is not None:  # adapters must exist before optimiser and DDP look for parameters
+        objective.distiller.prepare(torch.zeros(1, 3, config.size, config.size))
+        _to_channels_last(objective.distiller.teacher)
+    _to_channels_last(objective)
+    return objective
+
+
+class _Run:
+    """State of one training run; ``go_on`` trains to the next checkpoint."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.out = config, Path(config.out)
+        self.data = training_set(config)
+        self.val = validation_set(config)
+        AcceleratorState._reset_state()  # one process may train more than once, with other precisions
+        self.accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu)
+        ranks = self.accelerator.num_processes
+        if config.batch % ranks:
+            raise ValueError(f"batch: expected a multiple of the {ranks} processes, got {config.batch}")
+        self.epoch_steps = math.ceil(len(self.data) / config.batch)
+        self.steps = config.steps or config.epochs * self.epoch_steps
+        self.step, self.seconds = 0, 0.0
+        self.evaluated, self.metrics = False, cast(Metrics | None, None)
+        saved = self._saved()
+
+        objective = build_objective(config, self.data).to(self.accelerator.device)
+        self.student, self.distiller = objective.student, objective.distiller
+        if self.distiller is not None:  # the teacher is no submodule
+            self.distiller.teacher.to(self.accelerator.device)
+        self.average = copy.deepcopy(self.student)
+        self._averaged, self._current = _floats(self.average), _floats(self.student)
+        optimizer = _optimizer(config, objective)
+        self.scheduler = LambdaLR(optimizer, lambda step: _lr_factor(step, self.steps, config.warmup, config.final_lr))
+        if saved is not None:
+            self._restore(saved, optimizer)
+        elif self.distiller is not None:
+            if self.accelerator.is_main_process:
+                report = _report(objective, self.distiller, self.data, optimizer)  # before hours are spent
+                if not report.ok:
+                    warnings.warn(f"distillation may not work:\n{report}", stacklevel=3)
+            # now, and from the same batches on every rank; under DDP a buffer can no longer change its size
+            count = self.distiller.criterion.calibration_batches
+            self.distiller.calibrate(b.images for b in batches(self.data, config, 0, count))
+        self.terms = objective.terms
+        self.parameters = list(objective.parameters())
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        if saved is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.log = self._open_log()
+        self.batches = batches(
+            self.data, config, self.step, self.steps, rank=self.accelerator.process_index, ranks=ranks
+        )
+
+    def go_on(self) -> None:
+        """Train to the next epoch with a checkpoint or an evaluation, or to the end."""
+        started = time.perf_counter()
+        self.log.resume_clock()
+        self.objective.train()
+        config = self.config
+        while True:
+            self._train_step(next(self.batches))
+            epoch, rest = divmod(self.step, self.epoch_steps)
+            ended = self.step == self.steps
+            saves = ended or (rest == 0 and epoch % config.save_every == 0)
+            evaluates = ended or (rest == 0 and config.eval_every > 0 and epoch % config.eval_every == 0)
+            if saves or evaluates:
+                break
+        self.log.flush()  # a weight that is not finite never reaches a file
+        self.seconds += time.perf_counter() - started
+        if evaluates:
+            self._evaluate()
+            if self.metrics is not None:
+                self.log.metrics(self.step, self.metrics.as_dict(), str(self.metrics))
+        if saves:
+            self._save()
+
+    def _train_step(self, batch: Batch) -> None:
+        device, lr = self.accelerator.device, float(self.scheduler.get_last_lr()[0])
+        images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        loss, terms = self.objective(images, batch.targets.to(device, non_blocking=True))
+        self.accelerator.backward(loss)
+        if self.config.clip:
+            self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not self.accelerator.optimizer_step_was_skipped:  # by the scaler of fp16, after an overflow
+            self.scheduler.step()
+            self._update_average()
+        self.step += 1
+        self.log.step(self.step, self.step // self.epoch_steps, terms, lr)
+
+    def result(self) -> TrainResult:
+        """Of a finished run, also where nothing was left to train."""
+        if not self.evaluated:
+            self._evaluate()
+        model = self.average.eval()
+        return TrainResult(
+            model, tuple(self.data.class_names), self.metrics, self.step, self.seconds, self.out / "model.pt"
+        )
+
+    def close(self) -> None:
+        self.log.close()
+        if self.distiller is not None:
+            self.distiller.remove()
+
+    def _evaluate(self) -> None:
+        """On the main process: metrics of the averaged weights, and their export."""
+        self.evaluated = True
+        if self.accelerator.is_main_process:
+            if self.val is not None:
+                workers = self.config.workers
+                self.metrics = evaluate(self.average, self.val, batch_size=self.config.batch, workers=workers)
+            save_detector(self.average, self.out / "model.pt", self.data.class_names, self.config.size)
+            save_detector(self.average, self.out / "model.weights")
+        self.accelerator.wait_for_everyone()
+
+    def _update_average(self) -> None:
+        """Moving average of weights and batch norm statistics; its memory grows with the run, up to ``ema``.
+
+        In one call over lists that are made once, where ``AveragedModel`` walks the modules every step.
+        """
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self._averaged, self._current, 1 - decay)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            with replacing(self.out / "checkpoint.pt") as part:
+                torch.save(
+                    {
+                        "config": asdict(self.config),
+                        "step": self.step,
+                        "seconds": self.seconds,
+                        "student": self.student.state_dict(),
+                        "average": self.average.state_dict(),
+                        "distiller": None if self.distiller is None else self.distiller.state_dict(),
+                        "optimizer": self.optimizer.state_dict(),
+                        "scheduler": self.scheduler.state_dict(),
+                        "scaler": None if scaler is None else scaler.state_dict(),
+                    },
+                    part,
+                )
+        self.accelerator.wait_for_everyone()
+
+    def _saved(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, or None to begin."""
+        file = self.out / "checkpoint.pt"
+        if not file.is_file():
+            return None
+        if not self.config.resume:
+            raise FileExistsError(f"out: {self.out} holds a run already; resume it (--resume) or choose another folder")
+        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        require_same_run(saved["config"], asdict(self.config), saved["step"])
+        return saved
+
+    def _restore(self, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.student.load_state_dict(saved["student"])
+        self.average.load_state_dict(saved["average"])
+        if self.distiller is not None:
+            self.distiller.load_state_dict(saved["distiller"])
+        optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+
+    def _open_log(self) -> RunLog:
+        main = self.accelerator.is_main_process
+        self.out.mkdir(parents=True, exist_ok=True)
+        if main:
+            with replacing(self.out / "config.json") as part:
+                part.write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+        return RunLog(
+            self.out,
+            self.terms,
+            first=self.step,
+            last=self.steps,
+            batch=self.config.batch,
+            every=self.config.log_every,
+            show=main,
+            tensorboard=self.config.tensorboard,
+        )
+
+
+# ---- data
+
+
+def training_set(config: TrainConfig) -> CocoDetection:
+    """The run's training set, augmented.
+
+    Raises:
+        As ``CocoDetection``.
+    """
+    return CocoDetection(
+        config.annotations,
+        config.images,
+        config.size,
+        augmentation=config.augmentation,
+        seed=config.seed,
+        cache=config.cache,
+        limit=config.limit,
+    )
+
+
+def validation_set(config: TrainConfig) -> CocoDetection | None:
+    """The run's validation set, or None."""
+    if config.val_annotations is None or config.val_images is None:
+        return None
+    return CocoDetection(config.val_annotations, config.val_images, config.size, cache=config.cache)
+
+
+def batches(
+    data: CocoDetection, config: TrainConfig, first: int, last: int, *, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch]:
+    """Batches of the steps ``first`` to ``last`` - 1: this rank's share of each."""
+    loader = DataLoader(
+        _ByEpoch(data),
+        batch_sampler=cast(Sampler[list[int]], _Steps(len(data), config, first, last, rank, ranks)),
+        num_workers=config.workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available() and not config.cpu,
+    )
+    return iter(loader)
+
+
+class _ByEpoch(Dataset[Sample]):
+    """A data set asked by (epoch, index), so that one loader lasts the whole run and batches may span two epochs."""
+
+    def __init__(self, data: CocoDetection) -> None:
+        self.data = data
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        return self.data.sample(index, epoch)
+
+
+class _Steps(Sampler[list[tuple[int, int]]]):
+    """One list of (epoch, index) a step: the data set over and over, each time in another order."""
+
+    def __init__(self, size: int, config: TrainConfig, first: int, last: int, rank: int, ranks: int) -> None:
+        self.size, self.batch, self.seed = size, config.batch, config.seed
+        self.steps, self.share = range(first, last), range(rank, config.batch, ranks)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            places = (divmod(step * self.batch + slot, self.size) for slot in self.share)
+            yield [(epoch, _order(self.size, self.seed, epoch)[place]) for epoch, place in places]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@lru_cache(maxsize=4)
+def _order(size: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(size).tolist()
+    return order
+
+
+# ---- model and optimiser
+
+
+def _initial(config: TrainConfig, data: CocoDetection) -> Detector:
+    """The model that training starts from; weights follow from the seed alone, whatever is distilled into it."""
+    anchors = _anchors(data, MODELS[config.model].strides) if config.anchors == "data" else None
+    if config.init is None:
+        return build_detector(config.model, data.num_classes, config.width, anchors)
+    found = load_detector(config.init, model=config.model, num_classes=data.num_classes, width=config.width)
+    if not isinstance(found.model, MODELS[config.model]) or found.model.width != config.width:
+        raise ValueError(
+            f"init: expected a {config.model} of width {config.width}, got {config.init} with "
+            f"{type(found.model).__name__} of width {found.model.width}"
+        )
+    _require_classes("init", found, data)
+    if anchors is not None:
+        found.model.anchors.copy_(anchors)
+    return found.model.train()
+
+
+def _anchors(data: CocoDetection, strides: Sequence[int]) -> Tensor:
+    try:
+        return dataset_anchors(data.box_sizes(), strides)
+    except ValueError as error:
+        raise ValueError(
+            f"anchors: too few boxes in the training set to choose them by ({error}); use anchors='default' "
+            "(--anchors default), or more pictures"
+        ) from error
+
+
+def _require_classes(name: str, found: Trained, data: CocoDetection) -> None:
+    """A detector from a file must name the data set's classes, in their order, or no names at all."""
+    names = list(found.class_names) or data.class_names
+    if found.model.num_classes != data.num_classes or names != data.class_names:
+        raise ValueError(
+            f"{name}: expected the data set's {data.num_classes} classes {_shorten(data.class_names)}, "
+            f"got {found.model.num_classes}: {_shorten(names)}"
+        )
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
+def _optimizer(config: TrainConfig, objective: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(objective.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=fused)
+
+
+def _to_channels_last(model: Any) -> None:
+    """The layout that convolutions like best: a quarter faster on CPUs, and what tensor cores want."""
+    model.to(memory_format=torch.channels_last)
+
+
+def _floats(model: nn.Module) -> list[Tensor]:
+    """Weights and batch norm statistics, sharing the model's memory."""
+    return [x.detach() for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+
+
+def _lr_factor(step: int, steps: int, warmup: int, final: float) -> float:
+    """Linear from near 0 to 1 over ``warmup`` steps, then a cosine to ``final`` at the last step."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return final + (1 - final) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+# ---- checks
+
+
+def check_distillation(config: TrainConfig) -> Report:
+    """Whether distillation is really on in a run of this configuration, as ``Distiller.check`` sees it.
+
+    Raises:
+        ValueError: it has no teacher, or as ``build_objective``.
+    """
+    data = training_set(config)
+    objective = build_objective(config, data)
+    if objective.distiller is None:
+        raise ValueError("teacher: this run has none, so there is no distillation to check")
+    return _report(objective, objective.distiller, data, _optimizer(config, objective))
+
+
+def _report(
+    objective: Objective, distiller: Distiller, data: CocoDetection, optimizer: torch.optim.Optimizer
+) -> Report:
+    device = next(objective.parameters()).device
+    batch = collate([data[i % len(data)] for i in range(4)])
+    images, targets = batch.images.to(device), batch.targets.to(device)
+    with torch.no_grad():
+        task, _ = objective.detection(objective.student.eval()(images), targets)
+    objective.train()
+    # the distiller does not know our factor: its share of the sum is the same if the other term is divided by it
+    return distiller.check(images, optimizer, task / max(objective.distill_weight, 1e-9))

@@ -1,0 +1,244 @@
+"""The command line: every command does what its help says, and a wrong input is one line and status 2."""
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import fastkd
+from fastkd import cli
+from fastkd.cli import find_set, main
+from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, save_weights
+from fastkd.yolov3.checkpoint import save_detector
+from fastkd.yolov3.config import TrainConfig
+from fastkd.yolov3.digits import CLASS_NAMES
+from fastkd.yolov3.predict import draw, predict
+
+COMMANDS = ("train", "eval", "predict", "data", "demo", "doctor")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "digits"
+    assert main(["data", "digits", "--out", str(out), "--train", "8", "--val", "3", "--test", "2"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("student") / "model.pt"
+    save_detector(YOLOv3Tiny(num_classes=10, width=0.125), path, CLASS_NAMES, 96)
+    return path
+
+
+def train_arguments(digits, out, *more):
+    small = ["--width", "0.125", "--size", "64", "--batch", "4", "--steps", "2", "--cpu", "--eval-every", "0"]
+    return ["train", "--data", str(digits), "--out", str(out), *small, *more]
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out) > 100
+
+
+def test_the_module_runs_as_the_command_and_lists_all_commands():
+    done = subprocess.run([sys.executable, "-m", "fastkd", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_help_needs_torch_alone():
+    code = (
+        "import sys; from fastkd import cli; cli._parser()\n"
+        "print([m for m in ('cv2', 'accelerate', 'pycocotools', 'matplotlib', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_defaults_in_the_help_of_train_are_those_of_the_configuration():
+    parser = cli._parser()._subparsers._group_actions[0].choices["train"]
+    fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    compared = 0
+    for action in parser._actions:
+        stated = re.search(r"\(default: ([^)]+)\)", action.help or "")
+        if action.default is not argparse.SUPPRESS or stated is None or action.dest not in fields:
+            continue
+        default = fields[action.dest]
+        in_words = {"None": {"all", "no distillation", "random weights"}, "True": {"on"}}
+        assert stated[1] in in_words.get(str(default), {str(default)}), action.dest
+        compared += 1
+    assert compared >= 20
+
+
+# ---- commands
+
+
+def test_train_then_eval_then_predict(digits, tmp_path, capsys):
+    assert main(train_arguments(digits, tmp_path / "teacher", "--model", "yolov3")) == 0
+    teacher = tmp_path / "teacher" / "model.pt"
+    assert main(train_arguments(digits, tmp_path / "student", "--teacher", str(teacher))) == 0
+    model = str(tmp_path / "student" / "model.pt")
+    assert "model: " in capsys.readouterr().out
+
+    options = ["--json", str(tmp_path / "m.json"), "--detections", str(tmp_path / "d.json"), "--cpu"]
+    assert main(["eval", model, "--data", str(digits), "--set", "test", *options]) == 0
+    assert re.search(r"^mAP +\d+\.\d$", capsys.readouterr().out, re.MULTILINE)
+    assert 0 <= json.loads((tmp_path / "m.json").read_text())["mAP"] <= 1
+    assert isinstance(json.loads((tmp_path / "d.json").read_text()), list)
+
+    pictures = digits / "images" / "test"
+    assert main(["predict", model, str(pictures), "--out", str(tmp_path / "found"), "--score", "0", "--cpu"]) == 0
+    drawn = sorted((tmp_path / "found").iterdir())
+    assert [x.name for x in drawn] == ["000001.png", "000002.png"]
+    assert (cv2.imread(str(drawn[0])) != cv2.imread(str(pictures / "000001.png"))).any()
+
+
+def test_train_resumes(digits, tmp_path, capsys):
+    arguments = train_arguments(digits, tmp_path / "run", "--val", "none")
+    assert main(arguments) == 0
+    assert main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:distillation may not work")
+def test_two_processes_train_and_calibrate_as_one(digits, student, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastkd"]
+    arguments = train_arguments(digits, tmp_path / "run", "--teacher", str(student))
+    done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 steps in") == 1
+    assert main(train_arguments(digits, tmp_path / "alone", "--teacher", str(student))) == 0
+    states = [torch.load(tmp_path / run / "checkpoint.pt")["distiller"] for run in ("run", "alone")]
+    statistics = [name for name in states[0] if name.endswith((".mean", ".square"))]
+    assert len(statistics) == 10
+    assert all(torch.equal(states[0][name], states[1][name]) for name in statistics)
+
+
+def test_eval_reads_darknet_weights(digits, tmp_path):
+    save_weights(YOLOv3Tiny(num_classes=10, width=0.125), tmp_path / "tiny.weights")
+    described = ["--arch", "yolov3-tiny", "--classes", "10", "--width", "0.125", "--size", "96", "--cpu"]
+    assert main(["eval", str(tmp_path / "tiny.weights"), "--data", str(digits), *described]) == 0
+
+
+def test_doctor_tells_what_works(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("reference", "cpp", torch.__version__, fastkd.__version__))
+    assert re.search(r"ok +gradient", said)
+
+
+def test_doctor_finds_an_untrained_teacher_in_a_run(digits, tmp_path, capsys):
+    save_detector(YOLOv3(num_classes=10, width=0.125), tmp_path / "fresh.pt", CLASS_NAMES, 64)
+    with pytest.warns(UserWarning, match="as initialised"):
+        main(train_arguments(digits, tmp_path / "run", "--teacher", str(tmp_path / "fresh.pt")))
+    assert main(["doctor", "--run", str(tmp_path / "run")]) == 1
+    assert re.search(r"FAIL +teacher trained", capsys.readouterr().out)
+
+
+def test_demo_is_run_with_its_options(monkeypatch, tmp_path):
+    from fastkd.yolov3 import demo
+
+    calls = []
+    monkeypatch.setattr(demo, "run_demo", lambda out, seeds: calls.append((out, seeds)))
+    assert main(["demo", "--out", str(tmp_path), "--seeds", "3"]) == 0
+    assert calls == [(str(tmp_path), 3)]
+
+
+# ---- data sets
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images", "name"),
+    [
+        ("annotations/train.json", "images/train", "train"),
+        ("annotations/train_100.json", "images/train", "train_100"),
+        ("annotations/instances_train2017.json", "train2017", "train2017"),
+    ],
+)
+def test_sets_are_found_in_the_layouts_of_coco_and_of_digits(tmp_path, annotations, images, name):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / annotations).write_text("{}")
+    (tmp_path / images).mkdir(parents=True)
+    assert find_set(tmp_path, name) == (tmp_path / annotations, tmp_path / images)
+
+
+# ---- wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "{digits}", "--out", "{out}", "--teacher", "{student}", "--info-map", "x"], "info_map"),
+        (["eval", "absent.pt", "--data", "{digits}"], "absent.pt: no such file"),
+        (["eval", "{student}", "--data", "{digits}", "--set", "tset"], "annotations found: test, train, val"),
+        (["predict", "{student}", "absent.jpg", "--out", "{out}"], "absent.jpg: no such picture or folder"),
+        (["predict", "{student}", "{digits}", "--out", "{out}"], "no pictures in this folder"),
+        (["train", "--data", "{digits}", "--out", "{out}", "--lr", "-1"], "lr: expected a finite number > 0"),
+        (
+            ["train", "--data", "{digits}", "--out", "{out}", "--teacher", "{student}", "--info-map", "magic"],
+            "info_map",
+        ),
+        (["doctor", "--run", "{out}"], "no run of fastkd train there"),
+        (["demo", "--out", "{out}", "--seeds", "0"], "seeds: expected at least 1"),
+        (["data", "digits", "--out", "{out}", "--train", "-1"], "train: expected a number of scenes >= 0"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(digits, student, tmp_path, capsys, arguments, message):
+    places = {"digits": digits, "student": student, "out": tmp_path / "out"}
+    assert main([x.format(**places) for x in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("fastkd: error: ")
+    assert message in lines[-1]
+    assert not any(line.startswith("Traceback") for line in lines)
+
+
+def test_traceback_can_be_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "eval", str(tmp_path / "absent.pt"), "--data", str(tmp_path)])
+
+
+def test_a_missing_extra_is_named_with_its_way_out(monkeypatch, capsys, digits, student):
+    monkeypatch.delitem(sys.modules, "fastkd.yolov3.evaluate", raising=False)
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    assert main(["eval", str(student), "--data", str(digits)]) == 2
+    assert "needs pycocotools, which is not installed: pip install 'fastkd[train]'" in capsys.readouterr().err
+
+
+# ---- pictures
+
+
+def test_boxes_are_drawn_where_objects_are_and_nowhere_else():
+    from fastkd.yolov3 import Detections
+
+    image = np.full((60, 80, 3), 128, dtype=np.uint8)
+    found = Detections(torch.tensor([[30.0, 30, 60, 50]]), torch.tensor([0.9]), torch.tensor([1]))
+    drawn = draw(image, found, ("a", "b"))
+    changed = (drawn != image).any(2)
+    assert changed[50, 30:60].all()
+    assert changed[31:50, 30].all()
+    assert not changed[35:49, 33:58].any()
+    assert not changed[52:].any()
+    assert (image == 128).all()
+
+
+def test_two_pictures_of_one_name_are_refused(student, digits, tmp_path):
+    from fastkd.yolov3.checkpoint import load_detector
+
+    pictures = [digits / "images/test/000001.png", digits / "images/val/000001.png"]
+    with pytest.raises(ValueError, match="two alike"):
+        predict(load_detector(student).model, pictures, tmp_path, size=96)

@@ -1,0 +1,84 @@
+"""The demo, in miniature: its files, its pairing and its arithmetic."""
+
+import json
+import statistics
+
+import cv2
+import pytest
+
+from fastkd.yolov3.demo import DISTILLED, PLAIN, Settings, run_demo
+
+TINY = Settings(
+    scenes=104,
+    val=5,
+    test=4,
+    teacher_width=0.125,
+    student_width=0.125,
+    teacher_steps=6,
+    student_steps=8,
+    batch=4,
+    tuned_lr=(1e-3, 4e-3),
+    curve_points=1,
+    size=96,
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_demo(out, seeds=2, settings=TINY)
+
+
+def test_results_hold_every_run_with_its_seed_and_the_versions(demo):
+    out, results = demo
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    runs = {(s["kind"], s["seed"], s["learning_rate"]) for s in results["students"]}
+    best = results["learning_rate"]
+    assert runs == {(PLAIN, seed, lr) for seed in (0, 1) for lr in TINY.tuned_lr} | {
+        (DISTILLED, seed, best) for seed in (0, 1)
+    }
+    assert {"fastkd", "torch", "python", "pycocotools"} <= results["versions"].keys()
+    assert 0 < results["share_of_step"]["distillation_loss"] < 1
+
+
+def test_the_learning_rate_is_the_plain_students_best_on_validation_scenes(demo):
+    _, results = demo
+    plain = [s for s in results["students"] if s["kind"] == PLAIN]
+    means = {lr: statistics.mean(s["val"]["mAP"] for s in plain if s["learning_rate"] == lr) for lr in TINY.tuned_lr}
+    assert means[results["learning_rate"]] == max(means.values())
+    assert all((s["test"] is None) == (s["learning_rate"] != results["learning_rate"]) for s in plain)
+
+
+def test_the_gain_is_paired_by_seed(demo):
+    _, results = demo
+    test = {(s["kind"], s["seed"]): s["test"] for s in results["students"] if s["test"] is not None}
+    for name in ("mAP", "AP50", "AP75"):
+        pairs = [test[DISTILLED, seed][name] - test[PLAIN, seed][name] for seed in (0, 1)]
+        assert results["gain"][name]["values"] == pytest.approx(pairs)
+        assert results["gain"][name]["mean"] == pytest.approx(statistics.mean(pairs))
+        assert results["gain"][name]["standard_deviation"] == pytest.approx(statistics.stdev(pairs))
+
+
+def test_the_report_says_what_only_the_teacher_had(demo):
+    out, _ = demo
+    report = " ".join((out / "report.txt").read_text().split())
+    assert "the labels of 104 scenes and 6 steps" in report
+    assert "on which nothing was chosen" in report
+    assert "mAP" in report
+
+
+def test_pictures_are_there_and_not_blank(demo):
+    out, _ = demo
+    for name in ("curves", "predictions", "maps"):
+        picture = cv2.imread(str(out / f"{name}.png"))
+        assert picture is not None, name
+        assert picture.std() > 10, name
+
+
+def test_a_teacher_that_is_there_is_used_again(demo):
+    out, first = demo
+    trained = (out / "teacher" / "checkpoint.pt").stat().st_mtime_ns
+    again = run_demo(out, seeds=1, settings=TINY)
+    assert (out / "teacher" / "checkpoint.pt").stat().st_mtime_ns == trained
+    assert again["teacher"]["test"] == first["teacher"]["test"]
+    assert again["gain"]["mAP"]["standard_deviation"] is None

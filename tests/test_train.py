@@ -1,0 +1,418 @@
+"""Training: what a run promises about its files, its batches, its resumption and its errors."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
+from fastkd.yolov3 import checkpoint as checkpoint_module
+from fastkd.yolov3.checkpoint import load_detector, save_detector
+from fastkd.yolov3.config import TrainConfig, read_config
+from fastkd.yolov3.digits import CLASS_NAMES, write_digits
+from fastkd.yolov3.run_log import RunLog, read_log
+from fastkd.yolov3.train import (
+    batches,
+    build_objective,
+    check_distillation,
+    train,
+    training_set,
+    validation_set,
+)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("data") / "digits", train=10, val=4, test=1)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A teacher file; its weights are random, but its batch norms have seen images."""
+    torch.manual_seed(1)
+    model = YOLOv3(num_classes=10, width=0.125, anchors=[[20, 30], [25, 35], [30, 40]] * 3)
+    with torch.no_grad():
+        for _ in range(5):
+            model(torch.rand(4, 3, 64, 64))
+    path = tmp_path_factory.mktemp("teacher") / "model.pt"
+    save_detector(model, path, CLASS_NAMES, 64)
+    return path
+
+
+@pytest.fixture
+def config(digits, tmp_path):
+    """Three epochs of three steps on ten small scenes."""
+    return TrainConfig(
+        annotations=str(digits / "annotations/train.json"),
+        images=str(digits / "images/train"),
+        out=str(tmp_path / "run"),
+        model="yolov3-tiny",
+        width=0.125,
+        size=64,
+        batch=4,
+        epochs=3,
+        warmup=2,
+        log_every=2,
+        eval_every=0,
+        tensorboard=False,
+        cpu=True,
+    )
+
+
+def with_val(config: TrainConfig, digits: Path) -> TrainConfig:
+    return replace(config, val_annotations=str(digits / "annotations/val.json"), val_images=str(digits / "images/val"))
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next training run dies in this step, once."""
+    original = RunLog.step
+
+    def die(log, at, *args):
+        if at == step:
+            monkeypatch.setattr(RunLog, "step", original)
+            raise KeyboardInterrupt
+        original(log, at, *args)
+
+    monkeypatch.setattr(RunLog, "step", die)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- resumption
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(config, teacher, tmp_path, monkeypatch):
+    config = replace(config, teacher=str(teacher), distill_warmup=4, logit_weight=0.1)
+    whole = train(replace(config, out=str(tmp_path / "whole")))
+    for step in (2, 5, 8):  # before the first checkpoint, and in the middle of two epochs
+        kill_at(monkeypatch, step)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(config, resume=True))
+    resumed = train(replace(config, resume=True))
+
+    assert same(weights(whole.model_file), weights(resumed.model_file))
+    states = [torch.load(tmp_path / out / "checkpoint.pt", weights_only=True) for out in ("whole", "run")]
+    for part in ("student", "distiller"):
+        a, b = ({k: v for k, v in s[part].items() if isinstance(v, torch.Tensor)} for s in states)
+        assert same(a, b), part
+    logs = [read_log(tmp_path / out / "metrics.jsonl") for out in ("whole", "run")]
+    assert [x["step"] for x in logs[0]] == [x["step"] for x in logs[1]]
+    assert [x["loss"] for x in logs[0]] == [x["loss"] for x in logs[1]]
+
+
+def test_resuming_a_finished_run_trains_nothing_more(config, digits, tmp_path):
+    config = with_val(config, digits)
+    first = train(config)
+    before = weights(first.model_file)
+    again = train(replace(config, resume=True))
+    assert same(before, weights(again.model_file))
+    assert (again.steps, again.seconds) == (first.steps, first.seconds)
+    assert again.metrics == first.metrics
+    assert sum("metrics" in line for line in read_log(first.model_file.with_name("metrics.jsonl"))) == 1
+
+
+def test_a_run_is_not_overwritten(config):
+    train(replace(config, steps=1))
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(replace(config, steps=1))
+
+
+def test_resuming_with_another_configuration_names_what_differs(config):
+    train(replace(config, steps=1))
+    with pytest.raises(ValueError, match=r"lr \(0.001 then, 0.01 now\)"):
+        train(replace(config, steps=1, lr=0.01, workers=0, resume=True))
+
+
+def test_log_after_a_resume_has_no_line_twice_and_no_broken_line(config, tmp_path, monkeypatch):
+    kill_at(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    file = tmp_path / "run" / "metrics.jsonl"
+    assert [x["step"] for x in read_log(file)] == [2, 3, 4]  # the checkpoint is of step 3
+    with file.open("a") as log:
+        log.write('{"step": 5, "lo')
+    train(replace(config, resume=True))
+    lines = file.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 3, 4, 6, 8, 9]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(config, tmp_path, monkeypatch):
+    train(replace(config, steps=1))
+    kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+
+    def full_disk(content, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space"), checkpoint_module.replacing(tmp_path / "run/checkpoint.pt") as part:
+        torch.save({}, part)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == kept
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+# ---- batches
+
+
+def test_batches_do_not_depend_on_where_a_run_begins_or_on_workers(config):
+    whole = list(batches(training_set(config), config, 0, 5))
+    tail = list(batches(training_set(config), config, 3, 5))
+    workers = list(batches(training_set(config), replace(config, workers=2), 0, 5))
+    for a, b in [*zip(whole[3:], tail, strict=True), *zip(whole, workers, strict=True)]:
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.targets, b.targets)
+
+
+def test_an_epoch_shows_every_picture_once_and_the_next_in_another_order(config):
+    data = training_set(config)
+    seen = [i for batch in batches(data, config, 0, 5) for i in batch.image_ids]  # 20 pictures: two epochs of ten
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(image["id"] for image in data.images)
+    assert seen[:10] != seen[10:]
+
+
+def test_ranks_share_a_batch_without_overlap(config):
+    data = training_set(config)
+    whole = next(batches(data, config, 0, 1)).image_ids
+    parts = [next(batches(data, config, 0, 1, rank=r, ranks=2)).image_ids for r in range(2)]
+    assert sorted(parts[0] + parts[1]) == sorted(whole)
+    assert len(parts[0]) == len(parts[1])
+
+
+def test_fewer_pictures_than_a_batch_still_fill_it(config):
+    config = replace(config, limit=3, batch=8, epochs=2, anchors="default")
+    assert [len(b.images) for b in batches(training_set(config), config, 0, 2)] == [8, 8]
+    assert train(config).steps == 2
+
+
+# ---- what is trained
+
+
+def test_a_detector_learns_a_few_scenes_by_heart(config, digits):
+    config = replace(config, limit=4, width=0.25, steps=130, lr=4e-3, augmentation=None, cache=True, save_every=99)
+    config = replace(config, val_annotations=str(_first(digits, 4)), val_images=config.images)
+    result = train(config)
+    assert result.metrics.AP50 > 0.8
+
+
+def _first(digits: Path, count: int) -> Path:
+    content = json.loads((digits / "annotations/train.json").read_text())
+    content["images"] = content["images"][:count]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [x for x in content["annotations"] if x["image_id"] in kept]
+    file = digits / f"annotations/first_{count}.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_a_teacher_does_not_change_the_weights_that_a_student_starts_from(config, teacher):
+    data = training_set(config)
+    plain = build_objective(config, data).student.state_dict()
+    distilled = build_objective(replace(config, teacher=str(teacher)), data).student.state_dict()
+    assert same(plain, distilled)
+
+
+def test_distillation_moves_student_and_adapters_but_not_the_teacher(config, teacher, tmp_path):
+    before = teacher.read_bytes()
+    config = replace(config, teacher=str(teacher), steps=2)
+    data = training_set(config)
+    objective = build_objective(config, data)
+    teacher_weights = {k: v.clone() for k, v in objective.distiller.teacher.state_dict().items()}
+    initial = {k: v.clone() for k, v in objective.distiller.state_dict().items() if isinstance(v, torch.Tensor)}
+    objective.train()
+    batch = next(batches(data, config, 0, 1))
+    objective(batch.images, batch.targets)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.distiller.parameters())
+    assert all(p.grad is not None for p in objective.student.parameters())
+    assert same(teacher_weights, objective.distiller.teacher.state_dict())
+
+    train(config)
+    after = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["distiller"]
+    assert any(not torch.equal(initial[name], after[name]) for name in initial if "adapters" in name)
+    assert teacher.read_bytes() == before
+
+
+def test_reported_terms_add_up_to_the_loss(config, teacher):
+    config = replace(config, teacher=str(teacher), logit_weight=0.5)
+    data = training_set(config)
+    objective = build_objective(config, data).train()
+    batch = next(batches(data, config, 0, 1))
+    loss, values = objective(batch.images, batch.targets)
+    terms = dict(zip(objective.terms, values.tolist(), strict=True))
+    parts = [terms[name] for name in ("box", "objectness", "class", "distill", "logit")]
+    assert terms["loss"] == pytest.approx(loss.item())
+    assert sum(parts) == pytest.approx(loss.item(), rel=1e-5)
+    levels = [value for name, value in terms.items() if name.startswith("distill/")]
+    assert len(levels) == 5
+    assert config.distill_weight * sum(levels) == pytest.approx(terms["distill"], rel=1e-5)
+
+
+def test_check_of_a_run_finds_distillation_on(config, teacher):
+    config = replace(config, teacher=str(teacher))
+    report = check_distillation(config)
+    assert report.ok, str(report)
+    with pytest.raises(ValueError, match="has none"):
+        check_distillation(replace(config, teacher=None))
+
+
+def test_an_untrained_teacher_is_warned_about(config, tmp_path):
+    save_detector(YOLOv3(num_classes=10, width=0.125), tmp_path / "fresh.pt", CLASS_NAMES, 64)
+    with pytest.warns(UserWarning, match="as initialised"):
+        train(replace(config, teacher=str(tmp_path / "fresh.pt"), steps=1))
+
+
+def test_without_averaging_the_last_weights_are_exported(config, tmp_path):
+    result = train(replace(config, ema=0.0))
+    last = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["student"]
+    exported = weights(result.model_file)
+    floats = {name for name, value in last.items() if value.is_floating_point()}
+    assert all(torch.equal(exported[name], last[name]) for name in floats)
+
+
+def test_averaged_weights_are_between_the_first_and_the_last(config, tmp_path):
+    result = train(replace(config, lr=1e-2))
+    last = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["student"]
+    exported = weights(result.model_file)
+    assert not torch.equal(exported["conv8.conv.weight"], last["conv8.conv.weight"])
+    assert all(value.isfinite().all() for value in exported.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_mixed_precision_trains(config, teacher, optimizer):
+    result = train(replace(config, teacher=str(teacher), mixed_precision="bf16", optimizer=optimizer, steps=3))
+    assert all(value.isfinite().all() for value in weights(result.model_file).values())
+    assert all(value.dtype in (torch.float32, torch.int64) for value in weights(result.model_file).values())
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine(config, tmp_path):
+    train(replace(config, lr=1.0e-3, warmup=4, steps=9, log_every=1, final_lr=0.1))
+    rates = [x["lr"] for x in read_log(tmp_path / "run/metrics.jsonl")]
+    assert rates[:5] == pytest.approx([0.0002, 0.0004, 0.0006, 0.0008, 0.001])
+    expected = 0.0001 + 0.0009 * (1 + math.cos(math.pi * 4 / 5)) / 2
+    assert rates[-1] == pytest.approx(expected)
+
+
+# ---- files
+
+
+def test_the_exported_student_is_alone_and_computes_the_same_everywhere(config, digits, teacher, tmp_path):
+    result = train(replace(with_val(config, digits), teacher=str(teacher), steps=2))
+    content = torch.load(result.model_file, weights_only=True)
+    assert set(content["state_dict"]) == set(YOLOv3Tiny(num_classes=10, width=0.125).state_dict())
+    assert content["class_names"] == list(CLASS_NAMES)
+    loaded = load_detector(result.model_file)
+    darknet = load_detector(
+        result.model_file.with_suffix(".weights"),
+        model="yolov3-tiny",
+        num_classes=10,
+        width=0.125,
+        anchors=loaded.model.anchors,
+    )
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        trained, again, from_darknet = (model(images) for model in (result.model, loaded.model, darknet.model))
+    for a, b, c in zip(trained, again, from_darknet, strict=True):
+        torch.testing.assert_close(a, b)  # the trained model's memory has another layout
+        assert torch.equal(b, c)
+    assert (loaded.class_names, loaded.size) == (CLASS_NAMES, 64)
+
+
+def test_a_trained_file_is_a_start_for_another_run(config, tmp_path):
+    first = train(replace(config, steps=2))
+    again = replace(config, init=str(first.model_file), out=str(tmp_path / "again"))
+    assert same(
+        build_objective(again, training_set(again)).student.state_dict(),
+        weights(first.model_file),
+    )
+    with pytest.raises(ValueError, match=r"init: expected a yolov3-tiny of width 0\.25"):
+        train(replace(again, width=0.25))
+
+
+def test_configuration_can_be_read_back(config, tmp_path):
+    train(replace(config, steps=1))
+    assert read_config(tmp_path / "run") == replace(config, steps=1)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_tensorboard_curves_are_written(config, tmp_path):
+    train(replace(config, steps=2, tensorboard=True))
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+# ---- errors
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(config, teacher, tmp_path):
+    bad = load_detector(teacher)
+    with torch.no_grad():
+        bad.model.neck32.conv.weight.fill_(math.nan)
+    save_detector(bad.model, tmp_path / "bad.pt", CLASS_NAMES, 64)
+    config = replace(config, teacher=str(tmp_path / "bad.pt"), confidence_prior=False)
+    with (
+        pytest.warns(UserWarning, match="distillation may not work"),
+        pytest.raises(FloatingPointError, match=r"the distill, distill/.* loss is not finite at step 1 "),
+    ):
+        train(config)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_too_few_boxes_to_choose_anchors_by_have_a_way_out(config):
+    with pytest.raises(ValueError, match=r"anchors: too few boxes .* got 6\); use anchors='default'"):
+        train(replace(config, limit=1))
+
+
+def test_a_teacher_of_other_classes_is_refused(config, tmp_path):
+    for classes, names in ((3, "abc"), (10, "0123456798")):
+        save_detector(YOLOv3(num_classes=classes, width=0.125), tmp_path / "other.pt", tuple(names), 64)
+        with pytest.raises(ValueError, match=r"teacher: expected the data set's 10 classes 0, 1, 2"):
+            train(replace(config, teacher=str(tmp_path / "other.pt")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "yolov5"}, "model: expected one of yolov3, yolov3-tiny; got 'yolov5'"),
+        ({"batch": 0}, "batch: expected a number >= 1, got 0"),
+        ({"lr": -1.0}, "lr: expected a finite number > 0"),
+        ({"ema": 1.0}, r"ema: expected a number in \[0, 1\)"),
+        ({"distill_weight": math.nan}, "distill_weight: expected a finite number >= 0"),
+        ({"val_annotations": "val.json"}, "val_images"),
+        ({"mixed_precision": "fp8"}, "mixed_precision: expected one of no, bf16, fp16"),
+    ],
+)
+def test_a_wrong_value_is_named(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("absent.pt", None, FileNotFoundError, "no such file"),
+        ("model.onnx", b"", ValueError, "ends in .pt or .weights"),
+        ("broken.pt", b"PK not a zip", ValueError, "is it whole"),
+        ("other.pt", {"weights": 1}, ValueError, "not a detector's file"),
+    ],
+)
+def test_a_file_that_is_no_detector_is_refused(tmp_path, name, content, error, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(error, match=message):
+        load_detector(path)
+
+
+def test_a_validation_set_is_not_augmented(config, digits):
+    assert validation_set(config) is None
+    assert validation_set(with_val(config, digits)).augmentation is None
