@@ -144,7 +144,7 @@ def _add_train(commands: Any) -> None:
     kd = parser.add_argument_group("distillation")
     add(kd, "--teacher", "model.pt of a trained teacher, or Darknet .weights (default: no distillation)")
     add(kd, "--teacher-model", "what a .weights teacher is (default: yolov3)", choices=names)
-    add(kd, "--distill-weight", "factor of the feature loss (default: 30.0)", type=float)
+    add(kd, "--distill-weight", "factor of the feature loss (default: 40.0)", type=float)
     add(kd, "--info-map", "where in the features to look (default: self_information)", metavar="NAME")
     add(
         kd,
@@ -305,14 +305,14 @@ def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from fastkd.yolov3.checkpoint import replacing
     from fastkd.yolov3.data import CocoDetection
     from fastkd.yolov3.evaluate import evaluate
+    from fastkd.yolov3.files import replacing
+    from fastkd.yolov3.train import require_classes
 
     found, size = _load(arguments)
     data = CocoDetection(*find_set(arguments.data, arguments.set), size)
-    if data.num_classes != found.model.num_classes:
-        raise ValueError(f"--data: expected the model's {found.model.num_classes} classes, got {data.num_classes}")
+    require_classes("MODEL", found, data)
     metrics = evaluate(
         found.model,
         data,

@@ -5,7 +5,7 @@ import pytest
 
 from fastkd.yolov3.augment import FILL, Augmentation, augment, crop, flip, mosaic, recolour
 
-STILL = Augmentation(zoom=(1, 1), stretch=0, translate=0, hue=0, saturation=0, value=0)
+STILL = Augmentation(zoom=(1, 1), translate=0, hue=0, saturation=0, value=0)
 RED = (255, 0, 0)
 
 
@@ -31,9 +31,7 @@ def test_the_same_generator_state_gives_the_same_picture():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_boxes_follow_their_pixels(seed):
-    options = Augmentation(
-        flip=0.5, zoom=(0.6, 1.6), stretch=0.3, translate=0.2, hue=0, saturation=0, value=0, min_visible=0
-    )
+    options = Augmentation(flip=0.5, zoom=(0.6, 1.6), translate=0.2, hue=0, saturation=0, value=0, min_visible=0)
     image, boxes, classes = augment(*picture(), np.random.default_rng(seed), options)
     assert boxes.tolist() == [red_box(image)]
     assert classes.tolist() == [3]
@@ -56,7 +54,7 @@ def test_inputs_are_left_alone():
 def test_no_flip_by_default():
     """Digits would change their meaning."""
     image, boxes, classes = picture(box=(0, 10, 30, 40))
-    quiet = Augmentation(zoom=(1, 1), stretch=0, translate=0)
+    quiet = Augmentation(zoom=(1, 1), translate=0)
     for seed in range(20):
         assert augment(image, boxes, classes, np.random.default_rng(seed), quiet)[1][0, 0] == 0
 
@@ -131,7 +129,6 @@ def test_mosaic_refuses_unequal_pictures():
         ({"flip": 1.5}, "flip: expected a number in 0..1, got 1.5"),
         ({"zoom": (2, 1)}, "zoom: expected .low, high."),
         ({"zoom": (0, 1)}, "zoom"),
-        ({"stretch": -1}, "stretch: expected a number >= 0"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, message):

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -67,6 +68,17 @@ def test_help_needs_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_doctor_needs_torch_alone():
+    code = (
+        "import sys\n"
+        "for m in ('numpy', 'cv2', 'accelerate', 'pycocotools', 'matplotlib', 'sklearn'): sys.modules[m] = None\n"
+        "from fastkd import cli; sys.exit(cli.main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "missing" in done.stdout
 
 
 def test_defaults_in_the_help_of_train_are_those_of_the_configuration():
@@ -234,6 +246,16 @@ def test_boxes_are_drawn_where_objects_are_and_nowhere_else():
     assert not changed[35:49, 33:58].any()
     assert not changed[52:].any()
     assert (image == 128).all()
+
+
+def test_pictures_are_not_overwritten_by_their_predictions(student, digits, tmp_path):
+    from fastkd.yolov3.checkpoint import load_detector
+
+    shutil.copy(digits / "images/test/000001.png", tmp_path)
+    before = (tmp_path / "000001.png").read_bytes()
+    with pytest.raises(ValueError, match="holds the pictures themselves"):
+        predict(load_detector(student).model, [tmp_path], tmp_path, size=96)
+    assert (tmp_path / "000001.png").read_bytes() == before
 
 
 def test_two_pictures_of_one_name_are_refused(student, digits, tmp_path):

@@ -78,7 +78,9 @@ def test_pictures_are_there_and_not_blank(demo):
 def test_a_teacher_that_is_there_is_used_again(demo):
     out, first = demo
     trained = (out / "teacher" / "checkpoint.pt").stat().st_mtime_ns
+    (out / "students" / "marks.csv").write_text("not ours")
     again = run_demo(out, seeds=1, settings=TINY)
+    assert (out / "students" / "marks.csv").read_text() == "not ours"
     assert (out / "teacher" / "checkpoint.pt").stat().st_mtime_ns == trained
     assert again["teacher"]["test"] == first["teacher"]["test"]
     assert again["gain"]["mAP"]["standard_deviation"] is None

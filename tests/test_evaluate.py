@@ -68,6 +68,19 @@ def test_perfect_detections_score_one(dataset):
     assert metrics.per_class == {"cat": pytest.approx(1), "dog": pytest.approx(1), "owl": None}
 
 
+def test_annotation_ids_may_begin_at_zero(dataset):
+    for number, annotation in enumerate(dataset.annotations):
+        annotation["id"] = number
+    assert evaluate(FakeDetector(), dataset).mAP == pytest.approx(1)
+
+
+def test_a_model_of_other_classes_is_refused(dataset):
+    model = FakeDetector()
+    model.num_classes = 4
+    with pytest.raises(ValueError, match="model: expected the data set's 3 classes, got 4"):
+        evaluate(model, dataset)
+
+
 def test_boxes_are_mapped_back_through_the_letterbox(dataset):
     detections = detect_all(FakeDetector(), dataset)
     assert [(d["image_id"], d["category_id"]) for d in detections] == [(1, 7), (2, 9)]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
-from fastkd.yolov3 import checkpoint as checkpoint_module
 from fastkd.yolov3.checkpoint import load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.digits import CLASS_NAMES, write_digits
 from fastkd.yolov3.run_log import RunLog, read_log
 from fastkd.yolov3.train import (
+    _Run,
     batches,
     build_objective,
     check_distillation,
@@ -146,18 +147,29 @@ def test_log_after_a_resume_has_no_line_twice_and_no_broken_line(config, tmp_pat
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(config, tmp_path, monkeypatch):
-    train(replace(config, steps=1))
-    kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    run = tmp_path / "run"
+    kill_at(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    kept = (run / "checkpoint.pt").read_bytes()
 
     def full_disk(content, path):
         Path(path).write_bytes(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"), checkpoint_module.replacing(tmp_path / "run/checkpoint.pt") as part:
-        torch.save({}, part)
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == kept
-    assert not list((tmp_path / "run").glob(".*"))
+    with pytest.raises(OSError, match="no space"):
+        train(replace(config, resume=True))
+    assert (run / "checkpoint.pt").read_bytes() == kept
+    assert not list(run.glob(".*"))
+
+
+def test_paths_may_be_spelt_otherwise_when_a_run_is_resumed(config, tmp_path, monkeypatch):
+    kill_at(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    annotations = os.path.relpath(config.annotations)
+    assert train(replace(config, annotations=annotations, resume=True)).steps == 9
 
 
 # ---- batches
@@ -277,12 +289,23 @@ def test_without_averaging_the_last_weights_are_exported(config, tmp_path):
     assert all(torch.equal(exported[name], last[name]) for name in floats)
 
 
-def test_averaged_weights_are_between_the_first_and_the_last(config, tmp_path):
-    result = train(replace(config, lr=1e-2))
-    last = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["student"]
-    exported = weights(result.model_file)
-    assert not torch.equal(exported["conv8.conv.weight"], last["conv8.conv.weight"])
-    assert all(value.isfinite().all() for value in exported.values())
+def test_exported_weights_are_the_moving_average_of_each_steps(config, monkeypatch):
+    history = []
+    original = RunLog.step
+
+    def remember(log, step, *args):
+        history.append(log.student.conv8.conv.weight.detach().clone())
+        original(log, step, *args)
+
+    monkeypatch.setattr(RunLog, "step", remember)
+    monkeypatch.setattr(RunLog, "student", None, raising=False)
+    opened = _Run._open_log
+    monkeypatch.setattr(_Run, "_open_log", lambda run: setattr(log := opened(run), "student", run.student) or log)
+    average = build_objective(config, training_set(config)).student.conv8.conv.weight.detach().clone()
+    result = train(replace(config, lr=1e-2, ema=0.9))
+    for step, weight in enumerate(history):
+        average.lerp_(weight, 1 - min(0.9, (1 + step) / (10 + step)))
+    torch.testing.assert_close(weights(result.model_file)["conv8.conv.weight"], average)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -363,6 +386,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(config, teacher, t
     ):
         train(config)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_weights_that_are_not_finite_reach_no_file(config, tmp_path):
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 1"):
+        train(replace(config, steps=1, lr=1e38, weight_decay=10.0, warmup=0))
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+def test_a_validation_set_of_other_classes_is_refused_before_training(config, digits, tmp_path):
+    content = json.loads((digits / "annotations/val.json").read_text())
+    content["categories"][0]["name"] = "nought"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"val_annotations: expected the training set's classes 0, 1.*got nought"):
+        train(replace(with_val(config, digits), val_annotations=str(tmp_path / "val.json")))
 
 
 def test_too_few_boxes_to_choose_anchors_by_have_a_way_out(config):

@@ -25,7 +25,6 @@ class Augmentation:
     Args:
         flip: probability of mirroring left to right. Leave at 0 where it changes the meaning, as with digits.
         zoom: range of the zoom factor, e.g. (0.7, 1.4): below 1 the picture shrinks into grey, above 1 it is cropped.
-        stretch: largest change of aspect: width over height changes by a factor in 1/(1 + stretch) .. 1 + stretch.
         translate: largest shift, as a share of the picture's sides.
         hue, saturation, value: largest change: of the hue as a share of the colour circle, of the others as a share of
             themselves.
@@ -35,7 +34,6 @@ class Augmentation:
 
     flip: float = 0.0
     zoom: tuple[float, float] = (0.75, 1.33)
-    stretch: float = 0.1
     translate: float = 0.1
     hue: float = 0.02
     saturation: float = 0.5
@@ -50,16 +48,14 @@ class Augmentation:
                 raise ValueError(f"{name}: expected a number in 0..1, got {amount}")
         if not 0 < self.zoom[0] <= self.zoom[1]:
             raise ValueError(f"zoom: expected (low, high) with 0 < low <= high, got {self.zoom}")
-        if self.stretch < 0:
-            raise ValueError(f"stretch: expected a number >= 0, got {self.stretch}")
 
 
 def augment(
     image: Array, boxes: Array, classes: Array, rng: np.random.Generator, options: Augmentation = Augmentation()
 ) -> Labelled:
-    """Crop or pad (zoom, stretch, shift), mirror and recolour a picture.
+    """Crop or pad (zoom, shift), mirror and recolour a picture.
 
-    Zoom and stretch choose the window that the picture is cut to, so its size changes and no pixel is resampled here:
+    The zoom chooses the window that the picture is cut to, so its size changes and no pixel is resampled here:
     letterboxing to the network's size afterwards does that, once.
 
     Returns:
@@ -67,9 +63,7 @@ def augment(
     """
     height, width = image.shape[:2]
     zoom = _log_uniform(rng, *options.zoom)
-    aspect = _log_uniform(rng, 1 / (1 + options.stretch), 1 + options.stretch)
-    window_width = max(1, round(width / (zoom * aspect**0.5)))
-    window_height = max(1, round(height / zoom * aspect**0.5))
+    window_width, window_height = max(1, round(width / zoom)), max(1, round(height / zoom))
     shift_x, shift_y = rng.uniform(-options.translate, options.translate, size=2)
     x = round((width - window_width) / 2 + shift_x * width)
     y = round((height - window_height) / 2 + shift_y * height)

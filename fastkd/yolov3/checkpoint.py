@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from fastkd.yolov3.darknet import load_weights, save_weights
+from fastkd.yolov3.files import replacing
 from fastkd.yolov3.model import AnchorSizes, YOLOv3, YOLOv3Tiny
 
 Detector = YOLOv3 | YOLOv3Tiny
@@ -86,7 +86,8 @@ def load_detector(
 
     Args:
         path: a ``.pt`` or ``.weights`` file.
-        model, num_classes, width, anchors: what a ``.weights`` file does not say; not looked at for ``.pt``.
+        model, num_classes, width, anchors: what a ``.weights`` file does not say; not looked at for ``.pt``. Without
+            anchors a ``.weights`` file gets the model's own, as published.
 
     Raises:
         FileNotFoundError: no such file.
@@ -97,6 +98,8 @@ def load_detector(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; train a detector first (fastkd train) or give another path")
     if suffix == ".weights":
+        if anchors is None and model == "yolov3-tiny" and num_classes == 80:
+            anchors = YOLOv3Tiny.published_anchors  # those that the official file was trained with
         detector = build_detector(model, num_classes, width, anchors)
         load_weights(detector, path)
         return Trained(detector.eval(), (), None)
@@ -104,19 +107,6 @@ def load_detector(
     detector = build_detector(content["model"], content["num_classes"], content["width"], content["anchors"])
     detector.load_state_dict(content["state_dict"])
     return Trained(detector.eval(), tuple(content["class_names"]), content["size"])
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes the place of ``path`` once the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ FREE_TO_CHANGE = {
     *("out", "resume", "workers", "cache", "eval_every", "save_every", "log_every", "tensorboard", "cpu"),
     *("val_annotations", "val_images"),
 }
+PATHS = {"annotations", "images", "teacher", "init"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class TrainConfig:
     anchors: str = "data"
     teacher: str | None = None
     teacher_model: str = "yolov3"
-    distill_weight: float = 30.0
+    distill_weight: float = 40.0
     info_map: str = "self_information"
     confidence_prior: bool = True
     match_threshold: float = 0.5
@@ -152,7 +153,7 @@ def require_same_run(saved: dict[str, Any], asked: dict[str, Any], step: int) ->
     Raises:
         ValueError: names what differs.
     """
-    differ = [k for k in asked if k not in FREE_TO_CHANGE and _plain(saved.get(k)) != _plain(asked[k])]
+    differ = [k for k in asked if k not in FREE_TO_CHANGE and _plain(k, saved.get(k)) != _plain(k, asked[k])]
     if differ:
         raise ValueError(
             "resume: expected the configuration that the run was begun with; it differs in "
@@ -161,6 +162,6 @@ def require_same_run(saved: dict[str, Any], asked: dict[str, Any], step: int) ->
         )
 
 
-def _plain(value: Any) -> Any:
-    """As JSON keeps it: tuples are lists."""
-    return json.loads(json.dumps(value))
+def _plain(name: str, value: Any) -> Any:
+    """As JSON keeps it, tuples being lists; a path however it is spelt."""
+    return os.path.realpath(value) if name in PATHS and value else json.loads(json.dumps(value))

@@ -6,14 +6,16 @@ holds bias, then convolution. Layers come in the order in which a model register
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fastkd.yolov3.files import replacing
 
 _VERSION = (0, 2, 0)  # as in the files published with the paper
 _LONG_HEADER = struct.Struct("<iiiq")  # major, minor, revision, images seen
@@ -40,7 +42,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
     header, seen = _read_header(data, path)
     tensors = list(_in_file_order(model))
     _check_length(len(data), header + 4 * sum(t.numel() for t in tensors), model, path)
-    values = torch.from_numpy(np.frombuffer(data, "<f4", offset=header).astype(np.float32))
+    values = torch.frombuffer(bytearray(data), dtype=torch.float32, offset=header)
     with torch.no_grad():
         for tensor, chunk in zip(tensors, torch.split(values, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(chunk.view_as(tensor))
@@ -55,16 +57,11 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], seen: int = 0) 
         path: replaced if it exists.
         seen: images seen in training, for the header.
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(_LONG_HEADER.pack(*_VERSION, seen))
-            for tensor in _in_file_order(model):
-                file.write(tensor.detach().cpu().contiguous().float().numpy().astype("<f4").tobytes())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(_LONG_HEADER.pack(*_VERSION, seen))
+        for tensor in _in_file_order(model):
+            values = tensor.detach().cpu().contiguous().float()
+            file.write(ctypes.string_at(values.data_ptr(), values.nbytes))  # numpy is not required
 
 
 def weights_size(model: nn.Module) -> int:

@@ -22,15 +22,16 @@ from torch import Tensor
 import fastkd
 from fastkd import viz
 from fastkd.yolov3.augment import Augmentation
-from fastkd.yolov3.checkpoint import load_detector, replacing
+from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import TrainConfig
 from fastkd.yolov3.data import CocoDetection, collate
 from fastkd.yolov3.digits import write_digits
 from fastkd.yolov3.evaluate import Metrics, evaluate
+from fastkd.yolov3.files import replacing
 from fastkd.yolov3.objective import Objective
 from fastkd.yolov3.predict import detect_objects, draw
 from fastkd.yolov3.run_log import read_log
-from fastkd.yolov3.train import TrainResult, build_objective, train, training_set
+from fastkd.yolov3.train import TrainResult, build_objective, load_checkpoint, train, training_set
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,6 +56,8 @@ class Settings:
         student_lr: the students', where it is not tuned.
         tuned_lr: those that the plain student may choose from, by its mAP on the validation scenes.
         distill_weight: factor of the distillation loss.
+        teacher_match: the teacher's ``match_threshold``, lower than the student's: more of its heads train on each box,
+            so that the coarse levels, which are those that the student has too, know every size.
         curve_points: evaluations during a student's training.
     """
 
@@ -64,13 +67,14 @@ class Settings:
     test: int = 500
     teacher_width: float = 0.25
     student_width: float = 0.5
-    teacher_steps: int = 1000
+    teacher_steps: int = 1200
     student_steps: int = 800
     batch: int = 16
     teacher_lr: float = 4e-3
     student_lr: float = 8e-3
     tuned_lr: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
-    distill_weight: float = 30.0
+    distill_weight: float = 40.0
+    teacher_match: float = 0.3
     curve_points: int = 5
     size: int = 96
 
@@ -112,10 +116,13 @@ def run_demo(
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     started = time.perf_counter()
     root = Path(out)
-    shutil.rmtree(root / "students", ignore_errors=True)
+    import matplotlib  # noqa: F401  # the pictures come last, and minutes would be lost
+
     print(f"making digits scenes in {root / 'digits'}")
     write_digits(root / "digits", train=settings.scenes, val=settings.val, test=settings.test, size=settings.size)
     teacher = _train_teacher(root, settings)
+    for run in (root / "students").glob("*/config.json"):
+        shutil.rmtree(run.parent)
     students, lr = _train_students(root, settings, seeds, teacher)
     chosen = [s for s in students if s.lr == lr]
 
@@ -128,11 +135,11 @@ def run_demo(
     batch = collate([test[i] for i in range(min(settings.batch, len(test)))])
     shares = _shares_of_step(objective, batch.images, last.result.seconds / last.result.steps)
     results = _results(settings, seeds, lr, teacher, students, scores, shares, time.perf_counter() - started)
-    _draw(root, settings, teacher, chosen, objective, test)
     report = _report(results)
     for name, text in (("results.json", json.dumps(results, indent=2)), ("report.txt", report)):
         with replacing(root / name) as part:
             part.write_text(text + "\n", encoding="utf-8")
+    _draw(root, settings, teacher, chosen, objective, test)
     print("\n" + report)
     print(f"\ncurves.png, predictions.png, maps.png, results.json and report.txt are in {root}")
     return results
@@ -156,6 +163,7 @@ def _train_teacher(root: Path, settings: Settings) -> TrainResult:
             steps=settings.teacher_steps,
             batch=settings.batch,
             lr=settings.teacher_lr,
+            match_threshold=settings.teacher_match,
             eval_every=0,
             resume=True,
         )
@@ -222,9 +230,7 @@ def _scenes(root: Path, settings: Settings, split: str) -> CocoDetection:
 def _restored(student: Student) -> Objective:
     """Student, teacher, adapters and statistics as the training left them."""
     objective = build_objective(student.config, training_set(student.config))
-    saved = torch.load(Path(student.config.out) / "checkpoint.pt", weights_only=True)
-    objective.student.load_state_dict(saved["student"])
-    _distiller(objective).load_state_dict(saved["distiller"])
+    load_checkpoint(student.config, objective)
     return objective
 
 
@@ -339,7 +345,8 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {"fastkd": fastkd.__version__, "python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+    installed = {x.name: x.version for x in importlib.metadata.distributions()}
+    return found | {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def _note(settings: Settings, seeds: int, lr: float) -> str:
@@ -355,8 +362,8 @@ def _note(settings: Settings, seeds: int, lr: float) -> str:
         f"for the same {settings.student_steps} steps, from the same initial weights; the distilled one also sees the "
         "teacher's features on them. So what distillation passes on is what the teacher learnt from its larger data. "
         f"{chosen} "
-        f"Scores are on {settings.test} test scenes, made of other digits and other photographs' halves than the "
-        "training scenes, on which nothing was chosen."
+        f"Scores are on {settings.test} test scenes, made of other digits and the other halves of the "
+        "photographs than the training scenes, on which nothing was chosen."
     )
 
 
@@ -446,9 +453,10 @@ def _predictions(models: dict[str, Any], images: Tensor, class_names: Sequence[s
         axis.set_title(name, fontsize=8)
     for row, image in zip(axes, images, strict=True):
         pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-        pixels = cv2.resize(pixels, (4 * size, 4 * size), interpolation=cv2.INTER_CUBIC)
+        enlarged = cv2.resize(pixels, (4 * size, 4 * size), interpolation=cv2.INTER_CUBIC)
         for axis, model in zip(row, models.values(), strict=True):
-            axis.imshow(draw(pixels, detect_objects(model, pixels, size), class_names))
+            found = detect_objects(model, pixels, size)
+            axis.imshow(draw(enlarged, found._replace(boxes=4 * found.boxes), class_names))
             axis.set(xticks=[], yticks=[])
     return figure
 

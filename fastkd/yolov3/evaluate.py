@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 from fastkd.yolov3.anchors import Heads
 from fastkd.yolov3.boxes import detect
 from fastkd.yolov3.data import CocoDetection, collate
+from fastkd.yolov3.files import replacing
 
 Detection = dict[str, Any]  # one entry of a COCO results file: image_id, category_id, bbox (x, y, w, h), score
 
@@ -107,11 +107,13 @@ def detect_all(
             raise ValueError(
                 f"model: expected a detector with {attribute}, got {type(model).__name__}; unwrap it first"
             )
+    if model.num_classes != dataset.num_classes:
+        raise ValueError(f"model: expected the data set's {dataset.num_classes} classes, got {model.num_classes}")
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     results: list[Detection] = []
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         for batch in loader:
             outputs = model(batch.images.to(device))
             found = detect(outputs, cast(Heads, model), score_threshold=score_threshold, iou_threshold=iou_threshold)
@@ -153,18 +155,12 @@ def score(detections: list[Detection], dataset: CocoDetection) -> Metrics:
 
 def write_detections(detections: list[Detection], path: str | os.PathLike[str]) -> None:
     """Write COCO results as JSON, whole or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(detections), encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as part:
+        part.write_text(json.dumps(detections), encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode, then each module's own mode again: parts may be frozen in eval while the rest trains."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -177,8 +173,8 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _coco(dataset: CocoDetection, annotations: list[dict[str, Any]]) -> COCO:
     coco = COCO()
-    # Copies, because pycocotools writes into the annotations.
-    copies = [dict(annotation) for annotation in annotations]
+    # Copies, because pycocotools writes into the annotations; ids from 1, because it reads 0 as "not matched".
+    copies = [annotation | {"id": i} for i, annotation in enumerate(annotations, start=1)]
     coco.dataset = {"info": {}, "images": dataset.images, "annotations": copies, "categories": dataset.categories}
     coco.createIndex()
     return coco

@@ -36,7 +36,7 @@ class Objective(nn.Module):
         student: Detector,
         teacher: Detector | None = None,
         *,
-        distill_weight: float = 30.0,
+        distill_weight: float = 40.0,
         logit_weight: float = 0.0,
         match_threshold: float = 0.5,
         confidence_prior: bool = True,
@@ -63,7 +63,7 @@ class Objective(nn.Module):
             prior=self._prior,
             **loss_options,
         )
-        self._teacher_layout = (teacher.strides, teacher.anchors, teacher.num_classes)
+        self._teacher = (teacher,)  # in a tuple it is not registered as a submodule
         self._teacher_outputs: Sequence[Tensor] = ()
 
     @property
@@ -105,18 +105,18 @@ class Objective(nn.Module):
         self._teacher_outputs = outputs
         if not self.confidence_prior:
             return [None] * len(sizes)
-        _, anchors, classes = self._teacher_layout
-        heads = [x.view(len(x), anchors.shape[1], 5 + classes, *x.shape[2:]) for x in outputs]
+        (teacher,) = self._teacher
+        heads = [x.view(len(x), teacher.anchors.shape[1], 5 + teacher.num_classes, *x.shape[2:]) for x in outputs]
         return priors.confidence([x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads], sizes)
 
     def _logit_loss(self, outputs: Sequence[Tensor]) -> Tensor:
-        strides, anchors, classes = self._teacher_layout
+        (teacher,) = self._teacher
         return logit_distill_loss(
             outputs,
             self._teacher_outputs,
             self.student.strides,
-            strides,
-            classes,
+            teacher.strides,
+            teacher.num_classes,
             student_anchors=self.student.anchors,
-            teacher_anchors=anchors,
+            teacher_anchors=teacher.anchors,
         )

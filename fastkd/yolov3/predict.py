@@ -13,8 +13,10 @@ import numpy.typing as npt
 import torch
 
 from fastkd.yolov3.boxes import Detections, detect
-from fastkd.yolov3.checkpoint import Detector, replacing
+from fastkd.yolov3.checkpoint import Detector
 from fastkd.yolov3.data import fit, read_image
+from fastkd.yolov3.evaluate import eval_mode
+from fastkd.yolov3.files import replacing
 
 Image = npt.NDArray[np.uint8]
 
@@ -52,9 +54,13 @@ def predict(
         ValueError: a file that is no picture, two pictures of one name, or a threshold out of range.
     """
     files = _listed(pictures)
-    targets = [Path(out) / file.name for file in files]
+    targets = [_named(Path(out) / file.name) for file in files]
     if len(set(targets)) != len(targets):
         raise ValueError("pictures: expected different file names, got two alike; predict one folder at a time")
+    if {x.resolve() for x in targets} & {x.resolve() for x in files}:
+        raise ValueError(
+            f"out: {os.fspath(out)} holds the pictures themselves; give another folder, or they would be lost"
+        )
     for file, target in zip(files, targets, strict=True):
         image = read_image(file)
         found = detect_objects(model, image, size, score_threshold, iou_threshold)
@@ -69,13 +75,8 @@ def detect_objects(
     square, letterbox = fit(image, size)
     pixels = torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1)))[None]
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            outputs = model(pixels.to(device).float() / 255)
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.inference_mode():
+        outputs = model(pixels.to(device).float() / 255)
     found = detect(outputs, model, score_threshold, iou_threshold)[0]
     boxes = letterbox.to_original(found.boxes.cpu().numpy())
     return Detections(torch.from_numpy(boxes), found.scores, found.classes)
@@ -121,10 +122,13 @@ def _listed(pictures: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return files
 
 
+def _named(target: Path) -> Path:
+    return target if target.suffix.lower() in SUFFIXES else target.with_suffix(".png")
+
+
 def _write(target: Path, image: Image) -> None:
-    suffix = target.suffix if target.suffix.lower() in SUFFIXES else ".png"
-    done, encoded = cv2.imencode(suffix, cast(Image, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)))
+    done, encoded = cv2.imencode(target.suffix, cast(Image, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)))
     if not done:
-        raise ValueError(f"{target}: this picture could not be encoded as {suffix}")
+        raise ValueError(f"{target}: this picture could not be encoded as {target.suffix}")
     with replacing(target) as part:
         part.write_bytes(encoded.tobytes())

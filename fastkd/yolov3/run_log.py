@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastkd.yolov3.checkpoint import replacing
+from fastkd.yolov3.files import replacing
 
 SHOWN = ("loss", "box", "objectness", "class", "distill", "logit")
 

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastkd.distiller import Distiller
 from fastkd.health import Report
 from fastkd.yolov3.anchors import dataset_anchors
-from fastkd.yolov3.checkpoint import MODELS, Detector, Trained, build_detector, load_detector, replacing, save_detector
+from fastkd.yolov3.checkpoint import MODELS, Detector, Trained, build_detector, load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, require_same_run
 from fastkd.yolov3.data import Batch, CocoDetection, Sample, collate
 from fastkd.yolov3.evaluate import Metrics, evaluate
+from fastkd.yolov3.files import replacing
 from fastkd.yolov3.objective import Objective
 from fastkd.yolov3.run_log import RunLog
 
@@ -76,7 +77,7 @@ def build_objective(config: TrainConfig, data: CocoDetection) -> Objective:
     teacher = None
     if config.teacher is not None:
         found = load_detector(config.teacher, model=config.teacher_model, num_classes=data.num_classes)
-        _require_classes("teacher", found, data)
+        require_classes("teacher", found, data)
         teacher = found.model
     objective = Objective(
         student,
@@ -101,6 +102,8 @@ class _Run:
         self.config, self.out = config, Path(config.out)
         self.data = training_set(config)
         self.val = validation_set(config)
+        if self.val is not None:
+            _require_scorable(self.val, self.data)
         AcceleratorState._reset_state()  # one process may train more than once, with other precisions
         self.accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu)
         ranks = self.accelerator.num_processes
@@ -154,7 +157,8 @@ class _Run:
             evaluates = ended or (rest == 0 and config.eval_every > 0 and epoch % config.eval_every == 0)
             if saves or evaluates:
                 break
-        self.log.flush()  # a weight that is not finite never reaches a file
+        self.log.flush()
+        self._require_finite()  # a weight that is not finite never reaches a file
         self.seconds += time.perf_counter() - started
         if evaluates:
             self._evaluate()
@@ -210,6 +214,13 @@ class _Run:
         """
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)
+
+    def _require_finite(self) -> None:
+        if not all(bool(x.isfinite().all()) for x in (*self._current, *self._averaged)):
+            raise FloatingPointError(
+                f"weights are not finite after step {self.step}; lower the learning rate, or resume from the last "
+                "checkpoint, which is still good"
+            )
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
@@ -357,7 +368,7 @@ def _initial(config: TrainConfig, data: CocoDetection) -> Detector:
             f"init: expected a {config.model} of width {config.width}, got {config.init} with "
             f"{type(found.model).__name__} of width {found.model.width}"
         )
-    _require_classes("init", found, data)
+    require_classes("init", found, data)
     if anchors is not None:
         found.model.anchors.copy_(anchors)
     return found.model.train()
@@ -373,7 +384,18 @@ def _anchors(data: CocoDetection, strides: Sequence[int]) -> Tensor:
         ) from error
 
 
-def _require_classes(name: str, found: Trained, data: CocoDetection) -> None:
+def _require_scorable(val: CocoDetection, data: CocoDetection) -> None:
+    """Faults of a validation set that would otherwise end the run at its first evaluation."""
+    if val.class_names != data.class_names:
+        raise ValueError(
+            f"val_annotations: expected the training set's classes {_shorten(data.class_names)}, "
+            f"got {_shorten(val.class_names)}"
+        )
+    if all(annotation["iscrowd"] for annotation in val.annotations):
+        raise ValueError("val_annotations: expected a set with boxes to find, got none; leave it out to train without")
+
+
+def require_classes(name: str, found: Trained, data: CocoDetection) -> None:
     """A detector from a file must name the data set's classes, in their order, or no names at all."""
     names = list(found.class_names) or data.class_names
     if found.model.num_classes != data.num_classes or names != data.class_names:
@@ -410,7 +432,7 @@ def _floats(model: nn.Module) -> list[Tensor]:
 
 
 def _lr_factor(step: int, steps: int, warmup: int, final: float) -> float:
-    """Linear from near 0 to 1 over ``warmup`` steps, then a cosine to ``final`` at the last step."""
+    """Linear from near 0 to 1 over ``warmup`` steps, then a cosine to ``final`` at the end."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(steps - warmup, 1)
@@ -423,6 +445,8 @@ def _lr_factor(step: int, steps: int, warmup: int, final: float) -> float:
 def check_distillation(config: TrainConfig) -> Report:
     """Whether distillation is really on in a run of this configuration, as ``Distiller.check`` sees it.
 
+    Looks at the run's last checkpoint, if it has one, else at its initial models.
+
     Raises:
         ValueError: it has no teacher, or as ``build_objective``.
     """
@@ -430,7 +454,19 @@ def check_distillation(config: TrainConfig) -> Report:
     objective = build_objective(config, data)
     if objective.distiller is None:
         raise ValueError("teacher: this run has none, so there is no distillation to check")
+    load_checkpoint(config, objective)
     return _report(objective, objective.distiller, data, _optimizer(config, objective))
+
+
+def load_checkpoint(config: TrainConfig, objective: Objective) -> None:
+    """Give an objective the weights, adapters and statistics of the run's last checkpoint, if there is one."""
+    file = Path(config.out) / "checkpoint.pt"
+    if not file.is_file():
+        return
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    objective.student.load_state_dict(saved["student"])
+    if objective.distiller is not None:
+        objective.distiller.load_state_dict(saved["distiller"])
 
 
 def _report(
