@@ -44,9 +44,10 @@ TRAIN = """\
 Train a detector; with --teacher, distil that teacher into it.
 
   fastkd data digits --out runs/digits
-  fastkd train --data runs/digits --out runs/teacher --model yolov3 --width 0.25 --size 96 --steps 3000 --cache
+  fastkd train --data runs/digits --out runs/teacher --model yolov3 --width 0.25 --size 96 --steps 1200 \\
+               --lr 4e-3 --match-threshold 0.3 --cache
   fastkd train --data runs/digits --train train_100 --out runs/student --width 0.5 --size 96 --steps 800 \\
-               --cache --teacher runs/teacher/model.pt
+               --lr 8e-3 --cache --teacher runs/teacher/model.pt
 
 The folder of --out gets model.pt (the detector alone), model.weights (Darknet's format), checkpoint.pt (to go on from,
 with --resume), metrics.jsonl and TensorBoard curves (tensorboard --logdir runs).
@@ -140,6 +141,11 @@ def _add_train(commands: Any) -> None:
     add(model, "--width", "multiplier of its channels (default: 1.0)", type=float)
     add(model, "--init", ".pt or .weights file to start from (default: random weights)")
     add(model, "--anchors", "found on the data, or the model's own (default: data)", choices=("data", "default"))
+
+    match = (
+        "a box trains each anchor that fits its size with more IoU; teachers of more heads than the student want less"
+    )
+    add(model, "--match-threshold", f"{match}, 0.3 say (default: 0.5)", type=float)
 
     kd = parser.add_argument_group("distillation")
     add(kd, "--teacher", "model.pt of a trained teacher, or Darknet .weights (default: no distillation)")
