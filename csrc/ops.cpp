@@ -200,7 +200,9 @@ void backward(const Tensor& grad, const Tensor& mass, const Tensor& maps, const 
   Acc* const map = const_cast<Acc*>(companion<Acc>(maps, total_cells(student)));
   auto levels = make_levels(student, teacher, mean, rstd, map);
   const Acc* const masses = companion<Acc>(mass, count);
-  STD_TORCH_CHECK(grad.numel() == count && grad.scalar_type() == kScalar<Acc> && int64_t(weights.size()) == count,
+  STD_TORCH_CHECK(masses && (map || total_cells(student) == 0), "mass and maps must be those of the forward");
+  STD_TORCH_CHECK(grad.dim() == 1 && grad.numel() == count && grad.scalar_type() == kScalar<Acc> &&
+                      int64_t(weights.size()) == count,
                   "grad must have one entry per level, of the sums' dtype");
   const Acc* const upstream = static_cast<const Acc*>(grad.const_data_ptr());
   const int64_t stride = grad.stride(0);

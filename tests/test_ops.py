@@ -203,3 +203,10 @@ def test_a_direct_call_with_wrong_shapes_is_an_error_not_a_crash(backend: str) -
             op(*wrong, *codes)
     with pytest.raises(RuntimeError):
         op(student, teacher, prior, mean, rstd, weights, 9, *codes[1:])
+    student = [x.detach() for x in student]
+    losses, mass, maps = op(student, teacher, prior, mean, rstd, weights, *codes)
+    backward = getattr(torch.ops.fastkd, f"distill_{backend}_backward")
+    rest = (student, teacher, mean, rstd, weights, codes[3], codes[4], codes[5])
+    for wrong in ((losses[0], mass, maps), (losses, mass[:0], maps), (losses, mass, maps[:0])):
+        with pytest.raises(RuntimeError):
+            backward(*wrong, *rest)
