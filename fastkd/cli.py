@@ -188,7 +188,18 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     described.add_argument("--arch", default="yolov3", choices=("yolov3", "yolov3-tiny"), help="(default: yolov3)")
     described.add_argument("--classes", type=int, default=80, metavar="N", help="(default: 80)")
     described.add_argument("--width", type=float, default=1.0, metavar="N", help="(default: 1.0)")
+    described.add_argument(
+        "--anchors", type=_sizes, metavar="W,H,...", help="as in its .cfg (default: the model's own)"
+    )
     described.add_argument("--size", type=int, metavar="N", help="input side in pixels (default: the model's, or 416)")
+
+
+def _sizes(text: str) -> list[tuple[float, float]]:
+    """Box sizes from "10,14, 16,30, ..."."""
+    numbers = [float(x) for x in text.split(",")]
+    if len(numbers) % 2:
+        raise argparse.ArgumentTypeError(f"expected pairs of width and height, got {len(numbers)} numbers")
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _add_eval(commands: Any) -> None:
@@ -304,8 +315,12 @@ def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
     from fastkd.yolov3.checkpoint import load_detector
 
     found = load_detector(
-        arguments.model, model=arguments.arch, num_classes=arguments.classes, width=arguments.width
-    )  # fmt: skip
+        arguments.model,
+        model=arguments.arch,
+        num_classes=arguments.classes,
+        width=arguments.width,
+        anchors=arguments.anchors,
+    )
     found.model.to("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     return found, arguments.size or found.size or 416
 
@@ -324,6 +339,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         data,
         batch_size=arguments.batch,
         workers=arguments.workers,
+        progress=True,
         detections_file=arguments.detections,
     )
     for name, value in metrics.as_dict().items():
@@ -347,6 +363,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         size=size,
         class_names=found.class_names,
         score_threshold=arguments.score,
+        progress=True,
     )
     print(f"{len(written)} pictures in {arguments.out}")
     return 0

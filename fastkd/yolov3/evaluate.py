@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from fastkd.yolov3.anchors import Heads
 from fastkd.yolov3.boxes import detect
@@ -55,6 +56,7 @@ def evaluate(
     score_threshold: float = 0.001,
     iou_threshold: float = 0.5,
     workers: int = 0,
+    progress: bool = False,
     detections_file: str | os.PathLike[str] | None = None,
 ) -> Metrics:
     """Run a detector over a data set and score it with pycocotools.
@@ -67,6 +69,7 @@ def evaluate(
         score_threshold: detections below it are left out; low, because the metric integrates over all scores.
         iou_threshold: of the non-maximum suppression.
         workers: processes that load pictures.
+        progress: whether to show a bar, where the output is a terminal.
         detections_file: where to keep the detections as a COCO results file; None: nowhere.
 
     Raises:
@@ -80,6 +83,7 @@ def evaluate(
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
         workers=workers,
+        progress=progress,
     )
     if detections_file is not None:
         write_detections(detections, detections_file)
@@ -95,6 +99,7 @@ def detect_all(
     score_threshold: float = 0.001,
     iou_threshold: float = 0.5,
     workers: int = 0,
+    progress: bool = False,
 ) -> list[Detection]:
     """The detections on every picture as COCO results: boxes in pixels of the original pictures.
 
@@ -114,7 +119,7 @@ def detect_all(
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     results: list[Detection] = []
     with eval_mode(model), torch.inference_mode():
-        for batch in loader:
+        for batch in tqdm(loader, unit="step", leave=False, disable=None if progress else True):
             outputs = model(batch.images.to(device))
             found = detect(outputs, cast(Heads, model), score_threshold=score_threshold, iou_threshold=iou_threshold)
             for image_id, letterbox, detections in zip(batch.image_ids, batch.letterboxes, found, strict=True):

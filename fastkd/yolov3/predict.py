@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
 from fastkd.yolov3.boxes import Detections, detect
 from fastkd.yolov3.checkpoint import Detector
@@ -34,6 +35,7 @@ def predict(
     class_names: Sequence[str] = (),
     score_threshold: float = 0.3,
     iou_threshold: float = 0.5,
+    progress: bool = False,
 ) -> list[Path]:
     """Find objects in pictures, and write copies with boxes, class names and scores drawn on them.
 
@@ -45,6 +47,7 @@ def predict(
         class_names: one per class; numbers are drawn without.
         score_threshold: least score of a drawn box, in [0, 1).
         iou_threshold: of the non-maximum suppression.
+        progress: whether to show a bar, where the output is a terminal.
 
     Returns:
         The files written, in order.
@@ -61,7 +64,8 @@ def predict(
         raise ValueError(
             f"out: {os.fspath(out)} holds the pictures themselves; give another folder, or they would be lost"
         )
-    for file, target in zip(files, targets, strict=True):
+    bar = tqdm(files, unit="picture", leave=False, disable=None if progress else True)
+    for file, target in zip(bar, targets, strict=True):
         image = read_image(file)
         found = detect_objects(model, image, size, score_threshold, iou_threshold)
         _write(target, draw(image, found, class_names))
