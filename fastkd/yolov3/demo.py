@@ -70,9 +70,9 @@ class Settings:
     teacher_steps: int = 1200
     student_steps: int = 800
     batch: int = 16
-    teacher_lr: float = 4e-3
-    student_lr: float = 8e-3
-    tuned_lr: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
+    teacher_lr: float = 1.6e-2
+    student_lr: float = 3.2e-2
+    tuned_lr: tuple[float, ...] = (1.6e-2, 3.2e-2, 6.4e-2)
     distill_weight: float = 40.0
     teacher_match: float = 0.3
     curve_points: int = 5
