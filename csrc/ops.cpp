@@ -7,7 +7,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <memory>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -21,11 +23,21 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// The widest instruction set that the processor has and that FASTKD_CPU_CAPABILITY (baseline, avx2, avx512) allows.
+template <class Acc>
+const Kernels<Acc>& widest_kernels() {
+  const char* const set = std::getenv("FASTKD_CPU_CAPABILITY");
+  const std::string allowed = set ? set : "avx512";
+  STD_TORCH_CHECK(allowed == "baseline" || allowed == "avx2" || allowed == "avx512",
+                  "FASTKD_CPU_CAPABILITY: expected baseline, avx2 or avx512, got ", allowed);
+  if (allowed == "avx512" && __builtin_cpu_supports("x86-64-v4")) return avx512<Acc>();
+  if (allowed != "baseline" && __builtin_cpu_supports("x86-64-v3")) return avx2<Acc>();
+  return baseline<Acc>();
+}
+
 template <class Acc>
 const Kernels<Acc>& kernels() {
-  static const Kernels<Acc>& chosen = __builtin_cpu_supports("x86-64-v4")   ? avx512<Acc>()
-                                      : __builtin_cpu_supports("x86-64-v3") ? avx2<Acc>()
-                                                                            : baseline<Acc>();
+  static const Kernels<Acc>& chosen = widest_kernels<Acc>();
   return chosen;
 }
 #else

@@ -16,10 +16,10 @@ FASTKD_INLINE T absolute(T x) {
   return x < 0 ? -x : x;
 }
 
-// -1, 0 or 1; NaN stays NaN
+// -1, 0 or 1; 0 of a NaN, as PyTorch's l1_loss has it
 template <class T>
 FASTKD_INLINE T sign(T x) {
-  return x > 0 ? T(1) : x < 0 ? T(-1) : x;
+  return T(x > 0) - T(x < 0);
 }
 
 template <Score S, class T>

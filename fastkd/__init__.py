@@ -1,13 +1,15 @@
 """fastkd: fused losses that distil an object detector's feature maps."""
 
+from fastkd import priors, viz
 from fastkd.distiller import Distiller
 from fastkd.health import fingerprint
-from fastkd.info_map import InfoMap, info_map
+from fastkd.info_map import PRESETS, InfoMap, info_map
 from fastkd.loss import DistillLoss, distill_loss
 from fastkd.ops import backends
 
 __version__ = "0.1.0"
 __all__ = [
+    "PRESETS",
     "DistillLoss",
     "Distiller",
     "InfoMap",
@@ -16,4 +18,6 @@ __all__ = [
     "distill_loss",
     "fingerprint",
     "info_map",
+    "priors",
+    "viz",
 ]

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
+import torch
 from torch import Tensor
 
 SCORES = ("uniform", "magnitude", "energy", "entropy")
 NORMS = ("none", "mean", "softmax", "minmax")
 PENALTIES = ("l2", "l1", "smooth_l1")
+SMALLEST = torch.finfo(torch.float32).tiny
 NORMALIZERS = ("elements", "map", "batch", "map_all_ranks")
 
 
@@ -24,9 +27,9 @@ def require_known(name: str, value: object, known: Sequence[str]) -> None:
 
 
 def require_positive(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number above zero."""
-    if isinstance(value, Tensor) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+    """Raise ``ValueError`` unless ``value`` is a finite number above zero that float32 can hold."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not SMALLEST <= value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0 that float32 can hold, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def info_map(
     from fastkd import levels, reference
 
     info = resolve(info_map)
-    teacher = [t.detach() if isinstance(t, Tensor) else t for t in teacher_feats]
+    teacher = [t.detach() for t in levels.require_features("teacher_feats", teacher_feats)]
     checked = levels.check(teacher, teacher, prior=prior, standardize=standardize, info=replace(info, needs_prior=""))
     return [
         reference.information_map(t, info, q, mean, rstd).float()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 from typing import Any
 
 import torch
@@ -42,21 +43,12 @@ def check(
     Raises:
         TypeError, ValueError: as documented at ``fastkd.distill_loss``.
     """
-    features = {
-        "student_feats": _sequence("student_feats", student),
-        "teacher_feats": _sequence("teacher_feats", teacher),
-    }
-    s, t = features.values()
-    if not s:
-        raise ValueError("student_feats: expected at least one level, got an empty list")
+    s, t = require_features("student_feats", student), require_features("teacher_feats", teacher)
     if len(s) != len(t):
         raise ValueError(
             f"student_feats and teacher_feats: expected one entry per level in both, got {len(s)} and {len(t)}; "
             "fastkd.Distiller matches unequal lists by stride"
         )
-    for name, levels in features.items():
-        for i, x in enumerate(levels):
-            _feature(f"{name}[{i}]", x)
     for i in range(len(s)):
         _pair(i, s[i], t[i])
     q = _per_level("prior", prior, len(s))
@@ -72,24 +64,44 @@ def check(
             if moments[i] is None
             else tuple(x.to(dtype).contiguous() for x in _moments(f"standardize[{i}]", moments[i], t[i]))
         )
-    return Levels(s, t, q, [m[0] for m in moments], [m[1] for m in moments], _weights(weights, len(s)))
+    return Levels(s, t, q, [m[0] for m in moments], [m[1] for m in moments], require_weights(weights, len(s)))
 
 
-def _sequence(name: str, value: Any) -> list[Any]:
-    if isinstance(value, Tensor) or not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected a list of tensors, one per level, got {_kind(value)}; wrap it: [x]")
+def require_features(name: str, value: Any) -> list[Tensor]:
+    """The feature maps of one model, at least one.
+
+    Raises:
+        TypeError, ValueError: as documented at ``fastkd.distill_loss``.
+    """
+    levels = require_sequence(name, value)
+    if not levels:
+        raise ValueError(f"{name}: expected at least one level, got an empty list")
+    for i, x in enumerate(levels):
+        _feature(f"{name}[{i}]", x)
+    return levels
+
+
+def require_sequence(name: str, value: Any, of: str = "tensors") -> list[Any]:
+    """The entries of an argument that has one per level."""
+    if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence):
+        way_out = "" if value is None else "; wrap it: [x]"
+        if isinstance(value, Iterable) and not isinstance(value, (str, Tensor)):
+            way_out = f"; pass list({name}.values())" if isinstance(value, Mapping) else f"; pass list({name})"
+        raise TypeError(f"{name}: expected a list of {of}, one per level, got {_kind(value)}{way_out}")
     return list(value)
 
 
-def _per_level(name: str, value: Any, count: int) -> list[Any]:
-    entries = [None] * count if value is None else _sequence(name, value)
+def _per_level(name: str, value: Any, count: int, of: str = "tensors") -> list[Any]:
+    entries = [None] * count if value is None else require_sequence(name, value, of)
     if len(entries) != count:
         raise ValueError(f"{name}: expected {count} entries, one per level (None where absent), got {len(entries)}")
     return entries
 
 
 def _kind(value: Any) -> str:
-    return f"one tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"one tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _feature(name: str, x: Any) -> None:
@@ -162,12 +174,13 @@ def _moments(name: str, value: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     return mean, rstd
 
 
-def _weights(weights: Any, count: int) -> list[float]:
+def require_weights(weights: Any, count: int) -> list[float]:
+    """One finite number per level, 1 by default."""
     if weights is None:
         return [1.0] * count
-    values = _per_level("weights", weights, count)
+    values = _per_level("weights", weights, count, "numbers")
     for i, x in enumerate(values):
-        if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x):
+        if isinstance(x, bool) or not isinstance(x, Real) or not math.isfinite(x):
             raise ValueError(f"weights[{i}]: expected a finite number, got {x!r}")
     return [float(x) for x in values]
 

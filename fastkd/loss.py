@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastkd import ops
 from fastkd.info_map import NORMALIZERS, PENALTIES, InfoMap, require_known, require_positive, resolve
-from fastkd.levels import check, warn_if_nothing_learns
+from fastkd.levels import check, require_features, require_sequence, require_weights, warn_if_nothing_learns
 from fastkd.reference import EPS
 
 REDUCTIONS = ("sum", "none")
@@ -45,7 +45,7 @@ def distill_loss(
         student_feats: one (N, C, H, W) tensor per level, backbone then neck; float16, bfloat16, float32 or float64,
             any strides (channels_last is not copied).
         teacher_feats: the teacher's, of the same shapes, from a frozen teacher; the dtype may differ.
-        info_map: a preset (``fastkd.info_map.PRESETS``) or an ``InfoMap``.
+        info_map: a preset (``fastkd.PRESETS``) or an ``InfoMap``.
         prior: per level an (N, H, W) tensor q >= 0 that multiplies the map, or None.
         standardize: per level (mean, rstd), two (C,) vectors: t' = (t - mean) * rstd; or None for t' = t.
         weights: one finite number per level; all 1 by default.
@@ -64,7 +64,8 @@ def distill_loss(
         ValueError: lists of unequal length or empty; shapes, devices or values that do not fit; a teacher or a prior
             that requires grad; an unknown name (the message lists the known ones).
         TypeError: not a list, not a tensor, or not a floating dtype.
-        RuntimeError: the backend is not built here (says how to build it); double backward of a compiled backend.
+        RuntimeError: the backend is not built here (says how to build it); a second or a forward-mode derivative of
+            a compiled backend (the reference has both, and works under ``torch.func``).
     """
     info = resolve(info_map)
     normalizer = info.normalizer if normalizer is None else normalizer
@@ -119,19 +120,30 @@ class ChannelStatistics(nn.Module):
         if self.mean.numel() == 0:
             self.mean, self.square = (x.new_zeros(feature.shape[1]) for x in (self.mean, self.square))
         variance, mean = torch.var_mean(feature.to(self.mean.dtype), dim=(0, 2, 3), correction=0)
-        cells = feature.numel() // feature.shape[1]
-        total = self.count + cells
+        finite = variance.isfinite().all()  # a batch that overflowed counts for nothing
+        cells = finite * (feature.numel() // feature.shape[1])
+        variance, mean = (torch.where(finite, x, 0) for x in (variance, mean))
+        share = cells / (self.count + cells).clamp_min(1)
         distance = mean - self.mean
-        self.square.add_(variance * cells + distance.square() * self.count * cells / total)
-        self.mean.add_(distance * cells / total)
-        self.count.copy_(total)
+        self.square.add_(variance * cells + distance.square() * self.count * share)
+        self.mean.add_(distance * share)
+        self.count.add_(cells)
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
         """(mean, rstd), each (C,), or None before the first batch."""
         if self.mean.numel() == 0:
             return None
-        variance = self.square / self.count.clamp_min(1)
-        return self.mean, variance.clamp_min(1e-4 * variance.mean()).clamp_min(1e-12).rsqrt()
+        variance = torch.where(self.count > 0, self.square / self.count.clamp_min(1), 1)
+        # a copy, because the next batch changes the mean in place, maybe before this one's backward
+        return self.mean.clone(), variance.clamp_min(1e-4 * variance.mean()).clamp_min(1e-12).rsqrt()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ChannelStatistics:
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in self.named_buffers():
+            if value.dtype != kept[name].dtype:  # sums over a data set need float32, whatever the model is cast to
+                setattr(self, name, kept[name].to(value.device))
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("mean", "square"):
@@ -143,15 +155,18 @@ class ChannelStatistics(nn.Module):
 class DistillLoss(nn.Module):
     """``distill_loss`` with what it needs to keep: 1x1 adapters, the teacher's statistics, level weights, warm-up.
 
+    Adapters keep their dtype: outside autocast, student features of another are converted. Statistics stay float32.
+
     Args:
         student_channels, teacher_channels: widths of each level's student and teacher, for the adapters: one 1x1
             convolution a level. None: adapters take their widths from the first batch (``levels`` says how many).
         levels: number of levels, where no channels and no adapters are given.
         adapters: one module per level instead (``nn.Identity()`` for none), student feature to teacher's shape.
         standardize: imitate the teacher standardised per channel; None: as the preset of ``info_map`` says.
-        calibration_batches: the teacher's statistics are taken from so many first training batches, then fixed.
+        calibration_batches: the teacher's statistics are taken from so many first training batches, then fixed; what
+            is not finite is left out. Before the first one, in eval mode, the teacher is not standardised.
         warmup_steps: the loss grows linearly to its full weight over so many training forwards.
-        stop_step: from this training forward on the loss is zero.
+        stop_step: from this training forward on the loss is multiplied by zero.
         info_map, weights, penalty, beta, normalizer, reduction, backend: as in ``distill_loss``.
 
     Attributes:
@@ -191,13 +206,13 @@ class DistillLoss(nn.Module):
         require_positive("beta", beta)
         if normalizer is not None:
             require_known("normalizer", normalizer, NORMALIZERS)
-        for name, value in (("calibration_batches", calibration_batches), ("warmup_steps", warmup_steps)):
-            if value < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        _require_counts(calibration_batches, warmup_steps, stop_step)
+        if backend is not None:
+            ops.require_backend(backend)
         self.adapters = nn.ModuleList(_adapters(student_channels, teacher_channels, levels, adapters))
         count = len(self.adapters)
-        if weights is not None and len(weights) != count:
-            raise ValueError(f"weights: expected {count} numbers, one per level, got {len(weights)}")
+        if weights is not None:
+            require_weights(weights, count)
         self.statistics = nn.ModuleList(ChannelStatistics() for _ in range(count))
         self.calibration_batches = calibration_batches
         self.calibrated = not self.standardize
@@ -216,11 +231,12 @@ class DistillLoss(nn.Module):
     ) -> Tensor:
         """The loss, as ``distill_loss``; in training it also calibrates and counts the step."""
         self._require_levels(student_feats, teacher_feats)
+        warn_if_nothing_learns(student_feats)  # before the adapters, whose outputs require grad in any case
         if self.training and not self.calibrated:
             self.calibrate(teacher_feats)
         self.prepare(student_feats, teacher_feats)
         losses = distill_loss(
-            [adapt(s) for adapt, s in zip(self.adapters, student_feats, strict=True)],
+            [_adapted(adapter, s) for adapter, s in zip(self.adapters, student_feats, strict=True)],
             teacher_feats,
             info_map=self.info_map,
             prior=prior,
@@ -238,9 +254,17 @@ class DistillLoss(nn.Module):
 
     def _require_levels(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:
         for name, feats in (("student_feats", student_feats), ("teacher_feats", teacher_feats)):
-            if isinstance(feats, Tensor) or len(feats) != len(self.adapters):
-                got = "one tensor" if isinstance(feats, Tensor) else f"{len(feats)} levels"
-                raise ValueError(f"{name}: expected {len(self.adapters)} levels, as this DistillLoss has, got {got}")
+            levels = require_features(name, feats)
+            if len(levels) != len(self.adapters):
+                raise ValueError(
+                    f"{name}: expected {len(self.adapters)} levels, as this DistillLoss has, got {len(levels)}"
+                )
+        for i, (adapter, s) in enumerate(zip(self.adapters, student_feats, strict=True)):
+            takes = adapter.in_channels if isinstance(adapter, nn.Conv2d) else 0  # 0: not yet, or not ours to know
+            if takes and takes != s.shape[1]:
+                raise ValueError(
+                    f"student_feats[{i}]: expected {takes} channels, as its adapter takes, got {s.shape[1]}"
+                )
 
     def _ramp(self) -> Tensor:
         """Warm-up and stop, 0 to 1, computed where the step counter lives: no host sync, no recompilation."""
@@ -256,7 +280,7 @@ class DistillLoss(nn.Module):
         """Add one batch of teacher features to the statistics; after ``calibration_batches`` they stay fixed."""
         for statistics, feature in zip(self.statistics, teacher_feats, strict=True):
             statistics.update(feature)  # type: ignore[operator]
-        self._batches_seen += 1
+        self._batches_seen += all(feature.numel() for feature in teacher_feats)
         self.calibrated = self._batches_seen >= self.calibration_batches
 
     @torch.no_grad()
@@ -276,6 +300,25 @@ class DistillLoss(nn.Module):
         self.calibrated = not self.standardize or self._batches_seen >= self.calibration_batches
 
 
+def _require_counts(calibration_batches: int, warmup_steps: int, stop_step: int | None) -> None:
+    least = {"calibration_batches": 1, "warmup_steps": 0, "stop_step": 0}
+    given = {"calibration_batches": calibration_batches, "warmup_steps": warmup_steps, "stop_step": stop_step}
+    for name, value in given.items():
+        if name == "stop_step" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least[name]:
+            raise ValueError(f"{name}: expected an integer >= {least[name]}, got {value!r}")
+
+
+def _adapted(adapter: nn.Module, s: Tensor) -> Tensor:
+    """The student's feature at the teacher's width; adapters keep their dtype where the student has another."""
+    weight = next(adapter.parameters(), None)
+    if weight is not None and weight.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type):
+        s = s.to(weight.dtype)
+    adapted: Tensor = adapter(s)
+    return adapted
+
+
 def _adapters(
     student_channels: Sequence[int] | None,
     teacher_channels: Sequence[int] | None,
@@ -283,7 +326,12 @@ def _adapters(
     adapters: Sequence[nn.Module] | None,
 ) -> list[nn.Module]:
     """The modules given, or a 1x1 convolution per level, of the widths given or of those of the first batch."""
-    counts = {len(x) for x in (student_channels, teacher_channels, adapters) if x is not None}
+    given = {"student_channels": student_channels, "teacher_channels": teacher_channels, "adapters": adapters}
+    counts = {
+        len(require_sequence(k, x, "modules" if k == "adapters" else "widths"))
+        for k, x in given.items()
+        if x is not None
+    }
     counts |= {levels} if levels is not None else set()
     if len(counts) != 1 or 0 in counts:
         raise ValueError(
@@ -291,6 +339,8 @@ def _adapters(
             f"> 0; got lengths {sorted(counts) or 'none'}"
         )
     if adapters is not None:
+        if student_channels is not None or teacher_channels is not None:
+            raise ValueError("adapters: expected no student_channels or teacher_channels beside them")
         return list(adapters)
     if student_channels is not None and teacher_channels is not None:
         return [nn.Conv2d(s, t, 1) for s, t in zip(student_channels, teacher_channels, strict=True)]

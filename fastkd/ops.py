@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastkd import reference
 from fastkd.info_map import NORMALIZERS, NORMS, PENALTIES, SCORES, InfoMap, require_known
@@ -95,6 +96,11 @@ def backends() -> dict[str, str | None]:
     return dict(_unavailable)
 
 
+def require_backend(name: str) -> None:
+    """Raise ``ValueError`` unless there is a backend of this name (the message lists them)."""
+    require_known("backend", name, list(_unavailable))
+
+
 def choose(backend: str | None, device: torch.device) -> str:
     """The named backend, or the fastest that works on this device.
 
@@ -104,12 +110,23 @@ def choose(backend: str | None, device: torch.device) -> str:
     """
     if backend is None:
         return "cpp" if device.type == "cpu" and _unavailable["cpp"] is None else "reference"
-    require_known("backend", backend, list(_unavailable))
+    require_backend(backend)
     if _unavailable[backend] is not None:
         raise RuntimeError(f"backend={backend!r}: {_unavailable[backend]}")
     if backend == "cpp" and device.type != "cpu":
         raise RuntimeError(f"backend='cpp': has kernels for CPU tensors, got {device}; use backend=None or 'reference'")
     return backend
+
+
+def _refuse_forward_mode(student: list[Tensor]) -> None:
+    """A custom op has no forward derivative, and PyTorch would take it for 0."""
+    if torch.compiler.is_compiling():
+        return
+    tangents = [forward_ad.unpack_dual(x).tangent for x in student]  # type: ignore[no-untyped-call]
+    if any(x is not None for x in tangents):
+        raise RuntimeError(
+            "fastkd: the compiled backends have no forward-mode derivative; for torch.func.jvp use backend='reference'"
+        )
 
 
 def level_losses(
@@ -119,6 +136,7 @@ def level_losses(
     per_level = (levels.student, levels.teacher, levels.prior, levels.mean, levels.rstd, levels.weights)
     if backend == "reference":
         return reference.level_losses(*per_level, info, penalty, beta, normalizer)
+    _refuse_forward_mode(levels.student)
     op = getattr(torch.ops.fastkd, f"distill_{backend}")
     losses, mass, _ = op(
         *per_level,

@@ -47,16 +47,19 @@ def confidence(
             raise ValueError(
                 f"class_logits[{i}]: expected (N, A, K, H, W) for objectness {tuple(o.shape)}, got {tuple(k.shape)}"
             )
+        if o.shape[0] != objectness[0].shape[0] or not k.numel():
+            raise ValueError(
+                f"objectness[{i}]: expected the batch of the other heads, at least one anchor and class, "
+                f"got {tuple(o.shape)} and classes {tuple(k.shape)}"
+            )
         heads.append((o.float().sigmoid() * k.float().amax(2).sigmoid()).amax(1, keepdim=True))
     return [floor + (1 - floor) * _at_size(heads, size).sqrt() for size in sizes]
 
 
 def _at_size(heads: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """(N, height, width): the maximum over the heads, each (N, 1, H, W), resized."""
-    resized = [
-        F.adaptive_max_pool2d(x, size)
-        if x.shape[2] >= size[0] and x.shape[3] >= size[1]
-        else F.interpolate(x, size, mode="bilinear", align_corners=False)
-        for x in heads
-    ]
+    resized = []
+    for x in heads:  # a side that shrinks keeps its maxima, one that grows is interpolated
+        x = F.adaptive_max_pool2d(x, (min(size[0], x.shape[2]), min(size[1], x.shape[3])))
+        resized.append(F.interpolate(x, size, mode="bilinear", align_corners=False))
     return torch.stack(resized).amax(0)[:, 0]

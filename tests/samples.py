@@ -10,13 +10,19 @@ from torch import Tensor
 from fastkd import InfoMap
 
 SHAPES = [(2, 7, 5, 3), (2, 64, 13, 13), (1, 3, 1, 1), (3, 257, 4, 6)]
-LAYOUTS = ("contiguous", "channels_last", "cropped", "teacher_channels_last", "student_channels_last")
+LAYOUTS = ("contiguous", "channels_last", "cropped", "teacher_channels_last", "student_channels_last", "expanded")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def feature(shape: tuple[int, ...], dtype: torch.dtype, layout: str, generator: torch.Generator) -> Tensor:
-    """Random values of one feature map; "cropped" has gaps between rows and between channels."""
+    """Random values of one feature map.
+
+    "cropped" has gaps between rows and between channels; "expanded" repeats its first row, or its first channel.
+    """
     n, c, h, w = shape
+    if layout == "expanded":
+        one = (n, c, 1, w) if generator.initial_seed() % 2 else (n, 1, h, w)
+        return torch.randn(one, generator=generator).to(dtype).expand(shape)
     if layout == "cropped":
         return torch.randn(n, c + 1, h + 2, w + 3, generator=generator).to(dtype)[:, 1:, 1:-1, 2:-1]
     x = torch.randn(shape, generator=generator).to(dtype)

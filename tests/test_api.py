@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -87,6 +88,21 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"standardize\[1\]\[0\]: expected shape \(8,\), got \(4,\)",
     ),
     "not a pair": ({"standardize": [torch.zeros(4), None]}, TypeError, r"standardize\[0\]: .*pair \(mean, rstd\)"),
+    "one number for all levels": (
+        {"weights": 2.0},
+        TypeError,
+        "weights: expected a list of numbers, one per level, got a float; wrap it",
+    ),
+    "a generator": (
+        {"student_feats": (x for x in STUDENT)},
+        TypeError,
+        r"student_feats: .*got a generator; pass list\(student_feats\)",
+    ),
+    "a dictionary": (
+        {"student_feats": dict(enumerate(STUDENT))},
+        TypeError,
+        r"student_feats: .*got a dict; pass list\(student_feats.values\(\)\)",
+    ),
     "weights' length": ({"weights": [1.0]}, ValueError, "weights: expected 2 entries"),
     "infinite weight": (
         {"weights": [1.0, float("inf")]},
@@ -100,7 +116,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown Z": ({"normalizer": "mean"}, ValueError, "normalizer: .*'elements'.*got 'mean'"),
     "unknown reduction": ({"reduction": "mean"}, ValueError, "reduction: .*'sum', 'none'; got 'mean'"),
     "unknown backend": ({"backend": "cuda"}, ValueError, "backend: .*'reference'.*'cpp'.*got 'cuda'"),
-    "beta": ({"penalty": "smooth_l1", "beta": 0}, ValueError, "beta: .*> 0, got 0"),
+    "beta": ({"penalty": "smooth_l1", "beta": 0}, ValueError, "beta: .*> 0.*, got 0"),
+    "beta that float32 rounds to 0": ({"beta": 1e-46}, ValueError, "beta: .*float32 can hold, got 1e-46"),
+    "beta is text": ({"beta": "1"}, ValueError, "beta: expected a finite number > 0"),
     "beta is NaN": ({"beta": float("nan")}, ValueError, "beta"),
     "map without its prior": ({"info_map": "fgfi"}, ValueError, "prior: .*IoU mask.*needs one"),
 }
@@ -120,9 +138,10 @@ def test_the_good_input_that_the_cases_change_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("temperature", 0.0, "temperature: .*> 0, got 0"),
+        ("temperature", 0.0, "temperature: .*> 0.*, got 0"),
         ("temperature", -1.0, "temperature"),
         ("temperature", float("inf"), "temperature"),
+        ("temperature", 1e-46, "temperature: .*float32 can hold"),
         ("score", "energie", "score: .*'magnitude'.*got 'energie'"),
         ("norm", "l2", "norm: .*'minmax'.*got 'l2'"),
         ("normalizer", "none", "normalizer"),
@@ -134,7 +153,9 @@ def test_a_bad_info_map_is_a_clear_error(field: str, value: Any, message: str) -
 
 
 def test_a_backend_that_is_not_built_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ops._unavailable, "cpp", "the C++ extension is not built; build it: pip install .")
+    monkeypatch.setitem(sys.modules, "fastkd._C", None)
+    monkeypatch.delattr(fastkd, "_C", raising=False)
+    monkeypatch.setitem(ops._unavailable, "cpp", ops._load_cpp())
     with pytest.raises(RuntimeError, match=r"backend='cpp': .*not built.*pip install"):
         fastkd.distill_loss(**arguments(backend="cpp"))
     default = fastkd.distill_loss(**GOOD)
@@ -162,6 +183,17 @@ def test_a_student_that_cannot_learn_is_warned_about_once() -> None:
         fastkd.distill_loss(**arguments())
 
 
+def test_weights_may_be_any_real_numbers() -> None:
+    loss = fastkd.distill_loss(**GOOD, weights=[Fraction(1, 2), 2])
+    torch.testing.assert_close(loss, fastkd.distill_loss(**GOOD, weights=[0.5, 2.0]))
+
+
+def test_the_names_that_the_documentation_uses_exist() -> None:
+    assert fastkd.PRESETS["self_information"].standardize
+    assert fastkd.priors.confidence
+    assert fastkd.viz.overlay_maps
+
+
 def test_importing_fastkd_needs_torch_alone() -> None:
     """Every module of the extras is made impossible to import."""
     code = """
@@ -179,4 +211,4 @@ assert s[0].grad.abs().sum() > 0
 
 def test_every_public_name_has_a_docstring() -> None:
     for name in fastkd.__all__:
-        assert name == "__version__" or re.search(r"\w", getattr(fastkd, name).__doc__ or ""), name
+        assert name in ("__version__", "PRESETS") or re.search(r"\w", getattr(fastkd, name).__doc__ or ""), name

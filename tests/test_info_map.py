@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from samples import INFO_MAPS, levels, loss_and_gradients
+from samples import INFO_MAPS, levels, loss_and_gradients, widened
 
 import fastkd
 from fastkd import InfoMap, distill_loss
-from fastkd.info_map import NORMALIZERS, PENALTIES, PRESETS
+from fastkd.info_map import NORMALIZERS, PENALTIES, PRESETS, SMALLEST
 
 BACKENDS = [name for name, reason in fastkd.backends().items() if reason is None]
 
@@ -120,6 +120,16 @@ class TestEdges:
         for shape in ((2, 4, 1, 1), (2, 1, 3, 3), (1, 1, 1, 1)):
             self.every_option(info, backend, torch.randn(shape), torch.randn(shape))
 
+    def test_one_channel_standardised_is_as_the_reference_has_it(self, info: InfoMap, backend: str) -> None:
+        s, t = torch.randn(2, 1, 3, 3, requires_grad=True), torch.randn(2, 1, 3, 3)
+        options = {"info_map": info, "standardize": [(torch.tensor([0.1]), torch.tensor([0.7]))]}
+        for ours, reference in zip(
+            loss_and_gradients(distill_loss([s], [t], **options, backend=backend), [s]),
+            loss_and_gradients(distill_loss([s], [t], **options, backend="reference"), [s]),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, reference)
+
     def test_empty_batch_and_empty_level(self, info: InfoMap, backend: str) -> None:
         for shape in ((0, 4, 3, 3), (2, 4, 0, 3), (2, 0, 3, 3)):
             self.every_option(info, backend, torch.randn(shape), torch.randn(shape))
@@ -133,13 +143,24 @@ class TestEdges:
         assert not gradient.any()
 
     def test_temperature_near_zero(self, info: InfoMap, backend: str) -> None:
-        sharp = InfoMap(info.score, info.norm, temperature=1e-30)
+        sharp = InfoMap(info.score, info.norm, temperature=SMALLEST)
         self.every_option(sharp, backend, torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3))
 
     def test_large_float16_values(self, info: InfoMap, backend: str) -> None:
         t = (torch.randn(2, 4, 3, 3) * 1e4).half()
         s = (torch.randn(2, 4, 3, 3) * 1e4).half().requires_grad_()
         assert distill_loss([s], [t], info_map=info, backend=backend).isfinite()
+
+    def test_nan_spoils_the_gradients_that_it_spoils_in_the_reference(self, info: InfoMap, backend: str) -> None:
+        for penalty in PENALTIES:
+            s, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+            s[0, 1, 1, 1] = t[1, 2, 1, 1] = math.nan
+            s.requires_grad_()
+            ours, reference = (
+                torch.autograd.grad(distill_loss([s], [t], info_map=info, penalty=penalty, backend=name), s)[0]
+                for name in (backend, "reference")
+            )
+            assert torch.equal(ours.isnan(), reference.isnan()), penalty
 
     def test_nan_and_inf_go_through_to_the_loss(self, info: InfoMap, backend: str) -> None:
         for value in (math.nan, math.inf, -math.inf):
@@ -156,9 +177,15 @@ def test_student_and_teacher_may_differ_in_dtype_and_layout(backend: str) -> Non
     sample["teacher_feats"] = [t.float() for t in sample["teacher_feats"]]
     loss = distill_loss(**sample, reduction="none", backend=backend)
     assert loss.dtype == torch.float32
-    for s, gradient in zip(sample["student_feats"], loss_and_gradients(loss, sample["student_feats"])[1:], strict=True):
+    gradients = loss_and_gradients(loss, sample["student_feats"])
+    for s, gradient in zip(sample["student_feats"], gradients[1:], strict=True):
         assert gradient.dtype == torch.bfloat16
         assert gradient.shape[2] == 1 or gradient.stride() == s.stride()
+    wide = widened(sample)
+    exact = loss_and_gradients(distill_loss(**wide, reduction="none", backend="reference"), wide["student_feats"])
+    for x, y in zip(gradients, exact, strict=True):
+        tolerance = 2**-8 if x.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -168,3 +195,15 @@ def test_reduction_none_sums_to_reduction_sum_and_weights_scale_levels(backend: 
     torch.testing.assert_close(each.sum(), distill_loss(**sample, backend=backend))
     unweighted = distill_loss(**{**sample, "weights": None}, reduction="none", backend=backend)
     torch.testing.assert_close(each, unweighted * torch.tensor(sample["weights"]))
+
+
+def test_bad_features_are_named_as_the_teachers() -> None:
+    for bad, message in (
+        ([torch.randn(2, 3, 4)], r"teacher_feats\[0\]: expected 4 dimensions"),
+        ([3], r"teacher_feats\[0\]: expected a tensor, got a int"),
+        (torch.randn(1, 2, 3, 4), r"teacher_feats: expected a list of tensors.*wrap it: \[x\]"),
+        ([], "teacher_feats: expected at least one level"),
+        (None, "teacher_feats: expected a list of tensors, one per level, got None$"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            fastkd.info_map(bad)

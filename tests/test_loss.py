@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 import fastkd
-from fastkd import DistillLoss, distill_loss
+from fastkd import DistillLoss, distill_loss, levels
 
 
 def feats(channels: tuple[int, ...] = (4, 8), seed: int = 0, n: int = 2) -> list[Tensor]:
@@ -115,7 +115,13 @@ def test_a_calibrated_loss_compiles_without_graph_break() -> None:
         ({"student_channels": [3], "teacher_channels": [4, 5]}, r"one length.*\[1, 2\]"),
         ({"levels": 2, "adapters": [nn.Identity()]}, r"\[1, 2\]"),
         ({"levels": 0}, "> 0"),
-        ({"levels": 2, "weights": [1.0]}, "weights: expected 2 numbers"),
+        ({"levels": 2, "weights": [1.0]}, "weights: expected 2 entries"),
+        ({"levels": 1, "weights": [float("nan")]}, r"weights\[0\]: expected a finite number"),
+        ({"levels": 1, "backend": "nothing"}, "backend: expected one of"),
+        ({"levels": 1, "calibration_batches": 0}, "calibration_batches: expected an integer >= 1, got 0"),
+        ({"levels": 1, "warmup_steps": 2.5}, "warmup_steps: expected an integer >= 0, got 2.5"),
+        ({"levels": 1, "stop_step": -1}, "stop_step: expected an integer >= 0, got -1"),
+        ({"student_channels": [3], "teacher_channels": [4], "adapters": [nn.Identity()]}, "adapters: expected no"),
         ({"levels": 2, "info_map": "nothing"}, "info_map: "),
         ({"levels": 2, "penalty": "nothing"}, "penalty: "),
         ({"levels": 2, "normalizer": "nothing"}, "normalizer: "),
@@ -132,8 +138,68 @@ def test_wrong_number_of_levels_is_a_clear_error() -> None:
     criterion = DistillLoss(levels=2)
     with pytest.raises(ValueError, match="student_feats: expected 2 levels, as this DistillLoss has, got 1"):
         criterion(feats((3,)), feats())
-    with pytest.raises(ValueError, match=r"teacher_feats: .*one tensor"):
+    with pytest.raises(TypeError, match=r"teacher_feats: .*one tensor"):
         criterion(feats(), feats()[0])
+    with pytest.raises(TypeError, match=r"student_feats: .*got a dict; pass list\(student_feats.values\(\)\)"):
+        criterion(dict(enumerate(feats())), feats())
+    with pytest.raises(ValueError, match=r"teacher_feats\[1\]: expected 4 dimensions"):
+        criterion(feats(), [feats()[0], feats()[1][0]])
+
+
+def test_a_feature_of_another_width_than_its_adapter_takes_is_a_clear_error() -> None:
+    with pytest.raises(ValueError, match=r"student_feats\[1\]: expected 5 channels, as its adapter takes, got 6"):
+        DistillLoss([3, 5], [4, 8])(feats((3, 6)), feats())
+
+
+def test_two_losses_may_be_summed_before_one_backward_while_calibrating() -> None:
+    criterion = DistillLoss([3, 5], [4, 8], calibration_batches=8)
+    losses = [criterion(feats((3, 5), seed=1 + i), feats(seed=7 + i)) for i in range(2)]
+    (losses[0] + losses[1]).backward()
+    assert all(p.grad.isfinite().all() for p in criterion.parameters())
+
+
+def test_batches_that_are_empty_or_not_finite_calibrate_nothing() -> None:
+    criterion, clean = (DistillLoss(adapters=[nn.Identity()] * 2, calibration_batches=2) for _ in range(2))
+    broken = feats(seed=3)
+    broken[0][0, 0, 0, 0] = float("inf")
+    criterion.calibrate([x[:0] for x in feats()])
+    assert not criterion.calibrated
+    criterion.calibrate(broken)
+    criterion.calibrate(feats(seed=4))
+    assert criterion.calibrated
+    clean.calibrate(feats(seed=4))
+    for x, y in zip(criterion.statistics[0].moments(), clean.statistics[0].moments(), strict=True):
+        torch.testing.assert_close(x, y)
+    only_broken = DistillLoss(adapters=[nn.Identity()] * 2)
+    only_broken.calibrate(broken)
+    mean, rstd = only_broken.statistics[0].moments()
+    assert not mean.any()
+    assert (rstd == 1).all()
+
+
+def test_statistics_stay_float32_when_the_criterion_is_cast() -> None:
+    criterion = DistillLoss([3, 5], [4, 8])
+    criterion.calibrate(feats())
+    before = [x.clone() for x in criterion.statistics[0].moments()]
+    criterion.half()
+    assert criterion.adapters[0].weight.dtype == torch.float16
+    assert all(torch.equal(x, y) for x, y in zip(criterion.statistics[0].moments(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_student_features_of_another_dtype_than_the_adapters_are_converted(dtype: torch.dtype) -> None:
+    criterion = DistillLoss([3, 5], [4, 8], info_map="energy")
+    student = [x.to(dtype).requires_grad_() for x in feats((3, 5), seed=1)]
+    loss = criterion(student, [x.to(dtype) for x in feats()])
+    loss.backward()
+    assert all(x.grad.dtype == dtype and x.grad.any() for x in student)
+    torch.testing.assert_close(loss.float(), criterion(feats((3, 5), seed=1), feats()), rtol=0.02, atol=0)
+
+
+def test_a_detached_student_is_warned_about_though_the_adapters_learn() -> None:
+    levels._warn_nothing_learns.cache_clear()
+    with pytest.warns(UserWarning, match="student_feats: none requires grad"):
+        DistillLoss([3, 5], [4, 8])(feats((3, 5)), feats())
 
 
 def _rank(rank: int, folder: str) -> None:

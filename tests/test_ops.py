@@ -70,6 +70,19 @@ def test_double_backward_is_a_clear_error(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_is_a_clear_error_and_not_zero(backend: str) -> None:
+    s, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+
+    def loss(x: Tensor, name: str = backend) -> Tensor:
+        return fastkd.distill_loss([x], [t], backend=name)
+
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*backend='reference'"):
+        torch.func.jvp(loss, (s,), (torch.ones_like(s),))
+    _, tangent = torch.func.jvp(lambda x: loss(x, "reference"), (s,), (torch.ones_like(s),))
+    assert tangent != 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_twice_with_retain_graph_accumulates(backend: str) -> None:
     sample = levels()
     loss = fastkd.distill_loss(**sample, backend=backend)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -55,3 +58,32 @@ def test_error_is_at_most_twice_that_of_eager(
 
 def test_a_compiled_backend_is_tested_here() -> None:
     assert "cpp" in BACKENDS, fastkd.backends()["cpp"]
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_that_the_processor_has(capability: str) -> None:
+    """In a process of its own each, because the kernels are chosen once; a set that is not there is the next lower."""
+    code = """
+import torch
+from samples import DTYPES, INFO_MAPS, LAYOUTS, levels, loss_and_gradients, widened
+import fastkd
+for i, (info, dtype) in enumerate((info, dtype) for info in INFO_MAPS for dtype in DTYPES):
+    sample = levels(dtype, LAYOUTS[i % len(LAYOUTS)], seed=i)
+    options = {"info_map": info, "penalty": ("l2", "l1", "smooth_l1")[i % 3], "reduction": "none"}
+    wide = widened(sample)
+    got = loss_and_gradients(fastkd.distill_loss(**sample, **options, backend="cpp"), sample["student_feats"])
+    exact = loss_and_gradients(fastkd.distill_loss(**wide, **options, backend="reference"), wide["student_feats"])
+    for x, y in zip(got, exact, strict=True):
+        error = ((x.double() - y).norm() / y.norm().clamp_min(1e-12)).item()
+        assert error < 16 * torch.finfo(x.dtype).eps, (info, dtype, error)
+"""
+    environment = {**os.environ, "FASTKD_CPU_CAPABILITY": capability, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_instruction_set_is_a_clear_error() -> None:
+    code = "import torch, fastkd; x = [torch.ones(1, 1, 1, 1)]; fastkd.distill_loss(x, x, backend='cpp')"
+    environment = {**os.environ, "FASTKD_CPU_CAPABILITY": "sse"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "FASTKD_CPU_CAPABILITY: expected baseline, avx2 or avx512, got sse" in done.stderr

@@ -29,12 +29,27 @@ def test_a_smaller_level_keeps_the_maximum_and_a_larger_one_interpolates() -> No
     assert up[0, 0, 0] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_side_that_shrinks_keeps_its_maxima_while_the_other_grows() -> None:
+    objectness, classes = [torch.full((1, 1, 8, 2), -50.0)], [torch.full((1, 1, 1, 8, 2), 50.0)]
+    objectness[0][0, 0, 3, 0] = 50
+    (q,) = confidence(objectness, classes, [(2, 8)], floor=0)
+    assert q[0, 0, 0] == pytest.approx(1)
+    assert q[0, 1].max() == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("objectness", "classes", "floor", "message"),
     [
         ([torch.zeros(1, 2, 4, 4)], [], 0.1, "class_logits: expected one entry per head"),
         ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 3, 5, 4, 4)], 0.1, r"class_logits\[0\]: .*\(1, 3, 5, 4, 4\)"),
         ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 5, 4, 4)], 1.5, "floor: "),
+        ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 0, 4, 4)], 0.1, r"objectness\[0\]: .*at least one anchor"),
+        (
+            [torch.zeros(1, 2, 4, 4), torch.zeros(3, 2, 2, 2)],
+            [torch.zeros(1, 2, 5, 4, 4), torch.zeros(3, 2, 5, 2, 2)],
+            0.1,
+            r"objectness\[1\]: expected the batch of the other heads",
+        ),
     ],
 )
 def test_bad_heads_are_a_clear_error(objectness: list, classes: list, floor: float, message: str) -> None:

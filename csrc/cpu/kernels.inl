@@ -80,11 +80,6 @@ template <class Acc>
 constexpr DType kDType = std::is_same_v<Acc, float> ? DType::float32 : DType::float64;
 
 template <class Acc>
-inline bool in_place(const Feature& f, int64_t stride) {
-  return f.dtype == kDType<Acc> && stride == 1;
-}
-
-template <class Acc>
 inline void copy_in(const Feature& f, int64_t offset, int64_t stride, int64_t count, Acc* to) {
   with_type(f.dtype, [&](auto* type) { widen_run(static_cast<decltype(type)>(f.data) + offset, stride, count, to); });
 }
@@ -100,12 +95,13 @@ inline void copy_out(const Acc* from, const Feature& f, int64_t offset, int64_t 
 // Where a run lies: count elements, in pieces (more than one only for cells of a feature whose rows have gaps).
 struct Run {
   int64_t offset, stride, count;
-  int64_t row, column, width, row_stride;  // of the first cell; row_stride 0 where the run is one piece
+  bool one_piece = true;
+  int64_t row = 0, column = 0, width = 0, row_stride = 0;  // of the first cell, where there are several pieces
 
   // f(offset of the piece, index of its first element, its length)
   template <class F>
   void each_piece(const F& f) const {
-    if (row_stride == 0) return f(offset, int64_t(0), count);
+    if (one_piece) return f(offset, int64_t(0), count);
     for (int64_t done = 0, y = row, x = column; done < count; ++y, x = 0) {
       const int64_t piece = smaller(count - done, width - x);
       f(offset + y * row_stride + x * stride, done, piece);
@@ -114,13 +110,19 @@ struct Run {
   }
 };
 
+// Whether the run can be read and written where it lies.
+template <class Acc>
+inline bool in_place(const Feature& f, const Run& run) {
+  return f.dtype == kDType<Acc> && run.stride == 1 && run.one_piece;
+}
+
 template <class Acc>
 inline Run cells_run(const Level<Acc>& level, const Feature& f, int64_t image, int64_t channel, int64_t cell,
                      int64_t count) {
   const int64_t base = image * f.image_stride + channel * f.channel_stride;
   if (f.row_stride == level.width * f.column_stride || level.height == 1)
-    return {base + cell * f.column_stride, f.column_stride, count, 0, 0, 0, 0};
-  return {base, f.column_stride, count, cell / level.width, cell % level.width, level.width, f.row_stride};
+    return {base + cell * f.column_stride, f.column_stride, count};
+  return {base, f.column_stride, count, false, cell / level.width, cell % level.width, level.width, f.row_stride};
 }
 
 template <class Acc>
@@ -128,12 +130,12 @@ inline Run channels_run(const Level<Acc>& level, const Feature& f, int64_t image
                         int64_t count) {
   const int64_t y = cell / level.width, x = cell % level.width;
   const int64_t offset = image * f.image_stride + y * f.row_stride + x * f.column_stride + channel * f.channel_stride;
-  return {offset, f.channel_stride, count, 0, 0, 0, 0};
+  return {offset, f.channel_stride, count};
 }
 
 template <class Acc>
 inline const Acc* load(const Feature& f, const Run& run, Acc* buffer) {
-  if (in_place<Acc>(f, run.stride) && run.row_stride == 0) return static_cast<const Acc*>(f.data) + run.offset;
+  if (in_place<Acc>(f, run)) return static_cast<const Acc*>(f.data) + run.offset;
   run.each_piece(
       [&](int64_t offset, int64_t first, int64_t count) { copy_in(f, offset, run.stride, count, buffer + first); });
   return buffer;
@@ -142,12 +144,12 @@ inline const Acc* load(const Feature& f, const Run& run, Acc* buffer) {
 // Where to compute a run that store() then puts in its place.
 template <class Acc>
 inline Acc* target(const Feature& f, const Run& run, Acc* buffer) {
-  return in_place<Acc>(f, run.stride) && run.row_stride == 0 ? static_cast<Acc*>(f.data) + run.offset : buffer;
+  return in_place<Acc>(f, run) ? static_cast<Acc*>(f.data) + run.offset : buffer;
 }
 
 template <class Acc>
 inline void store(const Acc* buffer, const Feature& f, const Run& run) {
-  if (in_place<Acc>(f, run.stride) && run.row_stride == 0) return;
+  if (in_place<Acc>(f, run)) return;
   run.each_piece(
       [&](int64_t offset, int64_t first, int64_t count) { copy_out(buffer + first, f, offset, run.stride, count); });
 }
@@ -457,6 +459,7 @@ void normalise(double* e, int64_t count, const Options& options) {
     highest = e[j] > highest ? e[j] : highest;
     sum += e[j];
   }
+  if (sum != sum) lowest = highest = sum;  // comparisons lose a NaN, which spoils its whole image as in PyTorch
   double shift = 0, factor = 1;
   if (options.norm == Norm::mean) {
     const double mean = sum / double(count);
