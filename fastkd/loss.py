@@ -326,12 +326,9 @@ def _adapters(
     adapters: Sequence[nn.Module] | None,
 ) -> list[nn.Module]:
     """The modules given, or a 1x1 convolution per level, of the widths given or of those of the first batch."""
+    adapters = list(adapters) if isinstance(adapters, nn.ModuleList) else adapters
     given = {"student_channels": student_channels, "teacher_channels": teacher_channels, "adapters": adapters}
-    counts = {
-        len(require_sequence(k, x, "modules" if k == "adapters" else "widths"))
-        for k, x in given.items()
-        if x is not None
-    }
+    counts = {len(require_sequence(name, x, "entries")) for name, x in given.items() if x is not None}
     counts |= {levels} if levels is not None else set()
     if len(counts) != 1 or 0 in counts:
         raise ValueError(
