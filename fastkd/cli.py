@@ -427,8 +427,8 @@ def _check_small_pair() -> Report:
     distiller = Distiller(
         student,
         teacher,
-        backbone=(student.backbone_levels, teacher.backbone_levels),
-        neck=(student.neck_levels, teacher.neck_levels),
+        backbone=(list(student.backbone_levels), list(teacher.backbone_levels)),
+        neck=(list(student.neck_levels), list(teacher.neck_levels)),
     )
     distiller.prepare(images)
     return distiller.check(images, torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.1))

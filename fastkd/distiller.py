@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from fastkd import health
 from fastkd.health import Check, Report
 from fastkd.hooks import Group, Levels, Tap
-from fastkd.levels import warn_if_nothing_learns
+from fastkd.levels import require_sequence, warn_if_nothing_learns
 from fastkd.loss import DistillLoss
 
 Prior: TypeAlias = Callable[[Any, list[tuple[int, int]]], Sequence[Tensor | None]]
@@ -91,6 +92,8 @@ class Distiller(nn.Module):
         self._taps = [tap for x in self._groups for tap in (*x.student, *x.teacher)]
         for tap in self._taps:
             tap.attach()
+        # nobody calls remove() on a distiller that a notebook made anew: its hooks go with it
+        weakref.finalize(self, _detach, list(self._taps)).atexit = False
         # listed once: walking a large teacher at every step would take a millisecond
         self._frozen = (tuple(teacher.modules()), tuple(teacher.parameters()))
         self._freeze()
@@ -98,7 +101,9 @@ class Distiller(nn.Module):
     def _first_criterion(self, most: int) -> DistillLoss:
         options = dict(self._options)
         if self._open:
-            options.pop("weights", None)  # one per matched level, so they are read when these are known
+            weights = options.pop("weights", None)  # one per matched level, so they are read when these are known
+            if weights is not None and len(require_sequence("weights", weights, "numbers")) > most:
+                raise ValueError(f"weights: expected one per matched level, at most {most}, got {len(weights)}")
         if self._open or self._pairs is not None:
             options.setdefault("levels", most)
         return DistillLoss(**options)
@@ -230,9 +235,17 @@ class Distiller(nn.Module):
 
     def remove(self) -> None:
         """Take the hooks off both models; the distiller is then of no more use."""
-        for tap in self._taps:
-            tap.detach()
+        _detach(self._taps)
         self._taps = []
+
+    def __deepcopy__(self, memo: Any) -> Distiller:
+        raise TypeError(
+            "Distiller: expected not to be copied or pickled, as its hooks are in its student; copy the student, keep "
+            "the distiller's state_dict(), and make a new Distiller"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__deepcopy__(protocol)
 
     def extra_repr(self) -> str:
         if self._pairs is None:
@@ -250,9 +263,8 @@ class Distiller(nn.Module):
         """Fix the number of levels: spare lazy adapters go, the others stay the parameters an optimiser may hold."""
         have = len(self.criterion.adapters)
         if self._open and levels <= have:
-            old, self._open = self.criterion, False
-            adapters = list(old.adapters)[:levels]
-            self.criterion = DistillLoss(adapters=adapters, **self._options).to(old.step.device).train(old.training)
+            self.criterion.keep_levels(levels, self._options.get("weights"))
+            self._open = False
         elif levels != have:
             raise ValueError(f"criterion: expected {levels} levels, as there are pairs of modules, got {have}")
 
@@ -366,6 +378,11 @@ class Distiller(nn.Module):
             return 0.0
         found = torch.autograd.grad(feature, parameters, gradient, allow_unused=True)
         return math.sqrt(sum(x.double().square().sum().item() for x in found if x is not None))
+
+
+def _detach(taps: Sequence[Tap]) -> None:
+    for tap in taps:
+        tap.detach()
 
 
 def _refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:

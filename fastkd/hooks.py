@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -21,7 +23,9 @@ WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 class Tap:
     """Forward hook that keeps the last output of one module and counts its calls in one forward of the model.
 
-    A copied or unpickled tap listens to nothing, so an EMA of the student can't feed the distiller.
+    If a later module changes that output in place (ReLU(inplace=True), ``out += identity``), the changed one is what
+    is kept, with a warning. What checkpointing recomputes during a backward is not heard. A copied or unpickled tap
+    listens to nothing, so an EMA of the student can't feed the distiller.
     """
 
     def __init__(self, role: str, label: str, model: nn.Module, place: Place) -> None:
@@ -29,6 +33,8 @@ class Tap:
         self.root = _unwrapped(model)
         self.name, self.module = _find(role, label, model, place)
         self.output: Any = None
+        self.version = 0  # of the output, as the module left it
+        self.warned = False
         self.calls = 0
         self.handles: list[RemovableHandle] = []
 
@@ -49,9 +55,10 @@ class Tap:
         self.output, self.calls = None, 0
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self.module:
-            self.output = output
-            self.calls += 1
+        if module is not self.module or _in_backward():
+            return
+        self.output, self.version = output, _version(output)
+        self.calls += 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": None, "output": None, "calls": 0}
@@ -74,7 +81,27 @@ class Tap:
             raise ValueError(
                 f"{self}: expected an output of 4 dimensions (N, C, H, W), got shape {tuple(self.output.shape)}"
             )
+        self._warn_if_changed()
         return self.output
+
+    def _warn_if_changed(self) -> None:
+        if not self.warned and not torch.compiler.is_compiling() and _version(self.output) != self.version:
+            self.warned = True
+            warnings.warn(
+                f"{self}: a later module changed its output in place, and what is distilled is the result; to distil "
+                "the output itself use inplace=False there, else hook the later module to have it said",
+                stacklevel=2,
+            )
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _version(output: Any) -> int:
+    """How often a tensor was changed in place; 0 for what does not count that."""
+    counts = isinstance(output, Tensor) and not torch.compiler.is_compiling() and not output.is_inference()
+    return output._version if counts else 0
 
 
 class Group:
@@ -82,6 +109,11 @@ class Group:
 
     def __init__(self, name: str, levels: Levels, student: nn.Module, teacher: nn.Module) -> None:
         by_stride = isinstance(levels, tuple) and len(levels) == 2
+        if by_stride and all(isinstance(x, tuple) and len(x) == 2 for x in levels):
+            raise TypeError(
+                f"{name}: expected a list of pairs or a tuple of two lists, got {levels!r}, which may be either; write "
+                f"{list(levels)!r} for pairs, {tuple(map(list, levels))!r} to match by stride"
+            )
         if isinstance(levels, str) or not all(isinstance(x, (list, tuple)) for x in levels):
             self._refuse(name, levels)
         if not by_stride and not all(len(x) == 2 for x in levels):

@@ -292,6 +292,13 @@ class DistillLoss(nn.Module):
                 adapter.to(s.device)
                 adapter(s[:0].to(torch.get_default_dtype()))
 
+    def keep_levels(self, levels: int, weights: Sequence[float] | None = None) -> None:
+        """Drop the adapters and statistics of all but the first ``levels``; new weights, one for each that stays."""
+        if weights is not None:
+            require_weights(weights, levels)
+        self.adapters, self.statistics = self.adapters[:levels], self.statistics[:levels]
+        self.level_losses, self.weights = self.level_losses[:levels], weights
+
     def get_extra_state(self) -> dict[str, int]:
         return {"batches_seen": self._batches_seen}
 

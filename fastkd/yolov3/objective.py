@@ -58,8 +58,8 @@ class Objective(nn.Module):
         self.distiller = Distiller(
             student,
             teacher,
-            backbone=(student.backbone_levels, teacher.backbone_levels),
-            neck=(student.neck_levels, teacher.neck_levels),
+            backbone=(list(student.backbone_levels), list(teacher.backbone_levels)),
+            neck=(list(student.neck_levels), list(teacher.neck_levels)),
             prior=self._prior,
             **loss_options,
         )
