@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastkd import health
 from fastkd.health import Check, Report
@@ -92,8 +93,9 @@ class Distiller(nn.Module):
         self._taps = [tap for x in self._groups for tap in (*x.student, *x.teacher)]
         for tap in self._taps:
             tap.attach()
-        # nobody calls remove() on a distiller that a notebook made anew: its hooks go with it
-        weakref.finalize(self, _detach, list(self._taps)).atexit = False
+        # nobody calls remove() on a distiller that a notebook made anew: its hooks go with it. The finalizer may hold
+        # handles alone: a tap holds the student, which may hold its distiller
+        weakref.finalize(self, _remove, [x for tap in self._taps for x in tap.handles]).atexit = False
         # listed once: walking a large teacher at every step would take a millisecond
         self._frozen = (tuple(teacher.modules()), tuple(teacher.parameters()))
         self._freeze()
@@ -177,6 +179,7 @@ class Distiller(nn.Module):
         """
         if isinstance(loader, Tensor):
             raise TypeError("loader: expected an iterable of batches, got one tensor; wrap it: [images]")
+        self._require_hooks()
         for batch in loader:
             if self.criterion.calibrated:
                 return
@@ -235,8 +238,9 @@ class Distiller(nn.Module):
 
     def remove(self) -> None:
         """Take the hooks off both models; the distiller is then of no more use."""
-        _detach(self._taps)
-        self._taps = []
+        for tap in self._taps:
+            tap.detach()
+        self._taps, self._groups = [], []
 
     def __deepcopy__(self, memo: Any) -> Distiller:
         raise TypeError(
@@ -272,8 +276,7 @@ class Distiller(nn.Module):
         self, images: Any, prior: Prior | None = None
     ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None]:
         """Features of both models, level by level, and the prior; runs the teacher."""
-        if not self._taps:
-            raise RuntimeError("Distiller: the hooks were removed by remove(); make a new Distiller")
+        self._require_hooks()
         for tap in self._taps:
             if tap.role == "student":
                 tap.feature()  # before the teacher runs for nothing
@@ -293,6 +296,10 @@ class Distiller(nn.Module):
             return student, teacher, None
         with torch.no_grad():
             return student, teacher, prior(output, [(x.shape[2], x.shape[3]) for x in teacher])
+
+    def _require_hooks(self) -> None:
+        if not self._taps:
+            raise RuntimeError("Distiller: the hooks were removed by remove(); make a new Distiller")
 
     def _follow(self, features: Sequence[Tensor]) -> None:
         """Take the criterion to the features' device; its parameters stay the same objects."""
@@ -380,9 +387,9 @@ class Distiller(nn.Module):
         return math.sqrt(sum(x.double().square().sum().item() for x in found if x is not None))
 
 
-def _detach(taps: Sequence[Tap]) -> None:
-    for tap in taps:
-        tap.detach()
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:

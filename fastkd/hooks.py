@@ -43,7 +43,7 @@ class Tap:
 
     def attach(self) -> None:
         # what an earlier forward left behind, a validation's say, is dropped as the model's next one begins
-        before = self.root.register_forward_pre_hook(self.reset)
+        before = self.root.register_forward_pre_hook(self._begin)
         self.handles = [before, self.module.register_forward_hook(self)]
 
     def detach(self) -> None:
@@ -51,8 +51,12 @@ class Tap:
             handle.remove()
         self.reset()
 
-    def reset(self, *_: Any) -> None:
+    def reset(self) -> None:
         self.output, self.calls = None, 0
+
+    def _begin(self, *_: Any) -> None:
+        if not _in_backward():  # where the whole model is checkpointed, a forward that is waiting must not be lost
+            self.reset()
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is not self.module or _in_backward():

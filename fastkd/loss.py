@@ -296,7 +296,7 @@ class DistillLoss(nn.Module):
         """Drop the adapters and statistics of all but the first ``levels``; new weights, one for each that stays."""
         if weights is not None:
             require_weights(weights, levels)
-        self.adapters, self.statistics = self.adapters[:levels], self.statistics[:levels]
+        del self.adapters[levels:], self.statistics[levels:]
         self.level_losses, self.weights = self.level_losses[:levels], weights
 
     def get_extra_state(self) -> dict[str, int]:

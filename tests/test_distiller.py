@@ -8,6 +8,7 @@ import io
 import itertools
 import pickle
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_what_a_backward_recomputes_is_not_taken_for_a_forward(teacher: Net, ima
             return checkpoint(self.stage, x, use_reentrant=False)
 
     student = Checkpointed()
-    distiller = Distiller(student, teacher, backbone=[("stage", "stages.0")])
+    distiller = Distiller(student, teacher, backbone=[("stage.1", "stages.0")])
     student(images)
     distiller.loss(images).backward()
     assert student.stage[0].weight.grad.any()
@@ -166,13 +167,35 @@ def test_what_a_backward_recomputes_is_not_taken_for_a_forward(teacher: Net, ima
         distiller.loss(images)
 
 
+def test_a_whole_model_recomputed_in_a_backward_leaves_the_next_forward_alone(teacher: Net, images: Tensor) -> None:
+    student = block(3, 4)
+    distiller = Distiller(student, teacher, backbone=[("1", "stages.0")])
+    checkpoint(student, images, use_reentrant=False)
+    first = distiller.loss(images)
+    checkpoint(student, images, use_reentrant=False)
+    first.backward()
+    assert distiller.loss(images).isfinite()
+
+
+def test_a_student_that_holds_its_distiller_is_freed(teacher: Net) -> None:
+    student = Net(4)
+    student.distiller = Distiller(student, teacher, backbone=BACKBONE)
+    gone = weakref.ref(student)
+    del student
+    gc.collect()
+    assert gone() is None
+    assert hooks_of(teacher) == 0
+
+
 def test_matching_by_stride_keeps_the_criterion(student: Net, teacher: Net, images: Tensor) -> None:
     stages = ["stages.0", "stages.1", "stages.2"]
     distiller = Distiller(student, teacher, backbone=(stages[1:], stages), weights=[1.0, 2.0])
-    criterion = distiller.criterion
+    criterion, adapters = distiller.criterion, distiller.criterion.adapters
     student(images)
     distiller.loss(images)
     assert distiller.criterion is criterion
+    assert criterion.adapters is adapters
+    assert len(adapters) == 2
     assert criterion.level_losses.all()
     assert list(criterion.weights) == [1.0, 2.0]
 
