@@ -68,7 +68,7 @@ class Settings:
     teacher_width: float = 0.25
     student_width: float = 0.5
     teacher_steps: int = 1200
-    student_steps: int = 800
+    student_steps: int = 640
     batch: int = 16
     teacher_lr: float = 1.6e-2
     student_lr: float = 3.2e-2
