@@ -45,9 +45,9 @@ Train a detector; with --teacher, distil that teacher into it.
 
   fastkd data digits --out runs/digits
   fastkd train --data runs/digits --out runs/teacher --model yolov3 --width 0.25 --size 96 --steps 1200 \\
-               --lr 4e-3 --match-threshold 0.3 --cache
-  fastkd train --data runs/digits --train train_100 --out runs/student --width 0.5 --size 96 --steps 800 \\
-               --lr 8e-3 --cache --teacher runs/teacher/model.pt
+               --lr 1.6e-2 --match-threshold 0.3 --cache
+  fastkd train --data runs/digits --train train_100 --out runs/student --width 0.5 --size 96 --steps 640 \\
+               --lr 3.2e-2 --cache --teacher runs/teacher/model.pt
 
 The folder of --out gets model.pt (the detector alone), model.weights (Darknet's format), checkpoint.pt (to go on from,
 with --resume), metrics.jsonl and TensorBoard curves (tensorboard --logdir runs).
