@@ -196,7 +196,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _sizes(text: str) -> list[tuple[float, float]]:
     """Box sizes from "10,14, 16,30, ..."."""
-    numbers = [float(x) for x in text.split(",")]
+    try:
+        numbers = [float(x) for x in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers between commas, got {text!r}") from None
     if len(numbers) % 2:
         raise argparse.ArgumentTypeError(f"expected pairs of width and height, got {len(numbers)} numbers")
     return list(zip(numbers[::2], numbers[1::2], strict=True))

@@ -154,6 +154,9 @@ def test_eval_reads_darknet_weights(digits, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*evaluate, "--anchors", "8,10,12"])
     assert "expected pairs of width and height, got 3 numbers" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*evaluate, "--anchors", "8x10"])
+    assert "expected numbers between commas, got '8x10'" in capsys.readouterr().err
     assert main([*evaluate, "--anchors", "8,10"]) == 2
     assert "anchors: expected sizes (w, h) for 2 heads" in capsys.readouterr().err
 
