@@ -1,9 +1,12 @@
-"""Builds fastkd._C: CPU kernels on the LibTorch stable ABI, one binary for every Python >= 3.10 and torch >= 2.10.
+"""Builds fastkd._C on the LibTorch stable ABI, one binary for every Python >= 3.10 and torch >= 2.10: the CPU kernels,
+and the CUDA ones where an nvcc is found (no GPU and no CUDA torch needed; the binary loads without either).
 
-FASTKD_CPP=0 leaves the extension out; the library then computes through its PyTorch reference.
+FASTKD_CPP=0 leaves the extension out, and the library computes through its other backends; FASTKD_CUDA=0 leaves out the
+CUDA kernels; FASTKD_CUDA_ARCH="80;90;100;120" says which cards they are for (the last one's PTX runs on newer ones).
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
+TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def torch_directory() -> Path:
@@ -24,20 +28,57 @@ def torch_directory() -> Path:
     sys.exit("fastkd: torch not found; install torch>=2.10 first (pip install torch), then install fastkd")
 
 
+def find_nvcc() -> str | None:
+    if os.environ.get("FASTKD_CUDA", "1") == "0":
+        return None
+    roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    return next(filter(None, (shutil.which("nvcc", path=f"{root}/bin") for root in roots)), shutil.which("nvcc"))
+
+
+def cuda_runtime(nvcc: str) -> Path:
+    """The static runtime: the extension then needs no libcudart of the machine that it runs on."""
+    says = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    tops = [line.partition("TOP=")[2].strip() for line in says.splitlines() if line.startswith("#$ TOP=")]
+    root = Path(tops[0]) if tops else Path(nvcc).parent.parent
+    for folder in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib"):
+        if (root / folder / "libcudart_static.a").exists():
+            return root / folder / "libcudart_static.a"
+    sys.exit(f"fastkd: no libcudart_static.a beside {nvcc}; install it, or build without CUDA kernels: FASTKD_CUDA=0")
+
+
+def compile_cuda(nvcc: str, include: Path, folder: Path) -> Path:
+    archs = os.environ.get("FASTKD_CUDA_ARCH", "80;90;100;120").split(";")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.check_call(
+        [nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-t0", "--compress-mode=size",
+         "-Xcompiler=-fPIC,-fvisibility=hidden", *TARGET,
+         *codes, "-DFASTKD_CUDA_ARCHS=" + r"\,".join(archs), f"-I{include}", "-c", CSRC / "cuda" / "ops.cu",
+         "-o", folder / "cuda.o"]
+    )  # fmt: skip
+    return folder / "cuda.o"
+
+
 class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         self.force = True  # setuptools does not see a changed header
         torch = torch_directory()
         ext.include_dirs.append(str(torch / "include"))
         ext.library_dirs.append(str(torch / "lib"))
+        if nvcc := find_nvcc():
+            ext.extra_objects.append(str(compile_cuda(nvcc, torch / "include", Path(self.build_temp))))
+            # libtorch.so is empty, but of a CUDA torch it brings libtorch_cuda, whose current stream we ask for
+            ext.extra_link_args += [str(cuda_runtime(nvcc)), "-Wl,--no-as-needed", "-ltorch", "-lrt", "-ldl"]
         super().build_extension(ext)
 
 
 extension = Extension(
     "fastkd._C",
     sources=[str(path) for path in [CSRC / "ops.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]],
-    define_macros=[("Py_LIMITED_API", "0x030a0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
+    define_macros=[("Py_LIMITED_API", "0x030a0000")],
     extra_compile_args=[
+        *TARGET,
         "-O3",
         "-std=c++20",
         "-fvisibility=hidden",

@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTKD_INLINE __host__ __device__ __forceinline__
+#else
+#define FASTKD_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace fastkd {
 
 enum class Score : int64_t { uniform, magnitude, energy, entropy };
@@ -36,7 +42,7 @@ struct Level {
   Acc* map = nullptr;          // (N, H, W): the weight w
   Acc slope = 0;               // of the loss by sum w D: upstream gradient * level weight / Z
 
-  int64_t cells() const { return height * width; }
+  FASTKD_INLINE int64_t cells() const { return height * width; }
 };
 
 struct Options {

@@ -3,12 +3,6 @@
 
 #include "level.h"
 
-#ifdef __CUDACC__
-#define FASTKD_INLINE __host__ __device__ __forceinline__
-#else
-#define FASTKD_INLINE inline __attribute__((always_inline))
-#endif
-
 namespace fastkd {
 
 template <class T>
@@ -29,21 +23,47 @@ FASTKD_INLINE T score_term(T x) {
   return T(0);
 }
 
+// The penalty, but smooth_l1's times beta: a sum of them needs one division.
 template <Penalty P, class T>
-FASTKD_INLINE T penalty(T x, T beta) {
+FASTKD_INLINE T scaled_penalty(T x, T beta) {
   if constexpr (P == Penalty::l2) return x * x;
   const T a = absolute(x);
   if constexpr (P == Penalty::l1) return a;
   const T c = a < beta ? a : beta;  // no branch: quadratic below beta, linear above
-  return c * (a - T(0.5) * c) / beta;
+  return c * (a - T(0.5) * c);
+}
+
+template <Penalty P, class T>
+FASTKD_INLINE T penalty(T x, T beta) {
+  return P == Penalty::smooth_l1 ? scaled_penalty<P>(x, beta) / beta : scaled_penalty<P>(x, beta);
+}
+
+// Derivative of the penalty, of smooth_l1's times beta.
+template <Penalty P, class T>
+FASTKD_INLINE T scaled_slope(T x, T beta) {
+  if constexpr (P == Penalty::l2) return x + x;
+  if constexpr (P == Penalty::l1) return sign(x);
+  const T c = x < -beta ? -beta : x;
+  return c > beta ? beta : c;
 }
 
 template <Penalty P, class T>
 FASTKD_INLINE T penalty_slope(T x, T beta) {
-  if constexpr (P == Penalty::l2) return x + x;
-  if constexpr (P == Penalty::l1) return sign(x);
-  const T c = x < -beta ? -beta : x;
-  return (c > beta ? beta : c) / beta;
+  return P == Penalty::smooth_l1 ? scaled_slope<P>(x, beta) / beta : scaled_slope<P>(x, beta);
+}
+
+// Z, by which the level's sum of w D is divided; mass is its sum of w.
+template <class Acc>
+FASTKD_INLINE double divisor(const Level<Acc>& level, Normalizer normalizer, double mass) {
+  const double n = double(level.images), c = double(level.channels);
+  const double elements = n * c * double(level.cells());
+  switch (normalizer) {
+    case Normalizer::elements: return elements > 1 ? elements : 1;
+    case Normalizer::batch: return n > 1 ? n : 1;
+    case Normalizer::map: return c * mass + kEps;
+    case Normalizer::map_all_ranks: return 1;
+  }
+  return 1;
 }
 
 }  // namespace fastkd

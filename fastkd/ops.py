@@ -89,6 +89,8 @@ def _load_cpp() -> str | None:
 
 
 _unavailable = {"reference": None, "cpp": _load_cpp()}
+# whether the extension was built with CUDA kernels, by setup.py where it found nvcc
+_cpp_has_cuda: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fastkd::distill_cpp", "CUDA")
 
 
 def backends() -> dict[str, str | None]:
@@ -113,8 +115,12 @@ def choose(backend: str | None, device: torch.device) -> str:
     require_backend(backend)
     if _unavailable[backend] is not None:
         raise RuntimeError(f"backend={backend!r}: {_unavailable[backend]}")
-    if backend == "cpp" and device.type != "cpu":
-        raise RuntimeError(f"backend='cpp': has kernels for CPU tensors, got {device}; use backend=None or 'reference'")
+    if backend == "cpp" and device.type not in (("cpu", "cuda") if _cpp_has_cuda else ("cpu",)):
+        build = "build them, where nvcc is found (FASTKD_CUDA not 0): pip install --force-reinstall --no-deps .; or "
+        raise RuntimeError(
+            f"backend='cpp': has kernels for {'CPU and CUDA' if _cpp_has_cuda else 'CPU'} tensors, got {device}; "
+            f"{build if device.type == 'cuda' else ''}use backend=None or 'reference'"
+        )
     return backend
 
 

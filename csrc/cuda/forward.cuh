@@ -1,0 +1,340 @@
+// Forward: losses, masses and maps of all levels in one launch.
+//
+// Every block measures its tile: score e and penalty sum D of each cell, in one read of student and teacher. The block
+// that comes last of an image, by an integer ticket, turns the image's scores into weights w and sums w D and w; the
+// one that comes last of a level adds its images up. Who comes last changes nothing: each sum has one fixed order.
+//
+// Must move, for an element of b bytes: 2 b (student and teacher once), and per cell 36 bytes of e, D (written, read
+// back from L2) and w: under 2 % of it from 512 channels of bfloat16 on. Must do 5 operations an element (l2, energy:
+// difference, 2 multiply-adds, and 2 to standardise) and 2 conversions; entropy about 25. The floor is 2 units of
+// design.md's five, bytes / bandwidth: an SM of an H200 has 24 lane-operations a pair of bfloat16 until memory brings
+// the next.
+#pragma once
+
+#include "tile.cuh"
+
+namespace fastkd::cuda {
+
+// ---- measure ----
+
+// Sums of one thread over its channels, by cell. An entropy is that of a softmax kept online: highest value so far,
+// sum of exp(u) and of u exp(u), u being the logit below the highest.
+template <class Acc, int kCells, bool kEntropy>
+struct Sums {
+  static constexpr int kValues = kEntropy ? 4 : 2;
+  Acc value[kValues][kCells];  // D; e, or highest, sum, weighted
+
+  __device__ __forceinline__ Sums() {
+#pragma unroll
+    for (int k = 0; k < kValues; ++k)
+#pragma unroll
+      for (int i = 0; i < kCells; ++i)
+        value[k][i] = kEntropy && k == 1 ? -std::numeric_limits<Acc>::infinity() : Acc(0);
+  }
+};
+
+// Adds f(row, v) over a patch's valid rows to the sum of each cell: a patch is summed first, so that chains of
+// additions stay short, and their rounding small.
+template <bool kChannelsLast, int V, int kRows, int kCells, class Acc, class F>
+__device__ __forceinline__ void add_patch(int rows, Acc (&sum)[kCells], const F& f) {
+  Acc part[kCells] = {};
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    if (i < rows)
+#pragma unroll
+      for (int v = 0; v < V; ++v) part[Patch<kChannelsLast, V, Acc>::cell(i, v)] += f(i, v);
+#pragma unroll
+  for (int i = 0; i < kCells; ++i) sum[i] += part[i];
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc below(Acc x, Acc highest, Acc inverse_temperature) {
+  const Acc u = (x - highest) * inverse_temperature;
+  return u < Acc(kLowestLogit) ? Acc(kLowestLogit) : u;
+}
+
+template <bool kChannelsLast, int V, int kRows, int kCells, class Acc>
+__device__ __forceinline__ void add_entropy(const Acc (&t)[kRows][V], int rows, Acc inverse_temperature,
+                                            Sums<Acc, kCells, true>& sums) {
+  using P = Patch<kChannelsLast, V, Acc>;
+  auto& [_, highest, sum, weighted] = sums.value;
+  Acc top[kCells];
+#pragma unroll
+  for (int i = 0; i < kCells; ++i) top[i] = highest[i];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    if (i < rows)
+#pragma unroll
+      for (int v = 0; v < V; ++v) top[P::cell(i, v)] = t[i][v] > top[P::cell(i, v)] ? t[i][v] : top[P::cell(i, v)];
+#pragma unroll
+  for (int i = 0; i < kCells; ++i)
+    if (top[i] != highest[i]) {  // what was summed so far moves down by u
+      const Acc u = below(highest[i], top[i], inverse_temperature), p = std::exp(u);
+      weighted[i] = (weighted[i] + u * sum[i]) * p;
+      sum[i] *= p;
+      highest[i] = top[i];
+    }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    if (i < rows)
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const Acc u = below(t[i][v], top[P::cell(i, v)], inverse_temperature), p = std::exp(u);
+        sum[P::cell(i, v)] += p;
+        weighted[P::cell(i, v)] += u * p;
+      }
+}
+
+template <class E, bool kChannelsLast, int V, bool kEntropy, class Acc>
+__device__ __forceinline__ auto measure(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
+                                        int64_t first) {
+  using P = Patch<kChannelsLast, V, Acc>;
+  using Offsets = Rows<kChannelsLast, V, Acc>;
+  const Places<kChannelsLast, V, Acc> places(level, tile, first);
+  constexpr int kRows = P::kRows;
+  const Offsets student(level.student, tile, places), teacher(level.teacher, tile, places);
+  const Acc beta = Acc(launch.options.beta), inverse_temperature = Acc(launch.inverse_temperature);
+  Sums<Acc, P::kCells, kEntropy> sums;
+  each_patch<kChannelsLast, V>(level, tile, first, [&](int c, int rows) {
+    Acc s[kRows][V] = {}, t[kRows][V] = {};
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      if (i < rows) {
+        load<E>(level.student, student.at(c, i), s[i]);
+        load<E>(level.teacher, teacher.at(c, i), t[i]);
+      }
+    standardise<kChannelsLast>(level, tile, c, rows, t);
+    const auto add = [&](int k, const auto& f) { add_patch<kChannelsLast, V, kRows>(rows, sums.value[k], f); };
+    if constexpr (kEntropy) {
+      add_entropy<kChannelsLast>(t, rows, inverse_temperature, sums);
+    } else if (launch.options.score == Score::energy) {
+      add(1, [&](int i, int v) { return score_term<Score::energy>(t[i][v]); });
+    } else if (launch.options.score == Score::magnitude) {
+      add(1, [&](int i, int v) { return score_term<Score::magnitude>(t[i][v]); });
+    }
+    switch (launch.options.penalty) {
+      case Penalty::l2:
+        return add(0, [&](int i, int v) { return scaled_penalty<Penalty::l2>(s[i][v] - t[i][v], beta); });
+      case Penalty::l1:
+        return add(0, [&](int i, int v) { return scaled_penalty<Penalty::l1>(s[i][v] - t[i][v], beta); });
+      case Penalty::smooth_l1:
+        return add(0, [&](int i, int v) { return scaled_penalty<Penalty::smooth_l1>(s[i][v] - t[i][v], beta); });
+    }
+  });
+  return sums;
+}
+
+// ---- from threads to cells ----
+
+// Where threads leave their sums: [value][cell of the thread][thread]. The padding keeps the reads of consecutive
+// cells, several of which are of one thread, in different banks.
+template <int kCells>
+constexpr int kRowLength = kThreads + 32 / kCells;
+
+// e of a cell from its parts, see Sums
+template <int kStep, class Acc, class Thread>
+__device__ __forceinline__ double join_entropy(const Acc* shared, int parts, const Thread& thread, double channels,
+                                               Acc inverse_temperature) {
+  const Acc *highest = shared + kStep, *sum = highest + kStep, *weighted = sum + kStep;
+  Acc top = highest[thread(0)];
+  for (int p = 1; p < parts; ++p) top = highest[thread(p)] > top ? highest[thread(p)] : top;
+  double total = 0, total_weighted = 0;
+  for (int p = 0; p < parts; ++p) {
+    const int i = thread(p);
+    const Acc u = below(highest[i], top, inverse_temperature), factor = std::exp(u);
+    total += double(sum[i]) * double(factor);
+    total_weighted += (double(weighted[i]) + double(u) * double(sum[i])) * double(factor);
+  }
+  const double log_channels = std::log(channels), entropy = std::log(total) - total_weighted / total;
+  return 1 - entropy / (log_channels > kTiny ? log_channels : kTiny);
+}
+
+// Adds the threads' sums of each cell of the tile up, in double, and writes e and D.
+template <bool kChannelsLast, int kCells, bool kEntropy, class Acc>
+__device__ __forceinline__ void join(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
+                                     const Acc* shared) {
+  constexpr int kLength = kRowLength<kCells>, kStep = kCells * kLength;
+  const int parts = kChannelsLast ? tile.lanes : tile.groups, units = kChannelsLast ? tile.groups : tile.lanes;
+  const int64_t first = tile.image * level.cells() + tile.begin, left = level.cells() - tile.begin;
+  for (int j = int(threadIdx.x); j < units * kCells && j < left; j += kThreads) {
+    const int unit = j / kCells;  // a cell's parts: one thread of each lane (channels_last) or group
+    const auto thread = [&](int p) {
+      const int part = (p + unit) & (parts - 1);  // each cell begins elsewhere: again for the banks
+      return j % kCells * kLength + (kChannelsLast ? unit * tile.lanes + part : part * tile.lanes + unit);
+    };
+    double d = 0, e = 0;
+    for (int p = 0; p < parts; ++p) d += double(shared[thread(p)]);
+    if constexpr (kEntropy) {
+      e = join_entropy<kStep>(shared, parts, thread, double(level.channels), Acc(launch.inverse_temperature));
+    } else {
+      for (int p = 0; p < parts; ++p) e += double(shared[kStep + thread(p)]);
+      e = launch.options.score == Score::uniform ? 1 : e / double(level.channels);
+    }
+    level.score[first + j] = e;
+    level.distance[first + j] = launch.options.penalty == Penalty::smooth_l1 ? d / launch.options.beta : d;
+  }
+}
+
+template <class E, bool kChannelsLast, int V, bool kEntropy, class Acc>
+__device__ __forceinline__ void measure_tile(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
+                                             Acc* shared) {
+  using P = Patch<kChannelsLast, V, Acc>;
+  constexpr int kCells = P::kPasses * P::kCells, kLength = kRowLength<kCells>;
+#pragma unroll 1
+  for (int pass = 0; pass < P::kPasses; ++pass) {
+    const auto sums = measure<E, kChannelsLast, V, kEntropy>(launch, level, tile, P::first(tile, pass));
+    Acc* to = shared + pass * P::kCells * kLength + int(threadIdx.x);
+#pragma unroll
+    for (int k = 0; k < sums.kValues; ++k)
+#pragma unroll
+      for (int i = 0; i < P::kCells; ++i) to[(k * kCells + i) * kLength] = sums.value[k][i];
+  }
+  __syncthreads();
+  join<kChannelsLast, kCells, kEntropy>(launch, level, tile, shared);
+}
+
+// ---- weigh, in the image's last block ----
+
+// True in the one block that is the last of `count` to call this: it then sees all that the others wrote before.
+__device__ __forceinline__ bool comes_last(unsigned* done, unsigned count) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(done, 1u) == count - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+// Combines one value of each thread, in one order; every thread gets the result.
+template <class F>
+__device__ __forceinline__ double combine(double x, double* shared, const F& f) {
+  __syncthreads();
+  shared[threadIdx.x] = x;
+  __syncthreads();
+  for (int half = kThreads / 2; half; half /= 2) {
+    if (int(threadIdx.x) < half) shared[threadIdx.x] = f(shared[threadIdx.x], shared[threadIdx.x + half]);
+    __syncthreads();
+  }
+  return shared[0];
+}
+
+struct Add {
+  __device__ double operator()(double a, double b) const { return a + b; }
+};
+// A NaN spoils its whole image, as in PyTorch: so it is lower and higher than any number.
+struct Lower {
+  __device__ double operator()(double a, double b) const { return b < a || b != b ? b : a; }
+};
+struct Higher {
+  __device__ double operator()(double a, double b) const { return b > a || b != b ? b : a; }
+};
+
+// Weight of a cell before its prior: (e - shift) * factor, or exp((e - shift) / temperature) * factor.
+template <class Acc>
+struct Weight {
+  double shift = 0, factor = 1, temperature = 0;
+
+  __device__ __forceinline__ double operator()(double e) const {
+    if (temperature == 0) return (e - shift) * factor;
+    const double u = (e - shift) / temperature;
+    return double(std::exp(Acc(u < kLowestLogit ? kLowestLogit : u))) * factor;
+  }
+};
+
+// The normaliser of one image; reads what other blocks wrote, hence past the L1 cache.
+template <class Acc>
+__device__ __forceinline__ Weight<Acc> normaliser(const Options& options, const double* e, int64_t cells,
+                                                  double* shared) {
+  Weight<Acc> weight;
+  if (options.norm == Norm::none) return weight;
+  double lowest = std::numeric_limits<double>::infinity(), highest = -lowest, sum = 0;
+  for (int64_t j = threadIdx.x; j < cells; j += kThreads) {
+    const double x = __ldcg(e + j);
+    lowest = Lower()(lowest, x);
+    highest = Higher()(highest, x);
+    sum += x;
+  }
+  if (options.norm == Norm::mean) {
+    const double mean = combine(sum, shared, Add()) / double(cells);
+    weight.factor = 1 / (mean < kTiny ? kTiny : mean);
+    return weight;
+  }
+  highest = combine(highest, shared, Higher());
+  if (options.norm == Norm::minmax) {
+    weight.shift = combine(lowest, shared, Lower());
+    weight.factor = 1 / (highest - weight.shift + kEps);
+    return weight;
+  }
+  weight.shift = highest;
+  weight.temperature = options.temperature;
+  sum = 0;
+  for (int64_t j = threadIdx.x; j < cells; j += kThreads) sum += weight(__ldcg(e + j));
+  weight.factor = double(cells) / combine(sum, shared, Add());
+  return weight;
+}
+
+// Writes the image's map, and its sums of w D and w.
+template <class Acc>
+__device__ __forceinline__ void weigh(const Launch<Acc>& launch, const Level<Acc>& level, int64_t image, double* sums,
+                                      double* shared) {
+  const int64_t cells = level.cells(), first = image * cells;
+  const double *e = level.score + first, *d = level.distance + first;
+  const Weight<Acc> weight = normaliser<Acc>(launch.options, e, cells, shared);
+  double loss = 0, mass = 0;
+  for (int64_t j = threadIdx.x; j < cells; j += kThreads) {
+    double w = weight(__ldcg(e + j));
+    if (level.prior) w *= double(level.prior[first + j]);
+    level.map[first + j] = Acc(w);
+    loss += w * __ldcg(d + j);
+    mass += w;
+  }
+  loss = combine(loss, shared, Add());
+  mass = combine(mass, shared, Add());
+  if (threadIdx.x == 0) {
+    sums[0] = loss;
+    sums[1] = mass;
+  }
+}
+
+// ---- add images up, in the level's last block ----
+
+template <class Acc>
+__device__ __forceinline__ void total(const Launch<Acc>& launch, int l, double* shared) {
+  const Level<Acc>& level = launch.level[l];
+  const double* sums = launch.sums + 2 * int64_t(launch.plan[l].first_image);
+  double loss = 0, mass = 0;
+  for (int64_t n = threadIdx.x; n < level.images; n += kThreads) {
+    loss += __ldcg(sums + 2 * n);
+    mass += __ldcg(sums + 2 * n + 1);
+  }
+  loss = combine(loss, shared, Add());
+  mass = combine(mass, shared, Add());
+  if (threadIdx.x == 0) {
+    launch.mass[l] = Acc(mass);
+    launch.losses[l] = Acc(launch.weight[l] * loss / divisor(level, launch.normalizer, mass));
+  }
+}
+
+template <class E, bool kEntropy, class Acc>
+__global__ void __launch_bounds__(kThreads, 2) forward(const __grid_constant__ Launch<Acc> launch) {
+  constexpr int V = kVector<E, Acc>, kMost = V > kThreadCells<Acc> ? V : kThreadCells<Acc>;  // cells of a thread
+  __shared__ Acc parts[(kEntropy ? 4 : 2) * kMost * kRowLength<kMost>];
+  __shared__ double shared[kThreads];
+  const Tile tile = find_tile(launch, V);
+  const Level<Acc>& level = launch.level[tile.level];
+  const Plan& plan = launch.plan[tile.level];
+  if (V > 1 && plan.vector)
+    plan.channels_last ? measure_tile<E, true, V, kEntropy>(launch, level, tile, parts)
+                       : measure_tile<E, false, V, kEntropy>(launch, level, tile, parts);
+  else
+    plan.channels_last ? measure_tile<E, true, 1, kEntropy>(launch, level, tile, parts)
+                       : measure_tile<E, false, 1, kEntropy>(launch, level, tile, parts);
+  const int64_t image = plan.first_image + tile.image;
+  if (!comes_last(launch.images_done + image, unsigned(plan.tiles))) return;
+  weigh(launch, level, tile.image, launch.sums + 2 * image, shared);
+  if (!comes_last(launch.levels_done + tile.level, unsigned(level.images))) return;
+  total(launch, tile.level, shared);
+}
+
+}  // namespace fastkd::cuda

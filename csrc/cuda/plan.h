@@ -1,0 +1,130 @@
+// How a launch is laid out over blocks and threads: index arithmetic on the host, without CUDA.
+//
+// A block computes a tile: some cells of one image, all channels. Its threads stand in a grid of lanes x groups, lanes
+// along memory. Where channels are neighbours in memory (channels_last) lanes share the channels of a cell and groups
+// take different cells; else lanes take different cells and groups share the channels. A thread reads kVector
+// neighbours at a time, or one where alignment, strides or counts do not allow that.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "../level.h"
+
+namespace fastkd::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kMaxLevels = 12;  // of one launch, as its parameters have 4 KiB on every card; more take more launches
+
+// Cells of a thread where channels are neighbours in memory: as many as fit shared memory. Else it has those it reads
+// at once.
+template <class Acc>
+constexpr int kThreadCells = sizeof(Acc) == 8 ? 4 : 8;
+
+struct Plan {
+  int first_block = 0;
+  int tiles = 0;        // blocks of an image
+  int first_image = 0;  // where the level's images begin among all of the call: their counters and sums
+  int log_lanes = 0;
+  bool channels_last = false, vector = false;
+  bool row_gaps = false;  // of some feature: cells do not lie in one row
+};
+
+// All that a kernel is passed, by value.
+template <class Acc>
+struct Launch {
+  Level<Acc> level[kMaxLevels];
+  Plan plan[kMaxLevels];
+  double weight[kMaxLevels];
+  int count = 0;
+  Options options;
+  Normalizer normalizer = Normalizer::elements;
+  double inverse_temperature = 1;  // finite
+  double* sums = nullptr;          // (images, 2): loss and mass of an image
+  unsigned* images_done = nullptr;
+  unsigned* levels_done = nullptr;
+  Acc* losses = nullptr;  // forward: (levels,)
+  Acc* mass = nullptr;
+  const Acc* upstream = nullptr;  // backward
+  const Acc* forward_mass = nullptr;
+  int64_t upstream_stride = 0;
+};
+static_assert(sizeof(Launch<float>) <= 4096 && sizeof(Launch<double>) <= 4096, "more than a kernel's parameters");
+
+inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+inline bool aligned(const void* data, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % uintptr_t(bytes) == 0;
+}
+
+// Strides of dimensions of size 1 say nothing: set so that cells lie in one row wherever they can.
+template <class Acc>
+Feature normalised(const Level<Acc>& level, Feature f) {
+  if (level.images == 1) f.image_stride = 0;
+  if (level.channels == 1) f.channel_stride = 0;
+  if (level.width == 1) f.column_stride = level.height == 1 ? 0 : f.row_stride;
+  if (level.height == 1 || level.width == 1) f.row_stride = level.width * f.column_stride;
+  return f;
+}
+
+// Whether each thread may read `vector` neighbours of the feature at once.
+template <class Acc>
+bool vectorises(const Level<Acc>& level, const Feature& f, bool channels_last, int vector) {
+  const bool dense = channels_last ? f.channel_stride == 1 : f.column_stride == 1 && f.row_stride == level.width;
+  const int64_t a = f.image_stride, b = channels_last ? f.row_stride : f.channel_stride,
+                c = channels_last ? f.column_stride : 0;
+  return dense && a % vector == 0 && b % vector == 0 && c % vector == 0 && aligned(f.data, vector * size_of(f.dtype));
+}
+
+inline int ceil_log2(int64_t x) {
+  int log = 0;
+  while ((int64_t(1) << log) < x) ++log;
+  return log;
+}
+
+inline int smaller(int a, int b) { return a < b ? a : b; }
+
+// Cells of a tile.
+template <class Acc>
+FASTKD_INLINE int64_t tile_cells(const Plan& plan, int vector) {
+  const int64_t lanes = int64_t(1) << plan.log_lanes;
+  return plan.channels_last ? kThreads / lanes * kThreadCells<Acc> : lanes * (plan.vector ? vector : 1);
+}
+
+// Sets the layout of a level and normalises its strides. `vector` is how many elements fit a 16-byte read; its grad
+// counts where it has one. The result depends on the level alone: a sum has the same order on every card.
+template <class Acc>
+Plan make_plan(Level<Acc>& level, int vector) {
+  Plan plan;
+  Feature* features[] = {&level.student, &level.teacher, &level.grad};
+  const int used = level.grad.data ? 3 : 2;
+  bool neighbours = true, by_channels = true, by_cells = true;
+  for (int i = 0; i < used; ++i) {
+    *features[i] = normalised(level, *features[i]);
+    plan.row_gaps |= features[i]->row_stride != level.width * features[i]->column_stride;
+    neighbours &= features[i]->channel_stride == 1;
+    by_channels &= vectorises(level, *features[i], true, vector);
+    by_cells &= vectorises(level, *features[i], false, vector);
+  }
+  const int64_t moment = vector * int64_t(sizeof(Acc));
+  by_channels &= level.channels % vector == 0 && aligned(level.mean, moment) && aligned(level.rstd, moment);
+  by_cells &= level.cells() % vector == 0;
+  plan.channels_last = neighbours;
+  plan.vector = neighbours ? by_channels : by_cells;
+  const int64_t step = plan.vector ? vector : 1;
+  if (plan.channels_last) {
+    plan.log_lanes = smaller(5, ceil_log2((level.channels + step - 1) / step));
+  } else {
+    // as many groups as the channels can feed, at least 8 where they can; smaller tiles where images are few
+    const int groups = smaller(3, ceil_log2((level.channels + 7) / 8));
+    plan.log_lanes = smaller(8 - groups, ceil_log2((level.cells() + step - 1) / step));
+    const auto blocks = [&] { return level.images * (level.cells() / tile_cells<Acc>(plan, vector)); };
+    while (plan.log_lanes > (plan.vector ? 3 : 4) && level.channels >= 64 && blocks() < 128) --plan.log_lanes;
+  }
+  const int64_t tile = tile_cells<Acc>(plan, vector);
+  const int64_t tiles = level.images && level.channels ? (level.cells() + tile - 1) / tile : 0;
+  plan.tiles = int(tiles < std::numeric_limits<int>::max() ? tiles : std::numeric_limits<int>::max());
+  return plan;
+}
+
+}  // namespace fastkd::cuda
