@@ -1,8 +1,8 @@
 """Builds fastkd._C on the LibTorch stable ABI, one binary for every Python >= 3.10 and torch >= 2.10: the CPU kernels,
 and the CUDA ones where an nvcc is found (no GPU and no CUDA torch needed; the binary loads without either).
 
-FASTKD_CPP=0 leaves the extension out, and the library computes through its other backends; FASTKD_CUDA=0 leaves out the
-CUDA kernels; FASTKD_CUDA_ARCH="80;90;100;120" says which cards they are for (the last one's PTX runs on newer ones).
+FASTKD_CPP=0 leaves the extension out, and the library computes through its other backends. FASTKD_CUDA=0 leaves out the
+CUDA kernels. FASTKD_CUDA_ARCH="80;90;100;120" says which cards they are for; the newest one's PTX runs on later cards.
 """
 
 import os
@@ -46,17 +46,25 @@ def cuda_runtime(nvcc: str) -> Path:
     sys.exit(f"fastkd: no libcudart_static.a beside {nvcc}; install it, or build without CUDA kernels: FASTKD_CUDA=0")
 
 
-def compile_cuda(nvcc: str, include: Path, folder: Path) -> Path:
-    archs = os.environ.get("FASTKD_CUDA_ARCH", "80;90;100;120").split(";")
+def cuda_archs() -> list[str]:
+    asked = os.environ.get("FASTKD_CUDA_ARCH", "80;90;100;120")
+    archs = [arch.strip().replace(".", "") for arch in asked.split(";")]
+    if not all(arch.isdecimal() for arch in archs):
+        sys.exit(f"fastkd: FASTKD_CUDA_ARCH: expected compute capabilities such as 80;90, got {asked!r}")
+    return sorted(archs, key=int)
+
+
+def compile_cuda(nvcc: str, archs: list[str], include: Path, folder: Path) -> Path:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.check_call(
-        [nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-t0", "--compress-mode=size",
-         "-Xcompiler=-fPIC,-fvisibility=hidden", *TARGET,
-         *codes, "-DFASTKD_CUDA_ARCHS=" + r"\,".join(archs), f"-I{include}", "-c", CSRC / "cuda" / "ops.cu",
-         "-o", folder / "cuda.o"]
-    )  # fmt: skip
+    command = [
+        *(nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-t0", "--compress-mode=size"),
+        *("-Xcompiler=-fPIC,-fvisibility=hidden", *TARGET, *codes, f"-I{include}"),
+        *("-c", str(CSRC / "cuda" / "ops.cu"), "-o", str(folder / "cuda.o")),
+    ]
+    if subprocess.run(command).returncode:
+        sys.exit(f"fastkd: {nvcc} failed (12.8 or newer is needed); to build without CUDA kernels: FASTKD_CUDA=0")
     return folder / "cuda.o"
 
 
@@ -66,8 +74,11 @@ class Build(build_ext):
         torch = torch_directory()
         ext.include_dirs.append(str(torch / "include"))
         ext.library_dirs.append(str(torch / "lib"))
-        if nvcc := find_nvcc():
-            ext.extra_objects.append(str(compile_cuda(nvcc, torch / "include", Path(self.build_temp))))
+        nvcc = find_nvcc()
+        archs = cuda_archs() if nvcc else []
+        ext.define_macros.append(("FASTKD_CUDA_ARCHS", f'"{";".join(archs)}"'))
+        if nvcc:
+            ext.extra_objects.append(str(compile_cuda(nvcc, archs, torch / "include", Path(self.build_temp))))
             # libtorch.so is empty, but of a CUDA torch it brings libtorch_cuda, whose current stream we ask for
             ext.extra_link_args += [str(cuda_runtime(nvcc)), "-Wl,--no-as-needed", "-ltorch", "-lrt", "-ldl"]
         super().build_extension(ext)

@@ -144,8 +144,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("distill_cpp_backward", TORCH_BOX(&fastkd::distill_backward<fastkd::cpu::Cpu>));
 }
 
-// Python imports this module for the registrations above alone.
+// Python imports this module for the registrations above, and asks it for which cards there are kernels.
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* const module = PyModule_Create(&definition);
+  if (module && PyModule_AddStringConstant(module, "cuda_archs", FASTKD_CUDA_ARCHS) == 0) return module;
+  Py_XDECREF(module);
+  return nullptr;
 }

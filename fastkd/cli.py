@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastkd
+from fastkd.ops import choose
 
 if TYPE_CHECKING:
     from fastkd.health import Report
@@ -395,9 +396,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"fastkd {fastkd.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"CPU threads: {torch.get_num_threads()}; GPU: {device}")
-    print("\nbackends of the loss")
-    for name, reason in fastkd.backends().items():
-        print(f"  {'ok' if reason is None else '--':<3} {name}" + ("" if reason is None else f": {reason}"))
+    for kind in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        _print_backends(torch.device(kind))
     missing = [package for package, module in EXTRAS.items() if not _imports(module)]
     print("\ntraining, data and demo: " + (f"missing {', '.join(missing)}" if missing else "ok"))
     if missing:
@@ -407,6 +407,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     report = _check_run(arguments.run) if arguments.run else _check_small_pair()
     print(report)
     return 0 if report.ok else 1
+
+
+def _print_backends(device: torch.device) -> None:
+    default = choose(None, device, torch.float32)
+    print(f"\nbackends of the loss, for {device.type.upper()} tensors")
+    for name, reason in fastkd.backends(device).items():
+        note = ": the default" if name == default else f": {reason}" if reason else ""
+        print(f"  {'--' if reason else 'ok':<3} {name}{note}")
 
 
 def _imports(module: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastkd import ops
 from fastkd.info_map import NORMALIZERS, PENALTIES, InfoMap, require_known, require_positive, resolve
 from fastkd.levels import check, require_features, require_sequence, require_weights, warn_if_nothing_learns
-from fastkd.reference import EPS
+from fastkd.reference import EPS, accumulator
 
 REDUCTIONS = ("sum", "none")
 
@@ -55,7 +55,8 @@ def distill_loss(
             the batches of all ranks, divided by their number, so that averaged gradients (DDP) are those of one
             process with the whole batch; ``"batch"`` N. By default the one that goes with the map.
         reduction: ``"sum"`` over levels, a scalar; ``"none"``: one loss per level, (L,).
-        backend: ``"cpp"``, ``"reference"``, or None for the fastest that works here (``fastkd.backends()``).
+        backend: ``"cpp"``, ``"triton"``, ``"reference"``, or None for the fastest that works here, see
+            ``fastkd.backends()``.
 
     Returns:
         float32 scalar or (L,) tensor; float64 if any feature is float64.
@@ -76,7 +77,7 @@ def distill_loss(
     levels = check(
         student_feats, teacher_feats, info=info, prior=prior, standardize=standardize, weights=weights
     )  # fmt: skip
-    backend = ops.choose(backend, levels.student[0].device)
+    backend = ops.choose(backend, levels.student[0].device, accumulator(*levels.student, *levels.teacher))
     warn_if_nothing_learns(levels.student)
     losses, mass = ops.level_losses(levels, info, penalty, float(beta), normalizer, backend)
     if normalizer == "map_all_ranks":

@@ -6,6 +6,8 @@ implementation below these schemas, so the ops exist, and trace, before any bina
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from fastkd import reference
 from fastkd.info_map import NORMALIZERS, NORMS, PENALTIES, SCORES, InfoMap, require_known
 from fastkd.levels import Levels
 
-COMPILED = ("cpp",)
+COMPILED = ("cpp", "triton")
 
 _FORWARD = """(Tensor[] student, Tensor[] teacher, Tensor[] prior, Tensor[] mean, Tensor[] rstd, float[] weights,
     int score, int norm, float temperature, int penalty, float beta, int normalizer)
@@ -82,20 +84,50 @@ def _load_cpp() -> str | None:
     """Load the extension, which registers its kernels; the reason why not, or None."""
     build = "build it: pip install --force-reinstall --no-deps . (needs a C++ compiler, and FASTKD_CPP not 0)"
     try:
-        import fastkd._C  # noqa: F401
+        from fastkd import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return f"the C++ extension is not built or does not load ({error}); {build}"
+    _cuda_archs.extend(int(arch) for arch in _C.cuda_archs.split(";") if arch)
     return None
 
 
-_unavailable = {"reference": None, "cpp": _load_cpp()}
-# whether the extension was built with CUDA kernels, by setup.py where it found nvcc
-_cpp_has_cuda: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fastkd::distill_cpp", "CUDA")
+def _load_triton() -> str | None:
+    """Register the Triton kernels; the reason why not, or None. Only where they can run: the import takes time."""
+    if not (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return "this torch is built without CUDA (TRITON_INTERPRET=1 interprets the kernels on the CPU, for tests)"
+    try:
+        from fastkd.kernels import launch
+    except Exception as error:  # an old or broken Triton must not cost the other backends
+        return f"Triton does not import ({type(error).__name__}: {error}); install it: pip install 'triton>=3.6'"
+    if launch.DEVICE == "cuda" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to launch its kernels; install gcc, or name one in CC"
+    launch.register(_library)
+    _devices["triton"] = (launch.DEVICE,)
+    return None
 
 
-def backends() -> dict[str, str | None]:
-    """Every backend by name: None where it works here, else the reason why it does not."""
-    return dict(_unavailable)
+_cuda_archs: list[int] = []  # compute capabilities, times 10, that the extension has CUDA kernels for, ascending
+_devices = {"cpp": ("cpu", "cuda"), "triton": ("cuda",)}
+_unavailable = {"cpp": _load_cpp(), "triton": _load_triton(), "reference": None}
+# By device, fastest first; the CPU's was measured. On CUDA it is by reasoning, as no GPU was at hand yet: the kernels
+# move the same bytes, and C++ launches them in fewer microseconds than Python.
+_preferred = {"cpu": ("cpp",), "cuda": ("cpp", "triton")}
+
+
+def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Every backend by name: None where it works here, else the reason why it does not.
+
+    Args:
+        device: what its tensors are on; by default the current GPU where torch finds one, else the CPU.
+
+    Returns:
+        One entry for ``"cpp"``, ``"triton"`` and ``"reference"`` each, for features of up to 32 bits.
+    """
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    if device.type == "cuda" and not has_gpu:
+        return dict.fromkeys(_unavailable, "torch finds no GPU here")
+    return {name: _refusal(name, device, torch.float32) for name in _unavailable}
 
 
 def require_backend(name: str) -> None:
@@ -103,25 +135,54 @@ def require_backend(name: str) -> None:
     require_known("backend", name, list(_unavailable))
 
 
-def choose(backend: str | None, device: torch.device) -> str:
-    """The named backend, or the fastest that works on this device.
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The named backend, or the fastest that can take these tensors.
+
+    Args:
+        dtype: that of the sums.
 
     Raises:
         ValueError: unknown name (lists the known ones).
-        RuntimeError: a backend that is not built, or has no kernels for this device (says how to get it).
+        RuntimeError: a backend that is not built, or has no kernels for this device or dtype (says how to get it).
     """
     if backend is None:
-        return "cpp" if device.type == "cpu" and _unavailable["cpp"] is None else "reference"
+        works = (x for x in _preferred.get(device.type, ()) if _refusal(x, device, dtype) is None)
+        return next(works, "reference")
     require_backend(backend)
-    if _unavailable[backend] is not None:
-        raise RuntimeError(f"backend={backend!r}: {_unavailable[backend]}")
-    if backend == "cpp" and device.type not in (("cpu", "cuda") if _cpp_has_cuda else ("cpu",)):
-        build = "build them, where nvcc is found (FASTKD_CUDA not 0): pip install --force-reinstall --no-deps .; or "
-        raise RuntimeError(
-            f"backend='cpp': has kernels for {'CPU and CUDA' if _cpp_has_cuda else 'CPU'} tensors, got {device}; "
-            f"{build if device.type == 'cuda' else ''}use backend=None or 'reference'"
-        )
+    refusal = _refusal(backend, device, dtype)
+    if refusal is not None:
+        raise RuntimeError(f"backend={backend!r}: {refusal}")
     return backend
+
+
+def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend cannot take these tensors, and the way out; None if it can."""
+    if backend == "reference" or _unavailable[backend] is not None:
+        return _unavailable[backend]
+    if device.type not in _devices[backend]:
+        has = " and ".join(x.upper() for x in _devices[backend])
+        return f"has kernels for {has} tensors, got {device}; use backend=None or 'reference'"
+    if backend == "triton" and dtype == torch.float64:
+        return "sums in float32 and takes no float64; use backend='cpp' or 'reference'"
+    return _cuda_refusal(device) if backend == "cpp" and device.type == "cuda" else None
+
+
+def _cuda_refusal(device: torch.device) -> str | None:
+    """Of the extension: machine code runs on cards of its major version and no smaller minor, PTX on any newer one."""
+    way_out = "build it where nvcc is found: {}pip install --force-reinstall --no-deps . (or use backend=None)"
+    if not _cuda_archs:
+        return "is built without its CUDA kernels; " + way_out.format("")
+    card = _capability(device)
+    if card >= _cuda_archs[-1] or any(card // 10 == arch // 10 and card >= arch for arch in _cuda_archs):
+        return None
+    has = ", ".join(f"sm_{arch}" for arch in _cuda_archs)
+    return f"has code for {has}, but {device} is sm_{card}; " + way_out.format(f"FASTKD_CUDA_ARCH={card} ")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _refuse_forward_mode(student: list[Tensor]) -> None:

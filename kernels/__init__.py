@@ -1,1 +1,1 @@
-"""Home of the Triton kernels (shipped as ``fastkd.kernels``); the CPU kernels are in ``csrc/cpu``."""
+"""The Triton kernels (shipped as ``fastkd.kernels``): ``distill`` the kernels, ``launch`` the ops that run them."""

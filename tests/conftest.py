@@ -1,10 +1,42 @@
-"""``--full``: the whole product of options in the parity tests; and a table of the largest errors that they met."""
+"""``--full``: the whole product of options in the parity tests; and a table of the largest errors that they met.
+
+Without a GPU the Triton kernels are interpreted, which has to be said before they are imported.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def rounds(builder: Any, source: Any, dtype: Any, truncates: Any = interpreter.InterpreterBuilder.cast_impl) -> Any:
+        """Round float32 to the nearest bfloat16, as GPUs do; the interpreter truncates."""
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return truncates(builder, source, dtype)
+        bits = torch.tensor(source.data).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(bits, dtype.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = rounds
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of a backend, one of ``samples.TARGETS``; the test's tensors are made on its device."""
+    name, device = request.param.split("-")
+    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+        yield name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,4 +60,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             ratio = worst["ours"][i] / max(worst["eager"][i], worst["floor"])
             largest = max(r["ours"][i] for r in rows)
             at_most = f"at most {ratio:.2f} times eager's ({worst['map']})"
-            terminalreporter.write_line(f"{backend:9} {dtype:9} {what:9} largest {largest:.2e}; {at_most}")
+            terminalreporter.write_line(f"{backend:11} {dtype:9} {what:9} largest {largest:.2e}; {at_most}")

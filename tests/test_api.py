@@ -115,7 +115,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown penalty": ({"penalty": "huber"}, ValueError, "penalty: .*'l2', 'l1', 'smooth_l1'; got 'huber'"),
     "unknown Z": ({"normalizer": "mean"}, ValueError, "normalizer: .*'elements'.*got 'mean'"),
     "unknown reduction": ({"reduction": "mean"}, ValueError, "reduction: .*'sum', 'none'; got 'mean'"),
-    "unknown backend": ({"backend": "cuda"}, ValueError, "backend: .*'reference'.*'cpp'.*got 'cuda'"),
+    "unknown backend": ({"backend": "cuda"}, ValueError, "backend: .*'cpp'.*'triton'.*'reference'.*got 'cuda'"),
     "beta": ({"penalty": "smooth_l1", "beta": 0}, ValueError, "beta: .*> 0.*, got 0"),
     "beta that float32 rounds to 0": ({"beta": 1e-46}, ValueError, "beta: .*float32 can hold, got 1e-46"),
     "beta is text": ({"beta": "1"}, ValueError, "beta: expected a finite number > 0"),

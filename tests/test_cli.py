@@ -165,6 +165,7 @@ def test_doctor_tells_what_works(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("reference", "cpp", torch.__version__, fastkd.__version__))
+    assert "for CPU tensors\n  ok  cpp: the default\n" in said
     assert re.search(r"ok +gradient", said)
 
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from samples import INFO_MAPS, LAYOUTS, SHAPES, levels, loss_and_gradients, widened
+from samples import (
+    INFO_MAPS,
+    LAYOUTS,
+    SHAPES,
+    interpreted,
+    levels,
+    loss_and_gradients,
+    on_every_target,
+    shapes_for,
+    widened,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd.info_map import NORMALIZERS, NORMS, PENALTIES, SCORES, resolve
 from fastkd.levels import check
-
-BACKENDS = ["cpp"]
 
 
 def op_arguments(sample: dict[str, Any], code: int = 2) -> tuple[Any, ...]:
@@ -29,13 +38,21 @@ def op_arguments(sample: dict[str, Any], code: int = 2) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def skip_without_float64(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("Triton's kernels take no float64")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_target
 def test_opcheck(backend: str, dtype: torch.dtype, layout: str) -> None:
+    if dtype == torch.float64:
+        skip_without_float64(backend)
     forward = getattr(torch.ops.fastkd, f"distill_{backend}").default
     backward = getattr(torch.ops.fastkd, f"distill_{backend}_backward").default
-    arguments = op_arguments(levels(dtype, layout), code=LAYOUTS.index(layout))
+    shapes = SHAPES[:1] if interpreted(backend) else SHAPES
+    arguments = op_arguments(levels(dtype, layout, shapes=shapes), code=LAYOUTS.index(layout))
     torch.library.opcheck(forward, arguments)
     losses, mass, maps = forward(*arguments)
     student, teacher, _, mean, rstd, weights, _, _, _, penalty, beta, normalizer = arguments
@@ -47,8 +64,9 @@ def test_opcheck(backend: str, dtype: torch.dtype, layout: str) -> None:
 
 
 @pytest.mark.parametrize("info", INFO_MAPS, ids=lambda m: f"{m.score}-{m.norm}")
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_target
 def test_gradcheck_in_float64(backend: str, info: fastkd.InfoMap) -> None:
+    skip_without_float64(backend)
     sample = levels(torch.float64, shapes=[(2, 3, 2, 2), (1, 3, 1, 1)])
     student = sample.pop("student_feats")
     for penalty, normalizer in zip(PENALTIES, ("elements", "map", "batch"), strict=True):
@@ -60,16 +78,16 @@ def test_gradcheck_in_float64(backend: str, info: fastkd.InfoMap) -> None:
         torch.autograd.gradcheck(losses, student)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_target
 def test_double_backward_is_a_clear_error(backend: str) -> None:
-    sample = levels()
+    sample = levels(shapes=shapes_for(backend))
     loss = fastkd.distill_loss(**sample, backend=backend)
     (gradient, *_) = torch.autograd.grad(loss, sample["student_feats"], create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_target
 def test_forward_mode_is_a_clear_error_and_not_zero(backend: str) -> None:
     s, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
 
@@ -82,9 +100,9 @@ def test_forward_mode_is_a_clear_error_and_not_zero(backend: str) -> None:
     assert tangent != 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_target
 def test_backward_twice_with_retain_graph_accumulates(backend: str) -> None:
-    sample = levels()
+    sample = levels(shapes=shapes_for(backend))
     loss = fastkd.distill_loss(**sample, backend=backend)
     loss.backward(retain_graph=True)
     once = [x.grad.clone() for x in sample["student_feats"]]
@@ -93,8 +111,7 @@ def test_backward_twice_with_retain_graph_accumulates(backend: str) -> None:
         torch.testing.assert_close(x.grad, 3 * first)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_same_bits_for_any_number_of_threads(backend: str) -> None:
+def test_same_bits_for_any_number_of_threads() -> None:
     shapes = [(3, 64, 26, 26), (3, 128, 13, 13)]
     results = []
     before = torch.get_num_threads()
@@ -103,7 +120,7 @@ def test_same_bits_for_any_number_of_threads(backend: str) -> None:
             torch.set_num_threads(threads)
             for layout in LAYOUTS:
                 sample = levels(layout=layout, shapes=shapes)
-                loss = fastkd.distill_loss(**sample, info_map="attention", reduction="none", backend=backend)
+                loss = fastkd.distill_loss(**sample, info_map="attention", reduction="none", backend="cpp")
                 results.append((layout, loss_and_gradients(loss, sample["student_feats"])))
     finally:
         torch.set_num_threads(before)
@@ -114,8 +131,7 @@ def test_same_bits_for_any_number_of_threads(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_feature_sized_temporary_is_allocated(backend: str, dtype: torch.dtype) -> None:
+def test_no_feature_sized_temporary_is_allocated(dtype: torch.dtype) -> None:
     """Forward: the map and per-level scalars. Backward: the gradient."""
     sample = levels(dtype, "channels_last", shapes=[(2, 64, 26, 26), (2, 128, 13, 13)])
     student = sample["student_feats"]
@@ -129,14 +145,14 @@ def test_no_feature_sized_temporary_is_allocated(backend: str, dtype: torch.dtyp
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
         return sum(e.nbytes() for e in events), result
 
-    forward, loss = allocated(lambda: fastkd.distill_loss(**sample, backend=backend))
+    forward, loss = allocated(lambda: fastkd.distill_loss(**sample, backend="cpp"))
     # the map, the prior brought to contiguous float32, and less than 16 KiB of vectors and scalars
     assert forward <= 2 * 4 * cells + 16384
     backward, _ = allocated(lambda: torch.autograd.grad(loss, student, retain_graph=True))
     assert gradient <= backward <= gradient + 4096
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_target
 def test_compiles_without_graph_break(backend: str) -> None:
     sample = levels(shapes=SHAPES[:2])
 
@@ -154,12 +170,12 @@ def test_compiles_without_graph_break(backend: str) -> None:
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_target
 def test_under_autocast_half_features_give_a_float32_loss(backend: str) -> None:
     torch.manual_seed(0)
     convolution, teacher = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3).requires_grad_(False)
     images = torch.randn(2, 3, 9, 9)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(images.device.type, dtype=torch.bfloat16):
         loss = fastkd.distill_loss([convolution(images)], [teacher(images)], backend=backend)
     assert loss.dtype == torch.float32
     loss.backward()
@@ -169,9 +185,9 @@ def test_under_autocast_half_features_give_a_float32_loss(backend: str) -> None:
     torch.testing.assert_close(convolution.weight.grad, plain.weight.grad, rtol=0.05, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_target
 def test_activation_checkpointing_gives_the_same_gradient(backend: str) -> None:
-    sample = levels()
+    sample = levels(shapes=shapes_for(backend))
     student = sample.pop("student_feats")
 
     def loss(*s: Tensor) -> Tensor:
@@ -184,10 +200,10 @@ def test_activation_checkpointing_gives_the_same_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0, 2.0**-10])
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_target
 def test_a_scaled_loss_scales_the_float16_gradient(backend: str, scale: float) -> None:
     """As GradScaler does: what would underflow unscaled arrives, because the factor enters before the rounding."""
-    sample = levels(torch.float16)
+    sample = levels(torch.float16, shapes=shapes_for(backend))
     wide = widened(sample)
     loss = fastkd.distill_loss(**sample, backend=backend) * scale
     exact = fastkd.distill_loss(**wide, backend="reference") * scale
@@ -200,10 +216,10 @@ def test_a_scaled_loss_scales_the_float16_gradient(backend: str, scale: float) -
         torch.testing.assert_close(got[normal].double(), want[normal], rtol=2**-10, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_target
 def test_a_direct_call_with_wrong_shapes_is_an_error_not_a_crash(backend: str) -> None:
     op = getattr(torch.ops.fastkd, f"distill_{backend}")
-    student, teacher, prior, mean, rstd, weights, *codes = op_arguments(levels())
+    student, teacher, prior, mean, rstd, weights, *codes = op_arguments(levels(shapes=shapes_for(backend)))
     for wrong in (
         (student, teacher[:1], prior, mean, rstd, weights),
         (student, [t[:, :1] for t in teacher], prior, mean, rstd, weights),
@@ -223,3 +239,32 @@ def test_a_direct_call_with_wrong_shapes_is_an_error_not_a_crash(backend: str) -
     for wrong in ((losses[0], mass, maps), (losses, mass[:0], maps), (losses, mass, maps[:0])):
         with pytest.raises(RuntimeError):
             backward(*wrong, *rest)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@on_every_target
+def test_offsets_beyond_32_bits(backend: str, axis: int, tmp_path: Path) -> None:
+    """Images, or channels, whose strides 32 bits can hold, and whose offsets they cannot."""
+    shape, strides = (4, 4, 4, 8), [128, 32, 8, 1]
+    strides[axis] = 2**30 + 16
+    size = 3 * 2**30 + 4096
+
+    def far(name: str) -> Tensor:  # on the CPU a file with a hole, of which no more than is touched is ever there
+        path = str(tmp_path / name)
+        cpu = torch.get_default_device().type == "cpu"
+        flat = (
+            torch.from_file(path, shared=True, size=size, dtype=torch.float16)
+            if cpu
+            else torch.empty(size, dtype=torch.float16)
+        )
+        return flat.as_strided(shape, strides)
+
+    torch.manual_seed(0)
+    student, teacher = torch.randn(shape).half(), torch.randn(shape).half()
+    near = student.clone().requires_grad_()
+    expected = fastkd.distill_loss([near], [teacher], backend=backend)
+    (gradient,) = torch.autograd.grad(expected, near)
+    far_student, far_teacher = far("student").copy_(student).requires_grad_(), far("teacher").copy_(teacher)
+    loss = fastkd.distill_loss([far_student], [far_teacher], backend=backend)
+    assert torch.equal(loss, expected)
+    assert torch.equal(torch.autograd.grad(loss, far_student)[0], gradient)

@@ -35,13 +35,7 @@ __device__ __forceinline__ void differentiate_cells(const Launch<Acc>& launch, c
     weight[i] = first + i < level.cells() ? slope * level.map[tile.image * level.cells() + first + i] : Acc(0);
   each_patch<kChannelsLast, V>(level, tile, first, [&](int c, int rows) {
     Acc s[kRows][V] = {}, t[kRows][V] = {};
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      if (i < rows) {
-        load<E>(level.student, student.at(c, i), s[i]);
-        load<E>(level.teacher, teacher.at(c, i), t[i]);
-      }
-    standardise<kChannelsLast>(level, tile, c, rows, t);
+    read_patch<E>(level, tile, student, teacher, c, rows, s, t);
     const auto cell = [](int i, int v) { return P::cell(i, v); };
     switch (launch.options.penalty) {
       case Penalty::l2: differentiate<Penalty::l2>(t, weight, beta, cell, s); break;

@@ -47,9 +47,13 @@ __device__ __forceinline__ void add_patch(int rows, Acc (&sum)[kCells], const F&
   for (int i = 0; i < kCells; ++i) sum[i] += part[i];
 }
 
+// Not fused with the product that x may be: where x is the highest, the difference must be 0.
+__device__ __forceinline__ float difference(float x, float y) { return __fsub_rn(x, y); }
+__device__ __forceinline__ double difference(double x, double y) { return __dsub_rn(x, y); }
+
 template <class Acc>
 __device__ __forceinline__ Acc below(Acc x, Acc highest, Acc inverse_temperature) {
-  const Acc u = (x - highest) * inverse_temperature;
+  const Acc u = difference(x, highest) * inverse_temperature;
   return u < Acc(kLowestLogit) ? Acc(kLowestLogit) : u;
 }
 
@@ -97,13 +101,7 @@ __device__ __forceinline__ auto measure(const Launch<Acc>& launch, const Level<A
   Sums<Acc, P::kCells, kEntropy> sums;
   each_patch<kChannelsLast, V>(level, tile, first, [&](int c, int rows) {
     Acc s[kRows][V] = {}, t[kRows][V] = {};
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      if (i < rows) {
-        load<E>(level.student, student.at(c, i), s[i]);
-        load<E>(level.teacher, teacher.at(c, i), t[i]);
-      }
-    standardise<kChannelsLast>(level, tile, c, rows, t);
+    read_patch<E>(level, tile, student, teacher, c, rows, s, t);
     const auto add = [&](int k, const auto& f) { add_patch<kChannelsLast, V, kRows>(rows, sums.value[k], f); };
     if constexpr (kEntropy) {
       add_entropy<kChannelsLast>(t, rows, inverse_temperature, sums);

@@ -2,9 +2,6 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <iterator>
-#include <string>
-
 #include "launch.cuh"
 
 // Only libtorch_cuda has it: weak, so that the extension also loads under a torch without CUDA.
@@ -12,27 +9,6 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 
 namespace fastkd::cuda {
 namespace {
-
-constexpr int kArchs[] = {FASTKD_CUDA_ARCHS};  // by setup.py, such as 80, 90; of the last there is PTX too
-
-// Machine code runs on cards of its major version and no smaller minor; PTX on whatever is not older.
-constexpr bool has_code(int capability) {
-  for (const int arch : kArchs)
-    if (arch / 10 == capability / 10 && arch <= capability) return true;
-  return kArchs[std::size(kArchs) - 1] <= capability;
-}
-
-void require_code(int device) {
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  if (has_code(10 * major + minor)) return;
-  std::string archs;
-  for (const int arch : kArchs) archs += " " + std::to_string(arch);
-  STD_TORCH_CHECK(false, "fastkd: this card has compute capability ", 10 * major + minor,
-                  ", and the extension code for", archs,
-                  " only; build it again with FASTKD_CUDA_ARCH=", 10 * major + minor);
-}
 
 cudaStream_t current_stream(int device) {
   void* stream = nullptr;
@@ -52,7 +28,6 @@ struct OnDeviceOf {
 struct Cuda {
   static void require(const Tensor& x) {
     STD_TORCH_CHECK(x.is_cuda(), "fastkd: the CUDA kernels were called with tensors that are not on a CUDA device");
-    require_code(x.get_device_index());
   }
 
   template <class Acc>

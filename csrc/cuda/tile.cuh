@@ -185,4 +185,19 @@ __device__ __forceinline__ void standardise(const Level<Acc>& level, const Tile&
   }
 }
 
+// Student and standardised teacher of a patch from a channel on. All loads are issued before any value is used.
+template <class E, bool kChannelsLast, int V, int kRows, class Acc>
+__device__ __forceinline__ void read_patch(const Level<Acc>& level, const Tile& tile,
+                                           const Rows<kChannelsLast, V, Acc>& student,
+                                           const Rows<kChannelsLast, V, Acc>& teacher, int channel, int rows,
+                                           Acc (&s)[kRows][V], Acc (&t)[kRows][V]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    if (i < rows) {
+      load<E>(level.student, student.at(channel, i), s[i]);
+      load<E>(level.teacher, teacher.at(channel, i), t[i]);
+    }
+  standardise<kChannelsLast>(level, tile, channel, rows, t);
+}
+
 }  // namespace fastkd::cuda

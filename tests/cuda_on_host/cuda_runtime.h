@@ -80,6 +80,8 @@ inline void __syncthreads() { swapcontext(&on_host::block.fibers[on_host::block.
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* x, unsigned y) { return (*x += y) - y; }
 inline double __ldcg(const double* x) { return *x; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline double __dsub_rn(double x, double y) { return x - y; }
 
 using cudaError_t = int;
 using cudaStream_t = void*;

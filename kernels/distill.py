@@ -1,0 +1,387 @@
+"""The Triton kernels: one launch for all levels of backbone and neck, forward and backward.
+
+What must move, for features of b bytes an element (the maps, (N, H, W), are small beside them):
+
+=========  ========================  ==========================================  ===================
+kernel     bytes an element          floating-point operations an element        floor, 4.8 TB/s, b=2
+=========  ========================  ==========================================  ===================
+forward    2 b: reads s and t        about 7: standardise 2, score 2, penalty 3  0.83 ps
+backward   3 b: reads s and t,       about 5: standardise 2, slope 3             1.25 ps
+           writes ds
+=========  ========================  ==========================================  ===================
+
+A program takes BLOCK_P cells of one image of one level and walks over its channels in steps of BLOCK_C. Which axis of
+the tile is contiguous (NCHW: the cells, channels_last: the channels) follows from strides of 1, which Triton compiles
+as constants; so each layout is read in place. Every load is widened to float32 at once; what is summed over an image's
+cells is in float64, as a difference of near-equal scores may decide a weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-9)  # as in fastkd/reference.py
+TINY = tl.constexpr(1.1754943508222875e-38)
+LOWEST_LOGIT = tl.constexpr(-1000.0)
+
+
+class Feature(NamedTuple):
+    """An (N, C, H, W) tensor by its strides, in elements. ``row`` is None where rows have no gaps between them."""
+
+    data: Any
+    image: int
+    channel: int
+    row: int | None
+    column: int
+
+
+class Level(NamedTuple):
+    """One level; the same fields as the struct of ``csrc/level.h``."""
+
+    number: int  # among all levels, empty ones counted
+    images: int
+    channels: int
+    cells: int  # H * W
+    width: int
+    per_channel: float  # 1 / channels
+    scale: float  # weight / Z, of smooth_l1 also by beta; where Z depends on the map, without Z
+    student: Feature
+    teacher: Feature
+    grad: Feature | None  # written by the backward
+    prior: Any  # (N, H, W) or None: 1
+    mean: Any  # (C,) or None: identity
+    rstd: Any
+
+
+# ---- terms
+
+
+@triton.jit
+def score_term(x, SCORE: tl.constexpr):
+    """What one channel adds to the score of its cell, before division by C."""
+    if SCORE == "magnitude":
+        return tl.abs(x)
+    elif SCORE == "energy":
+        return x * x
+    else:
+        return tl.zeros_like(x)
+
+
+@triton.jit
+def scaled_penalty(x, beta, PENALTY: tl.constexpr):
+    """The penalty, but smooth_l1's times beta: a sum of them needs one division."""
+    if PENALTY == "l2":
+        return x * x
+    elif PENALTY == "l1":
+        return tl.abs(x)
+    else:
+        a = tl.abs(x)
+        c = tl.where(a < beta, a, beta)
+        return c * (a - 0.5 * c)
+
+
+@triton.jit
+def scaled_slope(x, beta, PENALTY: tl.constexpr):
+    """Derivative of the penalty, of smooth_l1's times beta."""
+    if PENALTY == "l2":
+        return x + x
+    elif PENALTY == "l1":
+        return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))  # 0 of a NaN, as PyTorch's l1_loss has it
+    else:
+        return tl.where(x < -beta, -beta, tl.where(x > beta, beta, x))
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x in float64, for x that float32 can hold. Its division is a subroutine, around which ptxas spills."""
+    r = (1.0 / x.to(tl.float32)).to(tl.float64)
+    return tl.where(r == 0, 0.0, r * (2 - x * r))  # one step of Newton's method
+
+
+# ---- tiles
+
+
+@triton.jit
+def at_cells(feature, width, image, block, BLOCK_P: tl.constexpr, INDEX: tl.constexpr):
+    """Pointer to each cell's first channel, (BLOCK_P,). Whole blocks are skipped in 64 bits."""
+    base = feature.data + image.to(tl.int64) * feature.image
+    cell = tl.arange(0, BLOCK_P).to(INDEX)
+    if feature.row is None:
+        return base + (block * BLOCK_P).to(tl.int64) * feature.column + cell * feature.column
+    else:
+        p = block * BLOCK_P + cell
+        return base + (p // width) * feature.row + (p % width) * feature.column
+
+
+@triton.jit
+def read(feature, cells, c, inside, channels, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+    """(BLOCK_P, BLOCK_C) of a feature from channel c on, as float32; 0 outside."""
+    channel = tl.arange(0, BLOCK_C)
+    offset = channel.to(INDEX) * feature.channel
+    mask = inside[:, None] & (c + channel < channels)[None, :]
+    start = tl.cast(c, tl.int64) * feature.channel
+    return tl.load(cells[:, None] + start + offset[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def read_teacher(level, cells, c, inside, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+    """The same of the teacher, standardised where the level has moments."""
+    x = read(level.teacher, cells, c, inside, level.channels, BLOCK_C, INDEX)
+    if level.mean is not None:
+        channel = c + tl.arange(0, BLOCK_C)
+        mean = tl.load(level.mean + channel, mask=channel < level.channels, other=0.0)
+        rstd = tl.load(level.rstd + channel, mask=channel < level.channels, other=0.0)
+        x = (x - mean[None, :]) * rstd[None, :]
+    return x
+
+
+# ---- forward
+
+
+@triton.jit
+def measure(
+    level, image, block, inverse_temperature, beta,
+    SCORE: tl.constexpr, PENALTY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Score e and scaled penalty sum D of BLOCK_P cells in one read of student and teacher."""
+    inside = block * BLOCK_P + tl.arange(0, BLOCK_P) < level.cells
+    student = at_cells(level.student, level.width, image, block, BLOCK_P, INDEX)
+    teacher = at_cells(level.teacher, level.width, image, block, BLOCK_P, INDEX)
+    d = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    e = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    if SCORE == "entropy":  # each lane keeps its own highest value, sum of exp and sum of u exp
+        highest = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
+        weighted = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for c in range(0, level.channels, BLOCK_C):
+        x = read_teacher(level, teacher, c, inside, BLOCK_C, INDEX)
+        s = read(level.student, student, c, inside, level.channels, BLOCK_C, INDEX)
+        d += scaled_penalty(s - x, beta, PENALTY)
+        if SCORE == "entropy":
+            here = (c + tl.arange(0, BLOCK_C) < level.channels)[None, :]
+            e, weighted, highest = add_entropy(e, weighted, highest, x, here, inverse_temperature)
+        else:
+            e += score_term(x, SCORE)
+    if SCORE == "entropy":
+        score = entropy_score(e, weighted, highest, level.channels, inverse_temperature)
+    elif SCORE == "uniform":
+        score = tl.full((BLOCK_P,), 1.0, tl.float64)
+    else:
+        score = tl.sum(e.to(tl.float64), 1) * level.per_channel
+    return score, tl.sum(d, 1)
+
+
+@triton.jit
+def below(x, highest, inverse_temperature):
+    """(x - highest) / T, clamped so that exp() is 0 and its product with the logit too, whatever T."""
+    u = (x - highest) * inverse_temperature
+    return tl.where(u < LOWEST_LOGIT, LOWEST_LOGIT, u).to(tl.float32)
+
+
+@triton.jit
+def add_entropy(total, weighted, highest, x, here, inverse_temperature):
+    """Online softmax over channels: rescale the sums of exp(u) and u exp(u) to the new highest value, add x."""
+    new = tl.where(here & ((x > highest) | (x != x)), x, highest)  # a NaN stays
+    shift = below(highest, new, inverse_temperature)
+    shift = tl.where(highest == new, 0.0, shift)  # also where both are still -inf
+    weighted = (weighted + shift * total) * tl.exp(shift)
+    total = total * tl.exp(shift)
+    u = below(x, new, inverse_temperature)
+    p = tl.exp(u)
+    return total + tl.where(here, p, 0.0), weighted + tl.where(here, u * p, 0.0), new
+
+
+@triton.jit
+def entropy_score(total, weighted, highest, channels, inverse_temperature):
+    """1 - H / log C of each cell, from the lanes' sums."""
+    top = tl.max(highest, 1)
+    shift = below(highest, top[:, None], inverse_temperature)
+    weighted = tl.sum(((weighted + shift * total) * tl.exp(shift)).to(tl.float64), 1)
+    total = tl.sum((total * tl.exp(shift)).to(tl.float64), 1)
+    log_channels = tl.log(channels.to(tl.float64))
+    entropy = tl.log(total) - weighted * reciprocal(total)
+    return 1 - entropy * reciprocal(tl.where(log_channels > TINY, log_channels, TINY))
+
+
+@triton.jit
+def is_last(ticket, count):
+    """Whether all other programs of `count` have come here before: then what they stored is visible."""
+    tl.debug_barrier()  # all threads of this program have stored
+    return tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == count - 1
+
+
+@triton.jit
+def normaliser(score, first, cells, inverse_temperature, NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """(shift, factor) of one image, whose weights are (e - shift) * factor, or exp((e - shift) / T) * factor."""
+    lane = tl.arange(0, BLOCK)
+    low = tl.full((BLOCK,), float("inf"), tl.float64)
+    high = tl.full((BLOCK,), float("-inf"), tl.float64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for p in range(0, cells, BLOCK):
+        inside = p + lane < cells
+        e = tl.load(score + first + p + lane, mask=inside, other=0.0, cache_modifier=".cg")
+        new = tl.where(inside & ((e > high) | (e != e)), e, high)
+        if NORM == "softmax":  # online: one pass gives the highest score and the sum of exponentials
+            rescale = tl.where(high == new, 1.0, tl.exp(below(high, new, inverse_temperature)))
+            total = total * rescale + tl.where(inside, tl.exp(below(e, new, inverse_temperature)), 0.0)
+        else:
+            low = tl.where(inside & ((e < low) | (e != e)), e, low)
+            total += e
+        high = new
+    if NORM == "mean":
+        mean = tl.sum(total, 0) * reciprocal(cells.to(tl.float64))
+        return 0.0, reciprocal(tl.where(mean < TINY, TINY, mean))
+    elif NORM == "minmax":
+        spoilt = tl.sum(total, 0)  # extremes lose a NaN, which spoils its whole image as in PyTorch
+        shift = tl.where(spoilt != spoilt, spoilt, tl.min(low, 0))
+        return shift, reciprocal(tl.max(high, 0) - shift + EPS)
+    else:
+        shift = tl.max(high, 0)
+        return shift, cells * reciprocal(tl.sum(total * tl.exp(below(high, shift, inverse_temperature)), 0))
+
+
+@triton.jit
+def weigh(
+    level, image, first, score, distance, maps, inverse_temperature, NORM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write the map of one image; its sums of w D and of w. Reads what other programs wrote, hence past L1."""
+    lane = tl.arange(0, BLOCK)
+    if NORM != "none":
+        shift, factor = normaliser(score, first, level.cells, inverse_temperature, NORM, BLOCK)
+    loss = tl.zeros((BLOCK,), tl.float64)
+    mass = tl.zeros((BLOCK,), tl.float64)
+    for p in range(0, level.cells, BLOCK):
+        inside = p + lane < level.cells
+        w = tl.load(score + first + p + lane, mask=inside, other=0.0, cache_modifier=".cg")
+        if NORM == "softmax":
+            w = tl.exp(below(w, shift, inverse_temperature)) * factor
+        elif NORM == "mean":
+            w = w * factor
+        elif NORM == "minmax":
+            w = (w - shift) * factor
+        if level.prior is not None:
+            w *= tl.load(level.prior + image.to(tl.int64) * level.cells + p + lane, mask=inside, other=0.0)
+        tl.store(maps + first + p + lane, w.to(tl.float32), mask=inside)
+        d = tl.load(distance + first + p + lane, mask=inside, other=0.0, cache_modifier=".cg")
+        loss += tl.where(inside, w * d, 0.0)
+        mass += tl.where(inside, w, 0.0)
+    return tl.sum(loss, 0), tl.sum(mass, 0)
+
+
+@triton.jit
+def conclude(level, first_image, image_sums, images, losses, mass, Z_OF_MAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the images of a level, in order, and divide by Z."""
+    lane = tl.arange(0, BLOCK)
+    loss_sum = tl.zeros((BLOCK,), tl.float64)
+    mass_sum = tl.zeros((BLOCK,), tl.float64)
+    for n in range(0, level.images, BLOCK):
+        here = n + lane < level.images
+        nth = first_image + n + lane
+        loss_sum += tl.load(image_sums + nth, mask=here, other=0.0, cache_modifier=".cg")
+        mass_sum += tl.load(image_sums + images + nth, mask=here, other=0.0, cache_modifier=".cg")
+    total = tl.sum(mass_sum, 0)
+    tl.store(mass + level.number, total.to(tl.float32))
+    tl.store(losses + level.number, (tl.sum(loss_sum, 0) * scale_of(level, total, Z_OF_MAP)).to(tl.float32))
+
+
+@triton.jit
+def scale_of(level, mass, Z_OF_MAP: tl.constexpr):
+    """weight / Z, of smooth_l1 also by beta"""
+    if Z_OF_MAP:
+        return level.scale * reciprocal(level.channels * mass + EPS)
+    else:
+        return level.scale
+
+
+@triton.jit(do_not_specialize=["cells", "images"])
+def forward(
+    levels, scratch, cells, image_sums, images, tickets, losses, mass, maps, inverse_temperature, beta,
+    L: tl.constexpr, SCORE: tl.constexpr, NORM: tl.constexpr, PENALTY: tl.constexpr, Z_OF_MAP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Losses, mass and maps of all levels.
+
+    Args:
+        levels: L ``Level``, none of them empty. Where each begins is counted here: as arguments, such numbers would
+            have Triton compile anew for most batch sizes.
+        scratch: float64 (2, cells): e and D of the cells of all images of all levels.
+        image_sums: float64 (2, images): sums of w D and of w, of all images of all levels.
+        tickets: int32 (images + levels,), zeros: programs that are done with an image; images that are done.
+    """
+    program = tl.program_id(0)
+    distance = scratch + cells
+    program_0, first, first_image = 0, 0, 0  # programs, cells and images of the levels before
+    for l in tl.static_range(L):
+        level = levels[l]
+        blocks = tl.cdiv(level.cells, BLOCK_P)
+        end = program_0 + level.images * blocks
+        if (program >= program_0) & (program < end):
+            image = (program - program_0) // blocks
+            block = (program - program_0) % blocks
+            begin = first + image.to(tl.int64) * level.cells
+            e, d = measure(level, image, block, inverse_temperature, beta, SCORE, PENALTY, BLOCK_P, BLOCK_C, INDEX)
+            p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+            tl.store(scratch + begin + p, e, mask=p < level.cells)
+            tl.store(distance + begin + p, d, mask=p < level.cells)
+            nth = first_image + image
+            if is_last(tickets + nth, blocks):
+                loss_sum, mass_sum = weigh(level, image, begin, scratch, distance, maps, inverse_temperature, NORM, 512)
+                tl.store(image_sums + nth, loss_sum)
+                tl.store(image_sums + images + nth, mass_sum)
+                if is_last(tickets + images + level.number, level.images):
+                    conclude(level, first_image, image_sums, images, losses, mass, Z_OF_MAP, 128)
+        program_0 = end
+        first += tl.cast(level.cells, tl.int64) * level.images
+        first_image += level.images
+
+
+# ---- backward
+
+
+@triton.jit
+def backward(
+    levels, upstream, upstream_stride, mass, maps, beta,
+    L: tl.constexpr, PENALTY: tl.constexpr, Z_OF_MAP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SPAN: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """ds = g * weight / Z * w * rho'(s - t') of all levels; a program takes BLOCK_P cells and SPAN * BLOCK_C channels.
+
+    Args:
+        levels: as in ``forward``.
+        upstream: (levels,) float32 by its stride, 0 where it was expanded.
+        mass, maps: of the forward.
+    """
+    program = tl.program_id(0)
+    program_0, first = 0, 0  # programs and cells of the levels before
+    for l in tl.static_range(L):
+        level = levels[l]
+        spans = tl.cdiv(level.channels, SPAN * BLOCK_C)
+        blocks = tl.cdiv(level.cells, BLOCK_P)
+        end = program_0 + level.images * blocks * spans
+        if (program >= program_0) & (program < end):
+            span = (program - program_0) % spans
+            block = (program - program_0) // spans % blocks
+            image = (program - program_0) // spans // blocks
+            p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+            inside = p < level.cells
+            slope = tl.load(upstream + level.number * upstream_stride).to(tl.float64)
+            slope *= scale_of(level, tl.load(mass + level.number).to(tl.float64), Z_OF_MAP)
+            w = tl.load(maps + first + image.to(tl.int64) * level.cells + p, mask=inside, other=0.0)
+            slope_of_cell = slope.to(tl.float32) * w
+            student = at_cells(level.student, level.width, image, block, BLOCK_P, INDEX)
+            teacher = at_cells(level.teacher, level.width, image, block, BLOCK_P, INDEX)
+            grad = at_cells(level.grad, level.width, image, block, BLOCK_P, INDEX)
+            for i in range(SPAN):
+                c = (span * SPAN + i) * BLOCK_C
+                x = read_teacher(level, teacher, c, inside, BLOCK_C, INDEX)
+                s = read(level.student, student, c, inside, level.channels, BLOCK_C, INDEX)
+                ds = slope_of_cell[:, None] * scaled_slope(s - x, beta, PENALTY)
+                channel = tl.arange(0, BLOCK_C)
+                offset = channel.to(INDEX) * level.grad.channel
+                start = tl.cast(c, tl.int64) * level.grad.channel
+                mask = inside[:, None] & (c + channel < level.channels)[None, :]
+                tl.store(grad[:, None] + start + offset[None, :], ds.to(grad.dtype.element_ty), mask=mask)
+        program_0 = end
+        first += tl.cast(level.cells, tl.int64) * level.images
