@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test lint format kernels-report gpu-check clean
 
 setup: $(VENV)/installed
 
@@ -26,6 +26,13 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+kernels-report: setup
+	$(BIN)/python benchmarks/kernels_report.py
+
+# on a machine with a GPU, with its own torch, Triton, nvcc and pytest: nothing is fetched
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 format: setup
 	$(BIN)/ruff check --fix

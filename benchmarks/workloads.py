@@ -18,13 +18,16 @@ WORKLOADS = {
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
-def features(workload: str, n: int, dtype: torch.dtype, channels_last: bool) -> tuple[list[Tensor], list[Tensor]]:
+def features(
+    workload: str, n: int, dtype: torch.dtype, channels_last: bool, device: str = "cpu"
+) -> tuple[list[Tensor], list[Tensor]]:
     """Random student (requires grad) and teacher features, after the adapters."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shapes = [(n, c, h, h) for c, h in WORKLOADS[workload]]
     student, teacher = (
-        [torch.randn(s, generator=generator).to(dtype, memory_format=layout) for s in shapes] for _ in range(2)
+        [torch.randn(s, generator=generator, device=device).to(dtype, memory_format=layout) for s in shapes]
+        for _ in range(2)
     )
     return [s.requires_grad_() for s in student], teacher
 
@@ -33,11 +36,11 @@ def _eager(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return fastkd.distill_loss(student, teacher, backend="reference")
 
 
-def providers() -> dict[str, Loss]:
-    """By name: every compiled backend that works here, then plain PyTorch, eager and compiled."""
-    here = [name for name, reason in fastkd.backends().items() if reason is None and name != "reference"]
+def providers(device: str = "cpu") -> dict[str, Loss]:
+    """By name: every compiled backend that works on the device, then plain PyTorch, eager and compiled."""
+    here = [name for name, reason in fastkd.backends(device).items() if reason is None and name != "reference"]
     ours = {f"fastkd-{name}": (lambda s, t, name=name: fastkd.distill_loss(s, t, backend=name)) for name in here}
-    return {**ours, "eager": _eager, "torch.compile": torch.compile(_eager)}
+    return {**ours, "eager": _eager, "torch.compile": torch.compile(_eager, dynamic=False)}
 
 
 def floor(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Callable[[], None]:

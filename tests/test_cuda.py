@@ -1,8 +1,7 @@
-"""The CUDA kernels: on the host, thread by thread; as machine code; and, where there is one, on a GPU."""
+"""The CUDA kernels without a GPU: on the host, thread by thread; and in the extension."""
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -15,16 +14,13 @@ import torch
 from samples import DTYPES, INFO_MAPS, LAYOUTS, levels, loss_and_gradients, widened
 from torch import Tensor
 
-import fastkd
 from fastkd import ops
-from fastkd.info_map import NORMALIZERS, NORMS, PENALTIES, SCORES, InfoMap, resolve
+from fastkd.info_map import NORMALIZERS, NORMS, PENALTIES, SCORES, SMALLEST, InfoMap, resolve
 from fastkd.levels import check
 from fastkd.reference import level_losses
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-built = pytest.mark.skipif(not ops._cpp_has_cuda, reason="the extension was built without nvcc")
-gpu = pytest.mark.skipif(not (ops._cpp_has_cuda and torch.cuda.is_available()), reason="needs a GPU, and nvcc to build")
+built = pytest.mark.skipif(not ops._cuda_archs, reason="the extension was built without nvcc")
 
 Options = dict[str, Any]
 DEFAULTS: Options = {"info": resolve("energy"), "penalty": "l2", "beta": 0.5, "normalizer": "elements"}
@@ -166,7 +162,10 @@ def test_nan_and_inf_go_through(on_host: Any) -> None:
 
 
 def test_temperature_and_beta_near_zero(on_host: Any) -> None:
-    for info in (InfoMap("entropy", "softmax", temperature=1e-60), InfoMap("energy", "softmax", temperature=1e-60)):
+    for info in (
+        InfoMap("entropy", "softmax", temperature=SMALLEST),
+        InfoMap("energy", "softmax", temperature=SMALLEST),
+    ):
         assert all(x.isfinite().all() for x in on_host(levels(), **{**DEFAULTS, "info": info}))
     sharp = on_host(levels(), **{**DEFAULTS, "penalty": "smooth_l1", "beta": 1e-42})
     for x, y in zip(sharp, on_host(levels(), **{**DEFAULTS, "penalty": "l1"}), strict=True):
@@ -191,117 +190,21 @@ def test_the_cuda_kernels_refuse_cpu_tensors() -> None:
         torch.ops.fastkd.distill_cpp.default.redispatch(on_cuda, *tensors, *codes(**DEFAULTS))
 
 
-def test_a_backend_without_cuda_kernels_says_how_to_build_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_lacks_kernels_for_a_card_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda:0")
-    monkeypatch.setattr(ops, "_cpp_has_cuda", False)
-    with pytest.raises(RuntimeError, match=r"CPU tensors, got cuda:0; build them, where nvcc .*pip install.*reference"):
-        ops.choose("cpp", cuda)
-    monkeypatch.setattr(ops, "_cpp_has_cuda", True)
-    assert ops.choose("cpp", cuda) == "cpp"
-    assert ops.choose(None, cuda) != "cpp"
-
-
-@built
-def test_no_kernel_spills_and_16_bits_are_read_and_written_in_16_bytes() -> None:
-    import cuda_report
-
-    tool = cuda_report.find_cuobjdump()
-    if tool is None:
-        pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton's wheel")
-    extension = importlib.util.find_spec("fastkd._C")
-    assert extension is not None
-    assert extension.origin is not None
-    kernels = cuda_report.kernels(Path(extension.origin), tool)
-    assert len(kernels) == 15 * len({k.target for k in kernels}) > 0
-    for k in kernels:
-        assert (k.spills, k.local, k.stack) == (0, 0, 0), k
-        if "double" not in k.name:
-            assert k.load >= 16, k
-            assert k.store >= 16 or k.name.startswith("forward"), k  # a forward writes sums and maps
-
-
-# ---- on a GPU ----
-
-
-def to_cuda(sample: dict[str, Any]) -> dict[str, Any]:
-    def move(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return x.detach().cuda().requires_grad_(x.requires_grad)
-        return type(x)(map(move, x)) if isinstance(x, (list, tuple)) else x
-
-    return {key: move(value) for key, value in sample.items()}
-
-
-def step(sample: dict[str, Any], info: InfoMap, **options: Any) -> list[Tensor]:
-    loss = fastkd.distill_loss(**sample, info_map=info, reduction="none", backend="cpp", **options)
-    upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype, device=loss.device)
-    return [loss.detach(), *torch.autograd.grad(loss, sample["student_feats"], upstream)]
-
-
-@gpu
-@pytest.mark.parametrize("info", INFO_MAPS, ids=lambda m: f"{m.score}-{m.norm}")
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_parity_on_a_gpu(dtype: torch.dtype, info: InfoMap) -> None:
-    for i, layout in enumerate(LAYOUTS):
-        options = {"penalty": PENALTIES[i % 3], "beta": 0.5, "normalizer": NORMALIZERS[i % 3]}
-        sample = levels(dtype, layout, seed=i)
-        got = [x.cpu() for x in step(to_cuda(sample), info, **options)]
-        assert_as_exact(got, sample, {"info": info, **options})
-
-
-@gpu
-def test_the_same_bits_on_a_gpu_in_twenty_runs() -> None:
-    sample = to_cuda(levels(torch.bfloat16, shapes=[(16, 256, 52, 52), (16, 1024, 13, 13)]))
-    first = step(sample, InfoMap("energy", "softmax"))
-    for _ in range(20):
-        assert all(torch.equal(x, y) for x, y in zip(first, step(sample, InfoMap("energy", "softmax")), strict=True))
-
-
-@gpu
-def test_a_side_stream() -> None:
-    sample = to_cuda(levels(shapes=[(8, 64, 40, 40)]))
-    expected = step(sample, resolve("energy"))
-    features = [*sample["student_feats"], *sample["teacher_feats"]]
-    values = [x.detach().clone() for x in features]
-    for x in features:
-        x.data.zero_()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # a kernel on another stream would not wait for what follows, and see zeros
-        for x, value in zip(features, values, strict=True):
-            x.data.copy_(value)
-        got = step(sample, resolve("energy"))
-    stream.synchronize()
-    assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
-
-
-@gpu
-def test_a_cuda_graph_captures_and_replays() -> None:
-    sample = to_cuda(levels(shapes=[(4, 64, 13, 13), (4, 32, 26, 26)]))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up, as torch.cuda.graph asks
-        step(sample, resolve("attention"))
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(sample, resolve("attention"))
-    for seed in range(3):  # tickets must be cleared in every replay
-        new = to_cuda(levels(shapes=[(4, 64, 13, 13), (4, 32, 26, 26)], seed=seed))
-        for key in ("student_feats", "teacher_feats"):
-            for x, y in zip(sample[key], new[key], strict=True):
-                x.data.copy_(y)
-        graph.replay()
-        expected = step(sample, resolve("attention"))
-        torch.cuda.synchronize()
-        assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))
-
-
-@gpu
-def test_tensors_on_two_devices_are_an_error() -> None:
-    sample = levels()
-    student, *rest = arguments(to_cuda(sample), resolve("energy"))
-    teacher = arguments(sample, resolve("energy"))[1]
-    with pytest.raises(RuntimeError, match="on the device of the first student feature"):
-        torch.ops.fastkd.distill_cpp(student, teacher, *rest[1:], *codes(**DEFAULTS))
+    monkeypatch.setitem(ops._unavailable, "cpp", None)
+    monkeypatch.setattr(ops, "_cuda_archs", [])
+    with pytest.raises(RuntimeError, match=r"'cpp': is built without its CUDA kernels; build it .*pip"):
+        ops.choose("cpp", cuda, torch.float32)
+    monkeypatch.setattr(ops, "_cuda_archs", [80, 90])
+    for card, works in ((75, False), (80, True), (86, True), (90, True), (100, True)):
+        monkeypatch.setattr(ops, "_capability", lambda device, card=card: card)
+        assert (ops.choose(None, cuda, torch.float64) == "cpp") == works
+        if works:
+            assert ops.choose("cpp", cuda, torch.float32) == "cpp"
+        else:
+            with pytest.raises(RuntimeError, match=r"sm_80, sm_90, but cuda:0 is sm_75; .*FASTKD_CUDA_ARCH=75 pip"):
+                ops.choose("cpp", cuda, torch.float32)
+    monkeypatch.setattr(ops, "_cuda_archs", [80, 100])
+    monkeypatch.setattr(ops, "_capability", lambda device: 90)  # code of 80 does not run on 90, nor does PTX of 100
+    assert ops.choose(None, cuda, torch.float64) == "reference"

@@ -1,8 +1,6 @@
-"""What each CUDA C++ kernel of the extension takes of a card: registers, stack, shared memory, spills, widest access.
+"""What kernels take of a card: registers, stack, shared memory, spills, width of global loads and stores.
 
-    python benchmarks/cuda_report.py
-
-Reads the machine code with cuobjdump (of the CUDA toolkit, or of Triton's wheel), so it needs no GPU.
+Read from machine code with cuobjdump (of the CUDA toolkit, or of Triton's wheel), so it needs no GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +20,10 @@ LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one target. Sizes in bytes; ``load`` and ``store`` are the widest of a thread, 0 where none."""
+    """One kernel for one target. Sizes in bytes; ``load`` and ``store`` are the widest of a thread, 0 where none.
+
+    ``options`` says what it was compiled for, where the name does not.
+    """
 
     target: str
     name: str
@@ -33,10 +34,17 @@ class Kernel:
     spills: int  # instructions that load from or store to local memory
     load: int
     store: int
+    narrow_loads: int  # instructions that load 2 bytes
+    options: str = ""
+
+    @property
+    def leaks(self) -> bool:
+        """Whether it keeps anything in local memory, which is as far away as global memory."""
+        return bool(self.stack or self.local or self.spills)
 
 
 def find_cuobjdump() -> str | None:
-    """The tool's path; it looks for nvdisasm beside itself or on PATH."""
+    """The tool's path; itself it looks for nvdisasm beside it or on PATH."""
     triton = importlib.util.find_spec("triton")
     folders = [Path(p) / "backends/nvidia/bin" for p in (triton.submodule_search_locations or ())] if triton else []
     return next(filter(None, (shutil.which("cuobjdump", path=p) for p in folders)), shutil.which("cuobjdump"))
@@ -50,9 +58,9 @@ def _run(tool: str, *arguments: str) -> list[str]:
     return run.stdout.splitlines()
 
 
-def _sections(lines: list[str], function: str) -> Iterator[tuple[str, str, list[str]]]:
-    """(target, mangled name, lines) of each function that a listing of cuobjdump names."""
-    target, of, name, body = "", "", "", []
+def _sections(lines: list[str], function: str, target: str) -> Iterator[tuple[str, str, list[str]]]:
+    """(target, mangled name, lines) of each function that a listing of cuobjdump names, which may name its targets."""
+    of, name, body = "", "", []
     for line in [*lines, f"{function} end:"]:
         if line.startswith("arch = "):
             target = line.removeprefix("arch = ")
@@ -73,54 +81,35 @@ def readable(mangled: str) -> str:
     return f"{kernel[1]}<{element}, {'entropy, ' if 'Lb1' in kernel[2] else ''}{sums}>"
 
 
-def _widest(lines: list[str], instruction: str) -> int:
-    widths = [0]
+def widths(lines: list[str], instruction: str) -> list[int]:
+    """Bytes that each such instruction moves."""
+    found_widths = []
     for line in lines:
         for found in GLOBAL.finditer(line):
             if found[1] == instruction:
                 bits = re.findall(r"\.(?:ENL2\.)?[US]?(8|16|64|128|256)\b", found[2])
-                widths.append(int(bits[-1]) // 8 if bits else 4)
-    return max(widths)
+                found_widths.append(int(bits[-1]) // 8 if bits else 4)
+    return found_widths
 
 
-def kernels(binary: Path, tool: str) -> list[Kernel]:
-    """Every kernel for every target in an object file or a shared library."""
-    code = {(target, name): body for target, name, body in _sections(_run(tool, "-sass", str(binary)), "Function")}
+def kernels(binary: Path, tool: str, target: str = "") -> list[Kernel]:
+    """Every kernel for every target in a shared library; or in a cubin, which does not say its one target."""
+    assembly, usages = (_run(tool, what, str(binary)) for what in ("-sass", "-res-usage"))
+    code = {(of, name): body for of, name, body in _sections(assembly, "Function", target)}
     found = []
-    for target, name, usage in _sections(_run(tool, "-res-usage", str(binary)), "Function"):
+    for of, name, usage in _sections(usages, "Function", target):
         sizes = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", " ".join(usage)))
-        body = code[target, name]
+        body = code[of, name]
+        loads = widths(body, "LDG")
         found.append(
             Kernel(
-                target,
+                of,
                 readable(name),
                 *(int(sizes[key]) for key in ("REG", "STACK", "LOCAL", "SHARED")),
                 spills=sum(bool(LOCAL.search(line)) for line in body),
-                load=_widest(body, "LDG"),
-                store=_widest(body, "STG"),
+                load=max(loads, default=0),
+                store=max(widths(body, "STG"), default=0),
+                narrow_loads=loads.count(2),
             )
         )
     return sorted(found, key=lambda k: (int(k.target.removeprefix("sm_")), k.name))
-
-
-def table(found: list[Kernel]) -> str:
-    """As Markdown."""
-    rows = ["| target | kernel | registers | stack | local | shared | spills | load | store |", "|" + "---|" * 9]
-    for k in found:
-        sizes = (k.registers, k.stack, k.local, k.shared, k.spills, k.load, k.store)
-        rows.append(f"| {k.target} | {k.name} | " + " | ".join(map(str, sizes)) + " |")
-    return "\n".join(rows)
-
-
-def main() -> None:
-    tool = find_cuobjdump()
-    if tool is None:
-        raise SystemExit("cuda_report: needs cuobjdump, of the CUDA toolkit or of Triton's wheel (pip install triton)")
-    spec = importlib.util.find_spec("fastkd._C")
-    if spec is None or spec.origin is None:
-        raise SystemExit("cuda_report: the extension is not built: pip install .")
-    print(table(kernels(Path(spec.origin), tool)))
-
-
-if __name__ == "__main__":
-    main()
