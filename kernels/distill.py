@@ -117,13 +117,19 @@ def at_cells(feature, width, image, block, BLOCK_P: tl.constexpr, INDEX: tl.cons
 
 
 @triton.jit
-def read(feature, cells, c, inside, channels, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """(BLOCK_P, BLOCK_C) of a feature from channel c on, as float32; 0 outside."""
+def places(feature, cells, c, inside, channels, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+    """Pointers to (BLOCK_P, BLOCK_C) of a feature from channel c on, and which of them are inside it."""
     channel = tl.arange(0, BLOCK_C)
-    offset = channel.to(INDEX) * feature.channel
-    mask = inside[:, None] & (c + channel < channels)[None, :]
     start = tl.cast(c, tl.int64) * feature.channel
-    return tl.load(cells[:, None] + start + offset[None, :], mask=mask, other=0.0).to(tl.float32)
+    offset = channel.to(INDEX) * feature.channel
+    return cells[:, None] + start + offset[None, :], inside[:, None] & (c + channel < channels)[None, :]
+
+
+@triton.jit
+def read(feature, cells, c, inside, channels, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+    """The values there, as float32; 0 outside."""
+    at, mask = places(feature, cells, c, inside, channels, BLOCK_C, INDEX)
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -378,10 +384,7 @@ def backward(
                 x = read_teacher(level, teacher, c, inside, BLOCK_C, INDEX)
                 s = read(level.student, student, c, inside, level.channels, BLOCK_C, INDEX)
                 ds = slope_of_cell[:, None] * scaled_slope(s - x, beta, PENALTY)
-                channel = tl.arange(0, BLOCK_C)
-                offset = channel.to(INDEX) * level.grad.channel
-                start = tl.cast(c, tl.int64) * level.grad.channel
-                mask = inside[:, None] & (c + channel < level.channels)[None, :]
-                tl.store(grad[:, None] + start + offset[None, :], ds.to(grad.dtype.element_ty), mask=mask)
+                at, mask = places(level.grad, grad, c, inside, level.channels, BLOCK_C, INDEX)
+                tl.store(at, ds.to(grad.dtype.element_ty), mask=mask)
         program_0 = end
         first += tl.cast(level.cells, tl.int64) * level.images

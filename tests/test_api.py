@@ -164,7 +164,7 @@ def test_a_backend_that_is_not_built_says_how_to_build_it(monkeypatch: pytest.Mo
 
 def test_cpp_says_that_it_has_no_kernels_for_another_device() -> None:
     on_meta = {k: [x.detach().to("meta").requires_grad_(k == "student_feats") for x in v] for k, v in GOOD.items()}
-    with pytest.raises(RuntimeError, match=r"backend='cpp': .*CPU( and CUDA)? tensors, got meta"):
+    with pytest.raises(RuntimeError, match=r"backend='cpp': .*CPU and CUDA tensors, got meta"):
         fastkd.distill_loss(**on_meta, backend="cpp")
     assert fastkd.distill_loss(**on_meta).device.type == "meta"
 

@@ -67,6 +67,13 @@ def test_a_failing_test_a_crash_and_no_test_at_all_are_failures() -> None:
     assert failures(124, "half", []) == ["not done in its time"]
 
 
+def test_timings_that_measured_nothing_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for status, expected in ((0, "not done in its time"), (124, "not done in its time"), (1, "exit status 1: no GPU")):
+        monkeypatch.setattr(gpu_check, "run", lambda *_, status=status: (status, "no GPU\n"))
+        timing, found = gpu_check.time_all(60)
+        assert (timing.failures, found["times"]) == ([expected], [])
+
+
 def test_failed_tests_are_named_also_where_pytest_was_ended_before_its_summary() -> None:
     summary = "FAILED tests/test_a.py::test_x[cpp-cuda] - AssertionError: 3\n1 failed in 2 s\n"
     assert gpu_check.failed_tests(summary) == ["tests/test_a.py::test_x[cpp-cuda] - AssertionError: 3"]
