@@ -41,6 +41,7 @@ struct Level {
   double* distance = nullptr;  // (N, H, W): D, the penalty summed over channels
   Acc* map = nullptr;          // (N, H, W): the weight w
   Acc slope = 0;               // of the loss by sum w D: upstream gradient * level weight / Z
+  bool streams = false;        // CPU: the gradient is written past the caches
 
   FASTKD_INLINE int64_t cells() const { return height * width; }
 };

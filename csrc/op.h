@@ -73,6 +73,15 @@ inline void require_devices(const Tensors& tensors, const Tensor& first) {
 }
 
 template <class Acc>
+void set_shape(Level<Acc>& level, const Tensor& student) {
+  level.student = feature(student);
+  level.images = student.size(0);
+  level.channels = student.size(1);
+  level.height = student.size(2);
+  level.width = student.size(3);
+}
+
+template <class Acc>
 std::vector<Level<Acc>> make_levels(const Tensors& student, const Tensors& teacher, const Tensors& mean,
                                     const Tensors& rstd, Acc* maps) {
   const size_t count = student.size();
@@ -82,14 +91,10 @@ std::vector<Level<Acc>> make_levels(const Tensors& student, const Tensors& teach
   std::vector<Level<Acc>> levels(count);
   for (size_t i = 0; i < count; ++i) {
     Level<Acc>& level = levels[i];
-    level.student = feature(student[i]);
+    set_shape(level, student[i]);
     level.teacher = feature(teacher[i]);
     for (int d = 0; d < 4; ++d)
       STD_TORCH_CHECK(student[i].size(d) == teacher[i].size(d), "student and teacher must have the same shape");
-    level.images = student[i].size(0);
-    level.channels = student[i].size(1);
-    level.height = student[i].size(2);
-    level.width = student[i].size(3);
     level.mean = companion<Acc>(mean[i], level.channels);
     level.rstd = companion<Acc>(rstd[i], level.channels);
     STD_TORCH_CHECK((level.mean == nullptr) == (level.rstd == nullptr), "mean and rstd go together");
@@ -112,9 +117,31 @@ E checked(int64_t code, E last) {
   return E(code);
 }
 
+// Upstream gradients that a call takes for given, (levels,); null where it takes none.
+template <class Acc>
+const Acc* assumption(const Tensor& x, const Tensor& first, size_t count) {
+  require_device(x, first);
+  return companion<Acc>(x, int64_t(count));
+}
+
+// Where the student's gradient goes; nothing is computed for a level whose entry is empty.
+template <class Acc>
+void set_gradient(std::vector<Level<Acc>>& levels, const Tensors& gradient, const Tensors& student) {
+  STD_TORCH_CHECK(gradient.size() == levels.size(), "lists must have one entry per level");
+  require_devices(gradient, student[0]);
+  for (size_t l = 0; l < levels.size(); ++l) {
+    if (gradient[l].numel() == 0) continue;
+    levels[l].grad = feature(gradient[l]);
+    for (int d = 0; d < 4; ++d)
+      STD_TORCH_CHECK(gradient[l].size(d) == student[l].size(d), "a gradient must have its student's shape");
+  }
+}
+
+// With `gradient`, the one-pass forward, which writes it for the upstream gradient `assumed`.
 template <class Device, class Acc>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensors& student, const Tensors& teacher, const Tensors& prior,
-                                           const Tensors& mean, const Tensors& rstd, Call<Acc>& call) {
+                                           const Tensors& mean, const Tensors& rstd, const Tensor* assumed,
+                                           const Tensors* gradient, Call<Acc>& call) {
   const int64_t count = int64_t(student.size()), cells = total_cells(student);
   const auto empty = [&](int64_t n) { return torch::stable::new_empty(student[0], {n}, kScalar<Acc>); };
   Tensor losses = empty(count), mass = empty(count), maps = empty(cells);
@@ -124,13 +151,24 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensors& student, const Tensors
   require_devices(prior, student[0]);
   for (int64_t l = 0; l < count; ++l)
     call.levels[l].prior = companion<Acc>(prior[l], call.levels[l].images * call.levels[l].cells());
-  Device::forward(call, student[0], cells, static_cast<Acc*>(losses.mutable_data_ptr()),
-                  static_cast<Acc*>(mass.mutable_data_ptr()));
+  Acc *const loss = static_cast<Acc*>(losses.mutable_data_ptr()), *const sum =
+                                                                      static_cast<Acc*>(mass.mutable_data_ptr());
+  if constexpr (Device::kOnePass) {
+    if (gradient) {
+      set_gradient(call.levels, *gradient, student);
+      const Acc* const upstream = assumption<Acc>(*assumed, student[0], student.size());
+      STD_TORCH_CHECK(upstream, "the assumed upstream gradient must have one entry per level");
+      Device::one_pass(call, student[0], cells, upstream, loss, sum);
+      return {losses, mass, maps};
+    }
+  }
+  Device::forward(call, student[0], cells, loss, sum);
   return {losses, mass, maps};
 }
 
+// Writes the gradient of each level; given `assumed`, of those levels only whose upstream gradient is another.
 template <class Device, class Acc>
-void backward(const Tensor& grad, const Tensor& mass, const Tensor& maps, const Tensors& student,
+void backward(const Tensor& grad, const Tensor* assumed, const Tensor& mass, const Tensor& maps, const Tensors& student,
               const Tensors& teacher, const Tensors& mean, const Tensors& rstd, const Tensors& out, Call<Acc>& call) {
   const int64_t count = int64_t(student.size());
   for (const Tensor* x : {&grad, &mass, &maps}) require_device(*x, student[0]);
@@ -141,42 +179,110 @@ void backward(const Tensor& grad, const Tensor& mass, const Tensor& maps, const 
   STD_TORCH_CHECK(grad.dim() == 1 && grad.numel() == count && grad.scalar_type() == kScalar<Acc> &&
                       int64_t(call.weights.size()) == count,
                   "grad must have one entry per level, of the sums' dtype");
-  for (int64_t l = 0; l < count; ++l) call.levels[l].grad = feature(out[l]);
-  Device::backward(call, student[0], static_cast<const Acc*>(grad.const_data_ptr()), grad.stride(0), masses);
+  set_gradient(call.levels, out, student);
+  const Acc* const known = assumed ? assumption<Acc>(*assumed, student[0], student.size()) : nullptr;
+  Device::backward(call, student[0], static_cast<const Acc*>(grad.const_data_ptr()), grad.stride(0), known, masses);
+}
+
+template <class Acc>
+void set_constants(Call<Acc>& call, const std::vector<double>& weights, int64_t penalty, double beta,
+                   int64_t normalizer) {
+  call.options.penalty = checked(penalty, Penalty::smooth_l1);
+  call.options.beta = beta;
+  call.normalizer = checked(normalizer, Normalizer::map_all_ranks);
+  call.weights = weights;
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> distill(Tensors student, Tensors teacher, Tensors prior, Tensors mean, Tensors rstd,
-                                           std::vector<double> weights, int64_t score, int64_t norm, double temperature,
-                                           int64_t penalty, double beta, int64_t normalizer) {
+std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensors& student, const Tensors& teacher, const Tensors& prior,
+                                               const Tensors& mean, const Tensors& rstd,
+                                               const std::vector<double>& weights, int64_t score, int64_t norm,
+                                               double temperature, int64_t penalty, double beta, int64_t normalizer,
+                                               const Tensor* assumed, const Tensors* gradient) {
   STD_TORCH_CHECK(!student.empty(), "expected at least one level");
   Device::require(student[0]);
   const auto run = [&](auto call) {
-    call.options = {checked(score, Score::entropy), checked(norm, Norm::minmax), checked(penalty, Penalty::smooth_l1),
-                    temperature, beta};
-    call.normalizer = checked(normalizer, Normalizer::map_all_ranks);
-    call.weights = weights;
-    return forward<Device>(student, teacher, prior, mean, rstd, call);
+    set_constants(call, weights, penalty, beta, normalizer);
+    call.options.score = checked(score, Score::entropy);
+    call.options.norm = checked(norm, Norm::minmax);
+    call.options.temperature = temperature;
+    return forward<Device>(student, teacher, prior, mean, rstd, assumed, gradient, call);
   };
   return any_double(student, teacher) ? run(Call<double>()) : run(Call<float>());
 }
 
 template <class Device>
-Tensors distill_backward(Tensor grad, Tensor mass, Tensor maps, Tensors student, Tensors teacher, Tensors mean,
-                         Tensors rstd, std::vector<double> weights, int64_t penalty, double beta, int64_t normalizer) {
+void run_backward(const Tensor& grad, const Tensor* assumed, const Tensor& mass, const Tensor& maps,
+                  const Tensors& student, const Tensors& teacher, const Tensors& mean, const Tensors& rstd,
+                  const std::vector<double>& weights, int64_t penalty, double beta, int64_t normalizer,
+                  const Tensors& out) {
   STD_TORCH_CHECK(!student.empty(), "expected at least one level");
   Device::require(student[0]);
-  Tensors out;
-  for (const auto& x : student) out.push_back(torch::stable::empty_like(x));
   const auto run = [&](auto call) {
-    call.options.penalty = checked(penalty, Penalty::smooth_l1);
-    call.options.beta = beta;
-    call.normalizer = checked(normalizer, Normalizer::map_all_ranks);
-    call.weights = weights;
-    backward<Device>(grad, mass, maps, student, teacher, mean, rstd, out, call);
+    set_constants(call, weights, penalty, beta, normalizer);
+    backward<Device>(grad, assumed, mass, maps, student, teacher, mean, rstd, out, call);
   };
   any_double(student, teacher) ? run(Call<double>()) : run(Call<float>());
+}
+
+// ---- the ops, by the names of fastkd/ops.py ----
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> distill(Tensors student, Tensors teacher, Tensors prior, Tensors mean, Tensors rstd,
+                                           std::vector<double> weights, int64_t score, int64_t norm, double temperature,
+                                           int64_t penalty, double beta, int64_t normalizer) {
+  return run_forward<Device>(student, teacher, prior, mean, rstd, weights, score, norm, temperature, penalty, beta,
+                             normalizer, nullptr, nullptr);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> distill_one_pass(Tensors student, Tensors teacher, Tensors prior, Tensors mean,
+                                                    Tensors rstd, std::vector<double> weights, int64_t score,
+                                                    int64_t norm, double temperature, int64_t penalty, double beta,
+                                                    int64_t normalizer, Tensor assumed, Tensors gradient) {
+  return run_forward<Device>(student, teacher, prior, mean, rstd, weights, score, norm, temperature, penalty, beta,
+                             normalizer, &assumed, &gradient);
+}
+
+template <class Device>
+Tensors distill_backward(Tensor grad, Tensor mass, Tensor maps, Tensors student, Tensors teacher, Tensors mean,
+                         Tensors rstd, std::vector<double> weights, int64_t penalty, double beta, int64_t normalizer) {
+  Tensors out;
+  for (const auto& x : student) out.push_back(torch::stable::empty_like(x));
+  run_backward<Device>(grad, nullptr, mass, maps, student, teacher, mean, rstd, weights, penalty, beta, normalizer,
+                       out);
   return out;
+}
+
+template <class Device>
+void distill_backward_into(Tensor grad, Tensor assumed, Tensor mass, Tensor maps, Tensors student, Tensors teacher,
+                           Tensors mean, Tensors rstd, std::vector<double> weights, int64_t penalty, double beta,
+                           int64_t normalizer, Tensors gradient) {
+  run_backward<Device>(grad, &assumed, mass, maps, student, teacher, mean, rstd, weights, penalty, beta, normalizer,
+                       gradient);
+}
+
+// Turns a gradient that was written for the upstream gradient `assumed` into that for `grad`, level by level, where
+// they differ.
+template <class Device>
+void distill_rescale(Tensor grad, Tensor assumed, Tensors gradient) {
+  STD_TORCH_CHECK(!gradient.empty(), "expected at least one level");
+  Device::require(gradient[0]);
+  require_devices(gradient, gradient[0]);
+  const auto run = [&](auto call) {
+    using Acc = std::remove_const_t<std::remove_pointer_t<decltype(call.levels[0].prior)>>;
+    call.levels.resize(gradient.size());
+    for (size_t l = 0; l < gradient.size(); ++l)
+      if (gradient[l].numel() != 0) set_shape(call.levels[l], gradient[l]);
+    for (auto& level : call.levels) level.grad = level.student;
+    require_device(grad, gradient[0]);
+    STD_TORCH_CHECK(grad.dim() == 1 && size_t(grad.numel()) == gradient.size() && grad.scalar_type() == kScalar<Acc>,
+                    "grad must have one entry per level, of the sums' dtype");
+    const Acc* const known = assumption<Acc>(assumed, gradient[0], gradient.size());
+    STD_TORCH_CHECK(known, "the assumed upstream gradient must have one entry per level");
+    Device::rescale(call, gradient[0], static_cast<const Acc*>(grad.const_data_ptr()), grad.stride(0), known);
+  };
+  any_double(gradient, gradient) ? run(Call<double>()) : run(Call<float>());
 }
 
 }  // namespace fastkd

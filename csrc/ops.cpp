@@ -54,6 +54,11 @@ std::vector<Work> blocks(const std::vector<Level<Acc>>& levels) {
 }
 
 template <class Acc>
+int64_t image_elements(const Level<Acc>& level) {
+  return level.channels * level.cells();
+}
+
+template <class Acc>
 std::vector<Work> whole_images(const std::vector<Level<Acc>>& levels) {
   std::vector<Work> work;
   for (size_t l = 0; l < levels.size(); ++l)
@@ -75,64 +80,172 @@ void for_each(size_t count, bool small, const F& f) {
   torch::stable::parallel_for(0, threads, 1, take);
 }
 
+template <class Acc>
+int64_t elements(const std::vector<Level<Acc>>& levels) {
+  int64_t sum = 0;
+  for (const auto& level : levels) sum += level.images * image_elements(level);
+  return sum;
+}
+
 // Under this many elements a second thread costs more than it brings.
 template <class Acc>
 bool is_small(const std::vector<Level<Acc>>& levels) {
-  int64_t elements = 0;
-  for (const auto& level : levels) elements += level.images * level.channels * level.cells();
-  return elements < 16384;
+  return elements(levels) < 16384;
+}
+
+// Whether threads that take whole images have about the same to do.
+template <class Acc>
+bool images_balance(const std::vector<Level<Acc>>& levels) {
+  int64_t largest = 0;
+  for (const auto& level : levels)
+    if (level.images && image_elements(level) > largest) largest = image_elements(level);
+  return largest * int64_t(torch::stable::get_num_threads()) <= elements(levels);
+}
+
+// Whether the elements of an image's gradient lie in one row of memory, in the order in which kernels write them.
+template <class Acc>
+bool dense_gradient(const Level<Acc>& level) {
+  const Feature& f = level.grad;
+  if (channels_last(level))
+    return f.channel_stride == 1 && f.column_stride == level.channels && f.row_stride == level.width * level.channels;
+  return f.column_stride == 1 && f.row_stride == level.width && f.channel_stride == level.cells();
+}
+
+// Streams a gradient that the caches could not hold until it is used; not one that replaces the teacher, whose lines
+// are there already.
+template <class Acc>
+void choose_streams(std::vector<Level<Acc>>& levels) {
+  const bool large = elements(levels) * int64_t(sizeof(Acc)) > (1 << 20);
+  for (auto& level : levels)
+    level.streams = large && level.grad.data && level.grad.data != level.teacher.data && dense_gradient(level);
+}
+
+template <class Acc>
+void run_pieces(const std::vector<Level<Acc>>& levels, const std::vector<Work>& pieces, const Options& options,
+                void (*kernel)(const Level<Acc>&, const Options&, int64_t, int64_t, int64_t)) {
+  for_each(pieces.size(), is_small(levels), [&](size_t i) {
+    const Work& w = pieces[i];
+    kernel(levels[w.level], options, w.image, w.begin, w.end);
+  });
 }
 
 struct Cpu {
+  static constexpr bool kOnePass = true;
+
   static void require(const Tensor& x) {
     STD_TORCH_CHECK(x.is_cpu(), "the CPU kernels were called with other tensors");
   }
 
+  // One call of the forward: what an image adds to its level, in the order of the images.
+  template <class Acc>
+  struct Pass {
+    Call<Acc>& call;
+    std::vector<Level<Acc>>& levels = call.levels;
+    const Kernels<Acc>& run = kernels<Acc>();
+    const std::vector<Work> images = whole_images(levels);
+    const std::unique_ptr<double[]> scratch;
+    std::vector<double> image_loss = std::vector<double>(images.size()), image_mass = image_loss;
+    std::vector<double> loss = std::vector<double>(levels.size()), mass = loss;
+
+    Pass(Call<Acc>& call, int64_t cells) : call(call), scratch(new double[size_t(2 * cells)]) {
+      double* at = scratch.get();
+      for (auto& level : levels) {
+        level.score = at;
+        level.distance = at + cells;
+        at += level.images * level.cells();
+      }
+    }
+
+    void weigh(size_t i) { image_mass[i] = run.weigh(levels[images[i].level], call.options, images[i].image); }
+    void sum_loss(size_t i) { image_loss[i] = run.loss(levels[images[i].level], images[i].image); }
+    template <class F>
+    void each_image(const F& f) {
+      for_each(images.size(), is_small(levels), f);
+    }
+    void total(const std::vector<double>& of_images, std::vector<double>& of_levels) {
+      for (size_t i = 0; i < images.size(); ++i) of_levels[images[i].level] += of_images[i];
+    }
+    void slopes(const Acc* upstream) {
+      for (size_t l = 0; l < levels.size(); ++l)
+        levels[l].slope =
+            Acc(double(upstream[l]) * call.weights[l] / divisor(levels[l], call.normalizer, double(Acc(mass[l]))));
+    }
+    void finish(Acc* losses, Acc* masses) {
+      for (size_t l = 0; l < levels.size(); ++l) {
+        masses[l] = Acc(mass[l]);
+        losses[l] = Acc(call.weights[l] * loss[l] / divisor(levels[l], call.normalizer, mass[l]));
+      }
+    }
+  };
+
   template <class Acc>
   static void forward(Call<Acc>& call, const Tensor&, int64_t cells, Acc* losses, Acc* mass) {
-    auto& levels = call.levels;
-    const std::unique_ptr<double[]> measured(new double[size_t(2 * cells)]);
-    double* scratch = measured.get();
-    for (auto& level : levels) {
-      level.score = scratch;
-      level.distance = scratch + cells;
-      scratch += level.images * level.cells();
-    }
-    const Kernels<Acc>& run = kernels<Acc>();
-    const auto pieces = blocks(levels);
-    for_each(pieces.size(), is_small(levels), [&](size_t i) {
-      const Work& w = pieces[i];
-      run.measure(levels[w.level], call.options, w.image, w.begin, w.end);
+    Pass<Acc> pass(call, cells);
+    run_pieces(call.levels, blocks(call.levels), call.options, pass.run.measure);
+    pass.each_image([&](size_t i) {
+      pass.weigh(i);
+      pass.sum_loss(i);
     });
-    const auto images = whole_images(levels);
-    std::vector<Sums> sums(images.size());
-    for_each(images.size(), is_small(levels),
-             [&](size_t i) { sums[i] = run.weigh(levels[images[i].level], call.options, images[i].image); });
+    pass.total(pass.image_mass, pass.mass);
+    pass.total(pass.image_loss, pass.loss);
+    pass.finish(losses, mass);
+  }
 
-    std::vector<Sums> totals(levels.size());
-    for (size_t i = 0; i < images.size(); ++i) {
-      totals[images[i].level].loss += sums[i].loss;
-      totals[images[i].level].mass += sums[i].mass;
+  // The same sums in the same order, and the gradient. Where each image's weight is known from the image alone, a
+  // thread finishes one before it takes the next, and finds its teacher still in cache: 2 loads and 1 store an element.
+  template <class Acc>
+  static void one_pass(Call<Acc>& call, const Tensor&, int64_t cells, const Acc* upstream, Acc* losses, Acc* mass) {
+    Pass<Acc> pass(call, cells);
+    choose_streams(call.levels);
+    if (call.normalizer != Normalizer::map && images_balance(call.levels)) {
+      pass.slopes(upstream);
+      pass.each_image([&](size_t i) {
+        const Work& w = pass.images[i];
+        const Level<Acc>& level = call.levels[w.level];
+        pass.run.score(level, call.options, w.image, w.begin, w.end);
+        pass.weigh(i);
+        pass.run.imitate(level, call.options, w.image, w.begin, w.end);
+        pass.sum_loss(i);
+      });
+      pass.total(pass.image_mass, pass.mass);
+    } else {
+      const auto pieces = blocks(call.levels);
+      run_pieces(call.levels, pieces, call.options, pass.run.score);
+      pass.each_image([&](size_t i) { pass.weigh(i); });
+      pass.total(pass.image_mass, pass.mass);
+      pass.slopes(upstream);
+      run_pieces(call.levels, pieces, call.options, pass.run.imitate);
+      pass.each_image([&](size_t i) { pass.sum_loss(i); });
     }
-    for (size_t l = 0; l < levels.size(); ++l) {
-      mass[l] = Acc(totals[l].mass);
-      losses[l] = Acc(call.weights[l] * totals[l].loss / divisor(levels[l], call.normalizer, totals[l].mass));
-    }
+    pass.total(pass.image_loss, pass.loss);
+    pass.finish(losses, mass);
   }
 
   template <class Acc>
-  static void backward(Call<Acc>& call, const Tensor&, const Acc* upstream, int64_t stride, const Acc* mass) {
-    auto& levels = call.levels;
-    for (size_t l = 0; l < levels.size(); ++l) {
-      const double z = divisor(levels[l], call.normalizer, double(mass[l]));
-      levels[l].slope = Acc(double(upstream[int64_t(l) * stride]) * call.weights[l] / z);
+  static void backward(Call<Acc>& call, const Tensor&, const Acc* upstream, int64_t stride, const Acc* assumed,
+                       const Acc* mass) {
+    std::vector<Level<Acc>> levels;
+    for (size_t l = 0; l < call.levels.size(); ++l) {
+      const Acc g = upstream[int64_t(l) * stride];
+      if (!call.levels[l].grad.data || (assumed && assumed[l] == g)) continue;
+      levels.push_back(call.levels[l]);
+      const double z = divisor(levels.back(), call.normalizer, double(mass[l]));
+      levels.back().slope = Acc(double(g) * call.weights[l] / z);
     }
-    const Kernels<Acc>& run = kernels<Acc>();
-    const auto pieces = blocks(levels);
-    for_each(pieces.size(), is_small(levels), [&](size_t i) {
-      const Work& w = pieces[i];
-      run.differentiate(levels[w.level], call.options, w.image, w.begin, w.end);
-    });
+    choose_streams(levels);
+    run_pieces(levels, blocks(levels), call.options, kernels<Acc>().differentiate);
+  }
+
+  template <class Acc>
+  static void rescale(Call<Acc>& call, const Tensor&, const Acc* upstream, int64_t stride, const Acc* assumed) {
+    std::vector<Level<Acc>> levels;
+    for (size_t l = 0; l < call.levels.size(); ++l) {
+      const Acc g = upstream[int64_t(l) * stride];
+      if (!call.levels[l].grad.data || assumed[l] == g) continue;
+      levels.push_back(call.levels[l]);
+      levels.back().slope = Acc(double(g) / double(assumed[l]));
+    }
+    run_pieces(levels, blocks(levels), call.options, kernels<Acc>().rescale);
   }
 };
 
@@ -142,6 +255,9 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("distill_cpp", TORCH_BOX(&fastkd::distill<fastkd::cpu::Cpu>));
   m.impl("distill_cpp_backward", TORCH_BOX(&fastkd::distill_backward<fastkd::cpu::Cpu>));
+  m.impl("distill_cpp_one_pass", TORCH_BOX(&fastkd::distill_one_pass<fastkd::cpu::Cpu>));
+  m.impl("distill_cpp_backward_into", TORCH_BOX(&fastkd::distill_backward_into<fastkd::cpu::Cpu>));
+  m.impl("distill_cpp_rescale", TORCH_BOX(&fastkd::distill_rescale<fastkd::cpu::Cpu>));
 }
 
 // Python imports this module for the registrations above, and asks it for which cards there are kernels.

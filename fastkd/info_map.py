@@ -116,10 +116,11 @@ def info_map(
     Raises:
         TypeError, ValueError: as in ``distill_loss``.
     """
-    from fastkd import levels, reference
+    from fastkd import levels, reference, teacher_memory
 
     info = resolve(info_map)
     teacher = [t.detach() for t in levels.require_features("teacher_feats", teacher_feats)]
+    teacher_memory.require_intact(teacher)
     checked = levels.check(teacher, teacher, prior=prior, standardize=standardize, info=replace(info, needs_prior=""))
     return [
         reference.information_map(t, info, q, mean, rstd).float()

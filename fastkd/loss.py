@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import ops
+from fastkd import ops, teacher_memory
 from fastkd.info_map import NORMALIZERS, PENALTIES, InfoMap, require_known, require_positive, resolve
 from fastkd.levels import check, require_features, require_sequence, require_weights, warn_if_nothing_learns
+from fastkd.one_pass import SHARED, Upstreams
 from fastkd.reference import EPS, accumulator
 
 REDUCTIONS = ("sum", "none")
@@ -30,6 +31,8 @@ def distill_loss(
     normalizer: str | None = None,
     reduction: str = "sum",
     backend: str | None = None,
+    reuse_teacher_memory: bool = False,
+    one_pass: bool | None = None,
 ) -> Tensor:
     r"""Weighted imitation of a teacher's feature maps, over all levels at once.
 
@@ -57,6 +60,13 @@ def distill_loss(
         reduction: ``"sum"`` over levels, a scalar; ``"none"``: one loss per level, (L,).
         backend: ``"cpp"``, ``"triton"``, ``"reference"``, or None for the fastest that works here, see
             ``fastkd.backends()``.
+        reuse_teacher_memory: the student's gradient may replace the teacher's features in memory, so that none is
+            allocated: use them before, they are gone afterwards. For eager calls of a compiled backend, where all
+            teacher features have their student's dtype and a gradient is needed; else nothing is overwritten.
+        one_pass: let the forward write the gradient too, for the upstream gradient of the last backward; the backward
+            computes it anew where another comes (scales it, where it replaced the teacher). None: where that was
+            measured to be faster, on the CPU, as long as the upstream gradient stays the same from step to step.
+            The result has the same bits (but where scaled). Not under ``torch.compile``.
 
     Returns:
         float32 scalar or (L,) tensor; float64 if any feature is float64.
@@ -68,6 +78,28 @@ def distill_loss(
         RuntimeError: the backend is not built here (says how to build it); a second or a forward-mode derivative of
             a compiled backend (the reference has both, and works under ``torch.func``).
     """
+    return _distill_loss(
+        student_feats, teacher_feats, info_map, prior, standardize, weights, penalty, beta, normalizer, reduction,
+        backend, reuse_teacher_memory, one_pass, SHARED,
+    )  # fmt: skip
+
+
+def _distill_loss(
+    student_feats: Sequence[Tensor],
+    teacher_feats: Sequence[Tensor],
+    info_map: str | InfoMap,
+    prior: Sequence[Tensor | None] | None,
+    standardize: Sequence[tuple[Tensor, Tensor] | None] | None,
+    weights: Sequence[float] | None,
+    penalty: str,
+    beta: float,
+    normalizer: str | None,
+    reduction: str,
+    backend: str | None,
+    reuse_teacher_memory: bool,
+    one_pass: bool | None,
+    upstreams: Upstreams,
+) -> Tensor:
     info = resolve(info_map)
     normalizer = info.normalizer if normalizer is None else normalizer
     require_known("normalizer", normalizer, NORMALIZERS)
@@ -78,8 +110,19 @@ def distill_loss(
         student_feats, teacher_feats, info=info, prior=prior, standardize=standardize, weights=weights
     )  # fmt: skip
     backend = ops.choose(backend, levels.student[0].device, accumulator(*levels.student, *levels.teacher))
+    if one_pass:
+        ops.require_one_pass(backend, levels.student[0].device)
+    if not torch.compiler.is_compiling():
+        teacher_memory.require_intact(levels.teacher)
+        if reuse_teacher_memory:
+            teacher_memory.require_own(levels)
     warn_if_nothing_learns(levels.student)
-    losses, mass = ops.level_losses(levels, info, penalty, float(beta), normalizer, backend)
+    losses, mass = ops.level_losses(
+        *(levels, info, penalty, float(beta), normalizer, backend),
+        in_one_pass=one_pass,
+        reuse_teacher_memory=reuse_teacher_memory,
+        upstreams=upstreams,
+    )
     if normalizer == "map_all_ranks":
         losses = losses / _mean_over_ranks(mass, levels.student)
     return losses.sum() if reduction == "sum" else losses
@@ -168,7 +211,8 @@ class DistillLoss(nn.Module):
             is not finite is left out. Before the first one, in eval mode, the teacher is not standardised.
         warmup_steps: the loss grows linearly to its full weight over so many training forwards.
         stop_step: from this training forward on the loss is multiplied by zero.
-        info_map, weights, penalty, beta, normalizer, reduction, backend: as in ``distill_loss``.
+        info_map, weights, penalty, beta, normalizer, reduction, backend, reuse_teacher_memory, one_pass: as in
+            ``distill_loss``.
 
     Attributes:
         level_losses: (L,) losses of the last forward, detached, before warm-up.
@@ -198,6 +242,8 @@ class DistillLoss(nn.Module):
         stop_step: int | None = None,
         reduction: str = "sum",
         backend: str | None = None,
+        reuse_teacher_memory: bool = False,
+        one_pass: bool | None = None,
     ) -> None:
         super().__init__()
         self.info_map = resolve(info_map)
@@ -219,6 +265,8 @@ class DistillLoss(nn.Module):
         self.calibrated = not self.standardize
         self.weights, self.penalty, self.beta = weights, penalty, beta
         self.normalizer, self.reduction, self.backend = normalizer, reduction, backend
+        self.reuse_teacher_memory, self.one_pass = reuse_teacher_memory, one_pass
+        self._upstreams = Upstreams()
         self.warmup_steps, self.stop_step = warmup_steps, stop_step
         self._batches_seen = 0
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -236,7 +284,7 @@ class DistillLoss(nn.Module):
         if self.training and not self.calibrated:
             self.calibrate(teacher_feats)
         self.prepare(student_feats, teacher_feats)
-        losses = distill_loss(
+        losses = _distill_loss(
             [_adapted(adapter, s) for adapter, s in zip(self.adapters, student_feats, strict=True)],
             teacher_feats,
             info_map=self.info_map,
@@ -248,6 +296,9 @@ class DistillLoss(nn.Module):
             normalizer=self.normalizer,
             reduction="none",
             backend=self.backend,
+            reuse_teacher_memory=self.reuse_teacher_memory,
+            one_pass=self.one_pass,
+            upstreams=self._upstreams,
         )
         self.level_losses = losses.detach()
         losses = losses * self._ramp().to(losses.dtype)

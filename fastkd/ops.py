@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastkd import reference
+from fastkd import one_pass, reference
 from fastkd.info_map import NORMALIZERS, NORMS, PENALTIES, SCORES, InfoMap, require_known
 from fastkd.levels import Levels
+from fastkd.one_pass import NO_SECOND_DERIVATIVE, Call, Upstreams
 
 COMPILED = ("cpp", "triton")
 
@@ -25,6 +26,12 @@ _FORWARD = """(Tensor[] student, Tensor[] teacher, Tensor[] prior, Tensor[] mean
     -> (Tensor losses, Tensor mass, Tensor maps)"""
 _BACKWARD = """(Tensor grad, Tensor mass, Tensor maps, Tensor[] student, Tensor[] teacher, Tensor[] mean, Tensor[] rstd,
     float[] weights, int penalty, float beta, int normalizer) -> Tensor[]"""
+
+_ONE_PASS = _FORWARD.replace("normalizer)", "normalizer, Tensor assumed, Tensor(a!)[] gradient)")
+_BACKWARD_INTO = """(Tensor grad, Tensor assumed, Tensor mass, Tensor maps, Tensor[] student, Tensor[] teacher,
+    Tensor[] mean, Tensor[] rstd, float[] weights, int penalty, float beta, int normalizer, Tensor(a!)[] gradient)
+    -> ()"""
+_RESCALE = "(Tensor grad, Tensor assumed, Tensor(a!)[] gradient) -> ()"
 
 _library = torch.library.Library("fastkd", "DEF")  # type: ignore[no-untyped-call]
 
@@ -40,6 +47,10 @@ def _backward_fake(grad: Tensor, mass: Tensor, maps: Tensor, student: list[Tenso
     return [torch.empty_like(x) for x in student]
 
 
+def _nothing_fake(*_: Any) -> None:
+    return None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, _, mean, rstd, weights, _, _, _, penalty, beta, normalizer = inputs
     _, mass, maps = output
@@ -50,9 +61,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "fastkd: the compiled backends have no second derivative; for a double backward use backend='reference'"
-    )
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _define(backend: str) -> None:
@@ -61,6 +70,13 @@ def _define(backend: str) -> None:
     _library.define(backward + " ".join(_BACKWARD.split()))  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fastkd::{forward}", _forward_fake, lib=_library)
     torch.library.register_fake(f"fastkd::{backward}", _backward_fake, lib=_library)
+    for suffix, schema, fake in (
+        ("one_pass", _ONE_PASS, _forward_fake),
+        ("backward_into", _BACKWARD_INTO, _nothing_fake),
+        ("rescale", _RESCALE, _nothing_fake),
+    ):
+        _library.define(f"{forward}_{suffix}" + " ".join(schema.split()))  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"fastkd::{forward}_{suffix}", fake, lib=_library)
 
     def differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         mass, maps, *saved = ctx.saved_tensors
@@ -112,6 +128,7 @@ _unavailable = {"cpp": _load_cpp(), "triton": _load_triton(), "reference": None}
 # By device, fastest first; the CPU's was measured. On CUDA it is by reasoning, as no GPU was at hand yet: the kernels
 # move the same bytes, and C++ launches them in fewer microseconds than Python.
 _preferred = {"cpu": ("cpp",), "cuda": ("cpp", "triton")}
+_has_one_pass = {("cpp", "cpu")}
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
@@ -133,6 +150,13 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
 def require_backend(name: str) -> None:
     """Raise ``ValueError`` unless there is a backend of this name (the message lists them)."""
     require_known("backend", name, list(_unavailable))
+
+
+def require_one_pass(backend: str, device: torch.device) -> None:
+    """Raise ``RuntimeError`` unless this backend can write the gradient in the forward."""
+    if (backend, device.type) not in _has_one_pass:
+        has = ", ".join(f"backend={name!r} on {kind.upper()}" for name, kind in sorted(_has_one_pass))
+        raise RuntimeError(f"one_pass=True: backend={backend!r} has none on {device}, only {has}; use one_pass=None")
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -197,21 +221,35 @@ def _refuse_forward_mode(student: list[Tensor]) -> None:
 
 
 def level_losses(
-    levels: Levels, info: InfoMap, penalty: str, beta: float, normalizer: str, backend: str
+    levels: Levels,
+    info: InfoMap,
+    penalty: str,
+    beta: float,
+    normalizer: str,
+    backend: str,
+    *,
+    in_one_pass: bool | None,
+    reuse_teacher_memory: bool,
+    upstreams: Upstreams,
 ) -> tuple[Tensor, Tensor]:
     """Loss and map mass of each level, both (L,), by the backend of this name (one that ``choose`` returned)."""
     per_level = (levels.student, levels.teacher, levels.prior, levels.mean, levels.rstd, levels.weights)
     if backend == "reference":
         return reference.level_losses(*per_level, info, penalty, beta, normalizer)
     _refuse_forward_mode(levels.student)
+    forward_codes = (SCORES.index(info.score), NORMS.index(info.norm), info.temperature)
+    backward_codes = (PENALTIES.index(penalty), beta, NORMALIZERS.index(normalizer))
+    can = (backend, levels.student[0].device.type) in _has_one_pass
+    if _is_eager(levels.student) and (can or reuse_teacher_memory):
+        if not can or normalizer == "map_all_ranks":  # whose upstream gradient carries Z, another one each step
+            in_one_pass = False
+        call = Call(backend, levels, forward_codes, backward_codes, in_one_pass, reuse_teacher_memory, upstreams)
+        return one_pass.level_losses(call)
     op = getattr(torch.ops.fastkd, f"distill_{backend}")
-    losses, mass, _ = op(
-        *per_level,
-        SCORES.index(info.score),
-        NORMS.index(info.norm),
-        info.temperature,
-        PENALTIES.index(penalty),
-        beta,
-        NORMALIZERS.index(normalizer),
-    )
+    losses, mass, _ = op(*per_level, *forward_codes, *backward_codes)
     return losses, mass
+
+
+def _is_eager(student: list[Tensor]) -> bool:
+    """Whether nobody traces: tensors are what they seem, and their values can be looked at."""
+    return not torch.compiler.is_compiling() and all(type(x) in (Tensor, torch.nn.Parameter) for x in student)

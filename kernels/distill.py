@@ -347,8 +347,38 @@ def forward(
 
 
 @triton.jit
+def is_other(g, assumed, number):
+    """Whether an upstream gradient is not the one that the gradient was written for already."""
+    if assumed is None:
+        return True
+    else:
+        return g != tl.load(assumed + number)
+
+
+@triton.jit
+def differentiate(
+    level, image, block, span, slope, map, beta,
+    PENALTY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SPAN: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK_P cells and SPAN * BLOCK_C channels; ``map`` points to the image's weights."""
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = p < level.cells
+    slope_of_cell = slope.to(tl.float32) * tl.load(map + p, mask=inside, other=0.0)
+    student = at_cells(level.student, level.width, image, block, BLOCK_P, INDEX)
+    teacher = at_cells(level.teacher, level.width, image, block, BLOCK_P, INDEX)
+    grad = at_cells(level.grad, level.width, image, block, BLOCK_P, INDEX)
+    for i in range(SPAN):
+        c = (span * SPAN + i) * BLOCK_C
+        x = read_teacher(level, teacher, c, inside, BLOCK_C, INDEX)
+        s = read(level.student, student, c, inside, level.channels, BLOCK_C, INDEX)
+        ds = slope_of_cell[:, None] * scaled_slope(s - x, beta, PENALTY)
+        at, mask = places(level.grad, grad, c, inside, level.channels, BLOCK_C, INDEX)
+        tl.store(at, ds.to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def backward(
-    levels, upstream, upstream_stride, mass, maps, beta,
+    levels, upstream, upstream_stride, assumed, mass, maps, beta,
     L: tl.constexpr, PENALTY: tl.constexpr, Z_OF_MAP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SPAN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -357,34 +387,27 @@ def backward(
     Args:
         levels: as in ``forward``.
         upstream: (levels,) float32 by its stride, 0 where it was expanded.
+        assumed: None, or (levels,) upstream gradients for which nothing is left to do.
         mass, maps: of the forward.
     """
     program = tl.program_id(0)
     program_0, first = 0, 0  # programs and cells of the levels before
     for l in tl.static_range(L):
         level = levels[l]
-        spans = tl.cdiv(level.channels, SPAN * BLOCK_C)
-        blocks = tl.cdiv(level.cells, BLOCK_P)
-        end = program_0 + level.images * blocks * spans
-        if (program >= program_0) & (program < end):
-            span = (program - program_0) % spans
-            block = (program - program_0) // spans % blocks
-            image = (program - program_0) // spans // blocks
-            p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-            inside = p < level.cells
-            slope = tl.load(upstream + level.number * upstream_stride).to(tl.float64)
-            slope *= scale_of(level, tl.load(mass + level.number).to(tl.float64), Z_OF_MAP)
-            w = tl.load(maps + first + image.to(tl.int64) * level.cells + p, mask=inside, other=0.0)
-            slope_of_cell = slope.to(tl.float32) * w
-            student = at_cells(level.student, level.width, image, block, BLOCK_P, INDEX)
-            teacher = at_cells(level.teacher, level.width, image, block, BLOCK_P, INDEX)
-            grad = at_cells(level.grad, level.width, image, block, BLOCK_P, INDEX)
-            for i in range(SPAN):
-                c = (span * SPAN + i) * BLOCK_C
-                x = read_teacher(level, teacher, c, inside, BLOCK_C, INDEX)
-                s = read(level.student, student, c, inside, level.channels, BLOCK_C, INDEX)
-                ds = slope_of_cell[:, None] * scaled_slope(s - x, beta, PENALTY)
-                at, mask = places(level.grad, grad, c, inside, level.channels, BLOCK_C, INDEX)
-                tl.store(at, ds.to(grad.dtype.element_ty), mask=mask)
-        program_0 = end
+        if level.grad is not None:
+            spans = tl.cdiv(level.channels, SPAN * BLOCK_C)
+            blocks = tl.cdiv(level.cells, BLOCK_P)
+            end = program_0 + level.images * blocks * spans
+            if (program >= program_0) & (program < end):
+                g = tl.load(upstream + level.number * upstream_stride)
+                if is_other(g, assumed, level.number):
+                    slope = g.to(tl.float64) * scale_of(level, tl.load(mass + level.number).to(tl.float64), Z_OF_MAP)
+                    span = (program - program_0) % spans
+                    block = (program - program_0) // spans % blocks
+                    image = (program - program_0) // spans // blocks
+                    begin = first + image.to(tl.int64) * level.cells
+                    differentiate(
+                        level, image, block, span, slope, maps + begin, beta, PENALTY, BLOCK_P, BLOCK_C, SPAN, INDEX
+                    )
+            program_0 = end
         first += tl.cast(level.cells, tl.int64) * level.images

@@ -206,24 +206,56 @@ def distill_backward(
     normalizer: int,
 ) -> list[Tensor]:
     """Implements ``fastkd::distill_triton_backward``."""
-    require_features(student, teacher, mean, rstd, weights)
-    grads = [torch.empty_like(s) for s in student]
+    gradient = [torch.empty_like(s) for s in student]
+    everywhere = upstream.new_empty(0)
+    constants = (weights, penalty, beta, normalizer)
+    distill_backward_into(upstream, everywhere, mass, maps, student, teacher, mean, rstd, *constants, gradient)
+    return gradient
+
+
+def distill_backward_into(
+    upstream: Tensor,
+    assumed: Tensor,
+    mass: Tensor,
+    maps: Tensor,
+    student: list[Tensor],
+    teacher: list[Tensor],
+    mean: list[Tensor],
+    rstd: list[Tensor],
+    weights: list[float],
+    penalty: int,
+    beta: float,
+    normalizer: int,
+    gradient: list[Tensor],
+) -> None:
+    """Implements ``fastkd::distill_triton_backward_into``."""
+    require_features(student, teacher, mean, rstd, weights, gradient)
     absent, rho, beta = [None] * len(student), named(PENALTIES, penalty), usable(beta)
-    every = describe(student, teacher, grads, absent, mean, rstd, weights, rho, beta, named(NORMALIZERS, normalizer))
-    cells = sum(x.images * x.cells for x in every)
-    for name, x, count in (("grad", upstream, len(every)), ("mass", mass, len(every)), ("maps", maps, cells)):
-        fits = x.shape == (count,) and x.dtype == torch.float32 and x.device == student[0].device
-        require(fits and (name == "grad" or x.is_contiguous()), f"{name} as the forward gives it")
-    levels = occupied(every)
-    if not levels:
-        return grads
+    wanted = [g if g.numel() else None for g in gradient]
+    every = describe(student, teacher, wanted, absent, mean, rstd, weights, rho, beta, named(NORMALIZERS, normalizer))
+    for s, g in zip(student, wanted, strict=True):
+        require(g is None or g.shape == s.shape, "gradients of their students' shapes")
+    cells, optional = sum(x.images * x.cells for x in every), assumed if assumed.numel() else None
+    for name, x, count in (
+        ("grad", upstream, len(every)), ("assumed", optional, len(every)), ("mass", mass, len(every)),
+        ("maps", maps, cells),
+    ):  # fmt: skip
+        fits = x is None or (x.shape == (count,) and x.dtype == torch.float32 and x.device == student[0].device)
+        require(fits and (x is None or name == "grad" or x.is_contiguous()), f"{name} as the forward gives it")
+    levels = occupied(every)  # also those whose gradient nobody wants: their maps lie between others
+    if all(x.grad is None for x in levels):
+        return
     tile = choose_tile(levels)
     spans = [triton.cdiv(x.channels, SPAN * tile.channels) for x in levels]
-    programs = sum(x.images * triton.cdiv(x.cells, tile.cells) * span for x, span in zip(levels, spans, strict=True))
+    programs = sum(
+        x.images * triton.cdiv(x.cells, tile.cells) * span
+        for x, span in zip(levels, spans, strict=True)
+        if x.grad is not None
+    )
     _launch(
         backward,
         programs,
-        *(levels, upstream, upstream.stride(0), mass, maps, beta),
+        *(levels, upstream, upstream.stride(0), optional, mass, maps, beta),
         near=student[0],
         L=len(levels),
         PENALTY=rho,
@@ -233,10 +265,10 @@ def distill_backward(
         SPAN=SPAN,
         INDEX=tile.index,
     )
-    return grads
 
 
 def register(library: torch.library.Library) -> None:
     """Put the implementations below the ops' schemas."""
     library.impl("distill_triton", distill, DEVICE.upper())  # type: ignore[no-untyped-call]
     library.impl("distill_triton_backward", distill_backward, DEVICE.upper())  # type: ignore[no-untyped-call]
+    library.impl("distill_triton_backward_into", distill_backward_into, DEVICE.upper())  # type: ignore[no-untyped-call]

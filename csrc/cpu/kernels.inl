@@ -65,6 +65,62 @@ inline void narrow_run(const Acc* from, T* to, int64_t stride, int64_t count) {
     for (; j < count; ++j) narrow(from[j], to[j * stride]);
 }
 
+// Copies past the caches: a line that is written whole need not be read first, nor push out what is still needed.
+template <class T>
+inline void stream_run(const T* from, T* to, int64_t count) {
+  int64_t j = 0;
+#if defined(__x86_64__)
+  // parts of a line, which the next run completes: 4 or 8 bytes at a time, as an ordinary store would read the line
+  const auto stream_until = [&](int64_t end, uintptr_t alignment) {
+    while (j < end && (alignment == 0 || reinterpret_cast<uintptr_t>(to + j) % alignment)) {
+      const uintptr_t at = reinterpret_cast<uintptr_t>(to + j);
+      if (const int64_t n = int64_t(8 / sizeof(T)); at % 8 == 0 && j + n <= end) {
+        long long word;
+        __builtin_memcpy(&word, from + j, 8);
+        _mm_stream_si64(reinterpret_cast<long long*>(to + j), word);
+        j += n;
+      } else if (const int64_t n = int64_t(4 / sizeof(T)); sizeof(T) <= 4 && at % 4 == 0 && j + n <= end) {
+        int word;
+        __builtin_memcpy(&word, from + j, 4);
+        _mm_stream_si32(reinterpret_cast<int*>(to + j), word);
+        j += n;
+      } else {
+        to[j] = from[j];
+        ++j;
+      }
+    }
+  };
+#if defined(__AVX512F__)
+  using Vector = __m512i;
+  const auto stream = [](T* p, const T* x) {
+    _mm512_stream_si512(reinterpret_cast<Vector*>(p), _mm512_loadu_si512(x));
+  };
+#elif defined(__AVX__)
+  using Vector = __m256i;
+  const auto stream = [](T* p, const T* x) {
+    _mm256_stream_si256(reinterpret_cast<Vector*>(p), _mm256_loadu_si256(reinterpret_cast<const Vector*>(x)));
+  };
+#else
+  using Vector = __m128i;
+  const auto stream = [](T* p, const T* x) {
+    _mm_stream_si128(reinterpret_cast<Vector*>(p), _mm_loadu_si128(reinterpret_cast<const Vector*>(x)));
+  };
+#endif
+  constexpr int64_t lanes = int64_t(sizeof(Vector) / sizeof(T));
+  stream_until(count, sizeof(Vector));
+  for (; j + lanes <= count; j += lanes) stream(to + j, from + j);
+  stream_until(count, 0);
+#endif
+  for (; j < count; ++j) to[j] = from[j];
+}
+
+// Streamed stores must be seen before whatever tells other threads that the work is done.
+inline void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Calls f with a null pointer of the feature's element type.
 template <class F>
 inline void with_type(DType dtype, const F& f) {
@@ -133,25 +189,47 @@ inline Run channels_run(const Level<Acc>& level, const Feature& f, int64_t image
   return {offset, f.channel_stride, count};
 }
 
-template <class Acc>
-inline const Acc* load(const Feature& f, const Run& run, Acc* buffer) {
-  if (in_place<Acc>(f, run)) return static_cast<const Acc*>(f.data) + run.offset;
-  run.each_piece(
-      [&](int64_t offset, int64_t first, int64_t count) { copy_in(f, offset, run.stride, count, buffer + first); });
+// Reads a run: as elements E that lie where it is, or converted to E, the type of arithmetic.
+template <class E, class Acc>
+inline const E* load(const Feature& f, const Run& run, E* buffer) {
+  if (!std::is_same_v<E, Acc> || in_place<Acc>(f, run)) return static_cast<const E*>(f.data) + run.offset;
+  if constexpr (std::is_same_v<E, Acc>)
+    run.each_piece(
+        [&](int64_t offset, int64_t first, int64_t count) { copy_in(f, offset, run.stride, count, buffer + first); });
   return buffer;
 }
 
 // Where to compute a run that store() then puts in its place.
-template <class Acc>
-inline Acc* target(const Feature& f, const Run& run, Acc* buffer) {
-  return in_place<Acc>(f, run) ? static_cast<Acc*>(f.data) + run.offset : buffer;
+template <class E, class Acc>
+inline E* target(const Feature& f, const Run& run, E* buffer) {
+  return !std::is_same_v<E, Acc> || in_place<Acc>(f, run) ? static_cast<E*>(f.data) + run.offset : buffer;
 }
 
-template <class Acc>
-inline void store(const Acc* buffer, const Feature& f, const Run& run) {
-  if (in_place<Acc>(f, run)) return;
-  run.each_piece(
-      [&](int64_t offset, int64_t first, int64_t count) { copy_out(buffer + first, f, offset, run.stride, count); });
+template <class E, class Acc>
+inline void store(const E* buffer, const Feature& f, const Run& run) {
+  if constexpr (std::is_same_v<E, Acc>)
+    if (!in_place<Acc>(f, run))
+      run.each_piece([&](int64_t offset, int64_t first, int64_t count) {
+        copy_out(buffer + first, f, offset, run.stride, count);
+      });
+}
+
+// Puts `count` elements that are neighbours in memory in their place past the caches.
+template <class E>
+inline void stream(const E* buffer, const Feature& f, int64_t offset, int64_t count) {
+  with_type(f.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* const to = static_cast<T*>(f.data) + offset;
+    if constexpr (std::is_same_v<T, E>) {
+      stream_run(buffer, to, count);
+    } else if constexpr (!std::is_same_v<E, BFloat16>) {
+      alignas(64) T narrowed[kRun];
+      for (int64_t j = 0; j < count; j += kRun) {
+        narrow_run(buffer + j, narrowed, 1, smaller(kRun, count - j));
+        stream_run(narrowed, to + j, smaller(kRun, count - j));
+      }
+    }
+  });
 }
 
 // ---- arithmetic ----
@@ -182,11 +260,11 @@ struct Moments {
   Acc rstd_of(int64_t c) const { return mean ? rstd[c] : Acc(1); }
 };
 
-template <class Acc>
-inline void standardise_run(const Acc* t, const Moments<Acc>& moments, int64_t channel, int64_t count, Acc* out) {
+template <class E, class Acc>
+inline void standardise_run(const E* t, const Moments<Acc>& moments, int64_t channel, int64_t count, Acc* out) {
   const Acc *mean = moments.mean + channel, *rstd = moments.rstd + channel;
 #pragma omp simd
-  for (int64_t j = 0; j < count; ++j) out[j] = (t[j] - mean[j]) * rstd[j];
+  for (int64_t j = 0; j < count; ++j) out[j] = (widen(t[j]) - mean[j]) * rstd[j];
 }
 
 // e of a cell from its summed score terms
@@ -208,47 +286,79 @@ inline T logit(T x, T highest, T temperature) {
   return u < T(kLowestLogit) ? T(kLowestLogit) : u;
 }
 
-// ---- measure, a run = cells of one channel ----
+// ---- sweeps over student and teacher ----
+
+// What a sweep computes of each cell: its score e, its penalty D, the student's gradient. The score needs no student.
+// Whether the gradient goes past the caches is a part too.
+enum Parts { kScore = 1, kDistance = 2, kGradient = 4, kStreams = 8 };
+
+// In a sweep, E is the type of the elements that it reads and writes where they lie: Acc, to which runs of any other
+// type or with gaps are converted first, or BFloat16, if all features are that and have no gaps.
+template <class Acc>
+inline bool all_bfloat16(const Level<Acc>& level) {
+  for (const Feature* f : {&level.student, &level.teacher, &level.grad}) {
+    if (!f->data) continue;
+    const bool dense = f->column_stride == 1 && (f->row_stride == level.width || level.height == 1);
+    if (f->dtype != DType::bfloat16 || !(channels_last(level) ? f->channel_stride == 1 : dense)) return false;
+  }
+  return std::is_same_v<Acc, float>;
+}
+
+// ---- a run = cells of one channel ----
 
 constexpr int kGroup = 4;    // channels combined in registers before the sums in cache are touched
 constexpr int kPartial = 8;  // groups summed in Acc, before double takes over: near-cancelling scores stay accurate
 
-template <class Acc>
+template <class E, class Acc>
 struct CellRuns {
   const Level<Acc>& level;
-  int64_t image, begin, count;
+  int64_t image, begin = 0, count = 0;
   Moments<Acc> moments;
-  alignas(64) Acc student_buffer[kGroup][kRun], teacher_buffer[kGroup][kRun];
-  const Acc *student[kGroup], *teacher[kGroup];
+  alignas(64) E student_buffer[kGroup][kRun], teacher_buffer[kGroup][kRun], grad_buffer[kGroup][kRun];
+  const E *student[kGroup], *teacher[kGroup];
+  E* grad[kGroup];
   Acc mean[kGroup], rstd[kGroup];
 
-  CellRuns(const Level<Acc>& level, int64_t image, int64_t begin, int64_t end)
-      : level(level), image(image), begin(begin), count(end - begin), moments(level) {}
+  CellRuns(const Level<Acc>& level, int64_t image) : level(level), image(image), moments(level) {}
 
+  Run run(const Feature& f, int64_t channel) const { return cells_run(level, f, image, channel, begin, count); }
   void read_teacher(int g, int64_t channel) {
-    teacher[g] = load(level.teacher, cells_run(level, level.teacher, image, channel, begin, count), teacher_buffer[g]);
+    teacher[g] = load<E, Acc>(level.teacher, run(level.teacher, channel), teacher_buffer[g]);
     mean[g] = moments.mean_of(channel);
     rstd[g] = moments.rstd_of(channel);
   }
+  template <int kParts>
   void read(int g, int64_t channel) {
-    student[g] = load(level.student, cells_run(level, level.student, image, channel, begin, count), student_buffer[g]);
     read_teacher(g, channel);
+    if constexpr (kParts & (kDistance | kGradient))
+      student[g] = load<E, Acc>(level.student, run(level.student, channel), student_buffer[g]);
+    if constexpr ((kParts & kGradient) && !(kParts & kStreams))
+      grad[g] = target<E, Acc>(level.grad, run(level.grad, channel), grad_buffer[g]);
   }
+  void write(int g, int64_t channel) { store<E, Acc>(grad[g], level.grad, run(level.grad, channel)); }
 };
 
-template <Score S, Penalty P, int G, class Acc>
-inline void add_channels(const CellRuns<Acc>& runs, Acc beta, Acc* e, Acc* d) {
+template <int kParts, Score S, Penalty P, int G, class E, class Acc>
+inline void combine_channels(const CellRuns<E, Acc>& runs, Acc beta, const Acc* slope, Acc* e, Acc* d) {
   const int64_t count = runs.count;
+  const E *student[G], *teacher[G];  // in registers: what is stored could else be one of these
+  E* grad[G];
+  Acc mean[G], rstd[G];
+  for (int g = 0; g < G; ++g) {
+    student[g] = runs.student[g], teacher[g] = runs.teacher[g], grad[g] = runs.grad[g];
+    mean[g] = runs.mean[g], rstd[g] = runs.rstd[g];
+  }
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
     Acc e_sum = 0, d_sum = 0;
     for (int g = 0; g < G; ++g) {
-      const Acc x = (runs.teacher[g][j] - runs.mean[g]) * runs.rstd[g];
-      e_sum += score_term<S>(x);
-      d_sum += penalty<P>(runs.student[g][j] - x, beta);
+      const Acc t = (widen(teacher[g][j]) - mean[g]) * rstd[g];
+      if constexpr (kParts & kScore) e_sum += score_term<S>(t);
+      if constexpr (kParts & kDistance) d_sum += penalty<P>(widen(student[g][j]) - t, beta);
+      if constexpr (kParts & kGradient) narrow(slope[j] * penalty_slope<P>(widen(student[g][j]) - t, beta), grad[g][j]);
     }
-    e[j] += e_sum;
-    d[j] += d_sum;
+    if constexpr (kParts & kScore) e[j] += e_sum;
+    if constexpr (kParts & kDistance) d[j] += d_sum;
   }
 }
 
@@ -263,42 +373,69 @@ inline void add(const Acc* x, int64_t count, double* sum) {
   for (int64_t j = 0; j < count; ++j) sum[j] += x[j];
 }
 
-template <Score S, Penalty P, class Acc>
-void measure_cells(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end,
-                   double* e, double* d) {
-  CellRuns<Acc> runs(level, image, begin, end);
-  alignas(64) Acc e_part[kRun], d_part[kRun];
+// Writes `count` cells of G channels each past the caches: in one run where the channels follow each other in memory,
+// so that few lines of it are written in parts.
+template <class E, class Acc>
+inline void stream_channels(const Level<Acc>& level, int64_t image, int64_t channel, int G, int64_t begin,
+                            int64_t count, const E* from) {
+  const int64_t offset = cells_run(level, level.grad, image, channel, begin, count).offset;
+  if (count == level.cells()) return stream(from, level.grad, offset, G * count);
+  for (int g = 0; g < G; ++g) stream(from + g * count, level.grad, offset + g * level.grad.channel_stride, count);
+}
+
+// Channel by channel, in the order of memory, so that the processor's prefetching follows.
+template <int kParts, Score S, Penalty P, class E, class Acc>
+void sweep_cells(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end, double* e,
+                 double* d) {
+  CellRuns<E, Acc> runs(level, image);
+  constexpr bool kStream = kParts & kStreams;
+  alignas(64) Acc e_part[kBlock], d_part[kBlock], slope[kBlock];
+  alignas(64) E staged[kStream ? kGroup * kBlock : 1];
   const Acc beta = Acc(options.beta);
-  const int64_t count = runs.count;
-  clear(e, count);
-  clear(d, count);
-  for (int64_t c = 0; c < level.channels;) {
-    clear(e_part, count);
-    clear(d_part, count);
-    for (int group = 0; group < kPartial && c < level.channels; ++group) {
-      if (c + kGroup <= level.channels) {
-        for (int g = 0; g < kGroup; ++g) runs.read(g, c + g);
-        add_channels<S, P, kGroup>(runs, beta, e_part, d_part);
-        c += kGroup;
-      } else {
-        runs.read(0, c++);
-        add_channels<S, P, 1>(runs, beta, e_part, d_part);
+  const int64_t count = end - begin;
+  if constexpr (kParts & kScore) clear(e, count);
+  if constexpr (kParts & kDistance) clear(d, count);
+  if constexpr (kParts & kGradient)
+    for (int64_t j = 0; j < count; ++j) slope[j] = level.slope * level.map[image * level.cells() + begin + j];
+  const auto combine = [&](auto group, int64_t channel) {
+    constexpr int G = decltype(group)::value;
+    for (int64_t j = 0; j < count; j += kRun) {
+      runs.begin = begin + j;
+      runs.count = smaller(kRun, count - j);
+      for (int g = 0; g < G; ++g) {
+        runs.template read<kParts>(g, channel + g);
+        if constexpr (kStream) runs.grad[g] = staged + g * count + j;
       }
+      combine_channels<kParts, S, P, G>(runs, beta, slope + j, e_part + j, d_part + j);
+      if constexpr ((kParts & kGradient) && !kStream)
+        for (int g = 0; g < G; ++g) runs.write(g, channel + g);
     }
-    add(e_part, count, e);
-    add(d_part, count, d);
+    if constexpr (kStream) stream_channels(level, image, channel, G, begin, count, staged);
+    return channel + G;
+  };
+  for (int64_t c = 0; c < level.channels;) {
+    if constexpr (kParts & kScore) clear(e_part, count);
+    if constexpr (kParts & kDistance) clear(d_part, count);
+    for (int group = 0; group < kPartial && c < level.channels; ++group)
+      c = c + kGroup <= level.channels ? combine(std::integral_constant<int, kGroup>(), c)
+                                       : combine(std::integral_constant<int, 1>(), c);
+    if constexpr (kParts & kScore) add(e_part, count, e);
+    if constexpr (kParts & kDistance) add(d_part, count, d);
   }
-  for (int64_t j = 0; j < count; ++j) e[j] = finish_score<S>(e[j], level.channels);
+  if constexpr (kParts & kScore)
+    for (int64_t j = 0; j < count; ++j) e[j] = finish_score<S>(e[j], level.channels);
 }
 
 // Two sweeps over the channels: the highest value of each cell (from memory), then the sums (the teacher from cache).
 template <class Acc>
 void entropy_cells(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end,
                    double* e) {
-  CellRuns<Acc> runs(level, image, begin, end);
+  CellRuns<Acc, Acc> runs(level, image);
   alignas(64) Acc highest[kRun];
   alignas(64) double sum[kRun], weighted[kRun];
-  const int64_t count = runs.count;
+  const int64_t count = end - begin;
+  runs.begin = begin;
+  runs.count = count;
   for (int64_t c = 0; c < level.channels; ++c) {
     runs.read_teacher(0, c);
     const Acc *t = runs.teacher[0], mean = runs.mean[0], rstd = runs.rstd[0];
@@ -325,40 +462,54 @@ void entropy_cells(const Level<Acc>& level, const Options& options, int64_t imag
   for (int64_t j = 0; j < count; ++j) e[j] = finish_entropy(sum[j], weighted[j], level.channels);
 }
 
-// ---- measure, a run = channels of one cell ----
+// ---- a run = channels of one cell ----
 
-// Calls f(student, standardised teacher, count) for each run of the cell's channels.
-template <class Acc, class F>
+// Calls f(student, standardised teacher, first channel, count) for each run of the cell's channels.
+template <bool kStudent, class E, class Acc, class F>
 inline void each_channels_run(const Level<Acc>& level, int64_t image, int64_t cell, const F& f) {
-  alignas(64) Acc student_buffer[kRun], teacher_buffer[kRun], standardised[kRun];
+  alignas(64) E student_buffer[kRun], teacher_buffer[kRun];
+  alignas(64) Acc standardised[kRun];
   const Moments<Acc> moments(level);
   for (int64_t c = 0; c < level.channels; c += kRun) {
     const int64_t count = smaller(kRun, level.channels - c);
-    const Acc* s = load(level.student, channels_run(level, level.student, image, cell, c, count), student_buffer);
-    const Acc* t = load(level.teacher, channels_run(level, level.teacher, image, cell, c, count), teacher_buffer);
-    if (moments.mean) {
+    const E *s = nullptr, *t;
+    if constexpr (kStudent)
+      s = load<E, Acc>(level.student, channels_run(level, level.student, image, cell, c, count), student_buffer);
+    t = load<E, Acc>(level.teacher, channels_run(level, level.teacher, image, cell, c, count), teacher_buffer);
+    if (!moments.mean) {
+      f(s, t, c, count);
+    } else {
       standardise_run(t, moments, c, count, standardised);
-      t = standardised;
+      f(s, static_cast<const Acc*>(standardised), c, count);
     }
-    f(s, t, c, count);
   }
 }
 
 constexpr int kLanes = 64;  // sums side by side: short chains of additions are faster and more accurate
 
-template <Score S, Penalty P, class Acc>
-inline void add_run(const Acc* s, const Acc* t, int64_t count, Acc beta, Acc* __restrict e, Acc* __restrict d) {
+template <class Acc>
+struct CellSums {
+  alignas(64) Acc e[kLanes] = {}, d[kLanes] = {};
+};
+
+template <int kParts, Score S, Penalty P, class E, class T, class Acc>
+inline void combine_lane(const E* s, const T* t, Acc beta, Acc slope, Acc& e, Acc& d, E* grad) {
+  const Acc x = widen(*t);
+  if constexpr (kParts & kScore) e += score_term<S>(x);
+  if constexpr (kParts & kDistance) d += penalty<P>(widen(*s) - x, beta);
+  if constexpr (kParts & kGradient) narrow(slope * penalty_slope<P>(widen(*s) - x, beta), *grad);
+}
+
+template <int kParts, Score S, Penalty P, class E, class T, class Acc>
+inline void combine_run(const E* s, const T* t, int64_t count, Acc beta, Acc slope, Acc* __restrict e,
+                        Acc* __restrict d, E* grad) {
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes)
 #pragma omp simd
-    for (int k = 0; k < kLanes; ++k) {
-      e[k] += score_term<S>(t[j + k]);
-      d[k] += penalty<P>(s[j + k] - t[j + k], beta);
-    }
-  for (int k = 0; j + k < count; ++k) {
-    e[k] += score_term<S>(t[j + k]);
-    d[k] += penalty<P>(s[j + k] - t[j + k], beta);
-  }
+    for (int k = 0; k < kLanes; ++k)
+      combine_lane<kParts, S, P>(s + j + k, t + j + k, beta, slope, e[k], d[k], grad + j + k);
+  for (int k = 0; j + k < count; ++k)
+    combine_lane<kParts, S, P>(s + j + k, t + j + k, beta, slope, e[k], d[k], grad + j + k);
 }
 
 template <class Acc>
@@ -369,17 +520,40 @@ inline double sum_lanes(const Acc* x) {
   return sum;
 }
 
-template <Score S, Penalty P, class Acc>
-void measure_channels(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end,
-                      double* e, double* d) {
+template <int kParts, Score S, Penalty P, class E, class Acc>
+void sweep_channels(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end,
+                    double* e, double* d) {
+  constexpr bool kStream = kParts & kStreams;  // in bursts: a store behind one that streams would wait for it
+  alignas(64) E buffer[kStream ? kBlock : kRun];
+  int64_t filled = 0, streamed = image * level.grad.image_stride + begin * level.channels;
+  const auto flush = [&] {
+    stream(buffer, level.grad, streamed, filled);
+    streamed += filled;
+    filled = 0;
+  };
+  const Acc beta = Acc(options.beta);
   for (int64_t cell = begin; cell < end; ++cell) {
-    alignas(64) Acc e_lanes[kLanes] = {}, d_lanes[kLanes] = {};
-    each_channels_run(level, image, cell, [&](const Acc* s, const Acc* t, int64_t, int64_t count) {
-      add_run<S, P>(s, t, count, Acc(options.beta), e_lanes, d_lanes);
+    CellSums<Acc> sums;
+    const Acc slope = kParts & kGradient ? level.slope * level.map[image * level.cells() + cell] : Acc(0);
+    each_channels_run<kParts != kScore, E>(level, image, cell, [&](auto* s, auto* t, int64_t c, int64_t count) {
+      const auto combine = [&](E* grad) { combine_run<kParts, S, P>(s, t, count, beta, slope, sums.e, sums.d, grad); };
+      if constexpr (kStream) {
+        if (filled + count > kBlock) flush();
+        combine(buffer + filled);
+        filled += count;
+      } else if constexpr (kParts & kGradient) {
+        const Run run = channels_run(level, level.grad, image, cell, c, count);
+        E* const grad = target<E, Acc>(level.grad, run, buffer);
+        combine(grad);
+        store<E, Acc>(grad, level.grad, run);
+      } else {
+        combine(buffer);
+      }
     });
-    e[cell - begin] = finish_score<S>(sum_lanes(e_lanes), level.channels);
-    d[cell - begin] = sum_lanes(d_lanes);
+    if constexpr (kParts & kScore) e[cell - begin] = finish_score<S>(sum_lanes(sums.e), level.channels);
+    if constexpr (kParts & kDistance) d[cell - begin] = sum_lanes(sums.d);
   }
+  if constexpr (kStream) flush();
 }
 
 template <class Acc>
@@ -388,12 +562,12 @@ void entropy_channels(const Level<Acc>& level, const Options& options, int64_t i
   const Acc temperature = Acc(options.temperature);
   for (int64_t cell = begin; cell < end; ++cell) {
     Acc highest = -__builtin_inf();
-    each_channels_run(level, image, cell, [&](const Acc*, const Acc* t, int64_t, int64_t count) {
+    each_channels_run<false, Acc>(level, image, cell, [&](const Acc*, const Acc* t, int64_t, int64_t count) {
 #pragma omp simd reduction(max : highest)
       for (int64_t j = 0; j < count; ++j) highest = t[j] > highest ? t[j] : highest;
     });
     double sum = 0, weighted = 0;
-    each_channels_run(level, image, cell, [&](const Acc*, const Acc* t, int64_t, int64_t count) {
+    each_channels_run<false, Acc>(level, image, cell, [&](const Acc*, const Acc* t, int64_t, int64_t count) {
       Acc sum_part = 0, weighted_part = 0;
 #pragma omp simd reduction(+ : sum_part, weighted_part)
       for (int64_t j = 0; j < count; ++j) {
@@ -406,44 +580,6 @@ void entropy_channels(const Level<Acc>& level, const Options& options, int64_t i
       weighted += double(weighted_part);
     });
     e[cell - begin] = finish_entropy(sum, weighted, level.channels);
-  }
-}
-
-template <Score S, Penalty P, class Acc>
-void measure_block(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
-  double* e = level.score + image * level.cells() + begin;
-  double* d = level.distance + image * level.cells() + begin;
-  if (channels_last(level)) {
-    measure_channels<S, P>(level, options, image, begin, end, e, d);
-    if constexpr (S == Score::entropy) entropy_channels(level, options, image, begin, end, e);
-  } else {
-    if constexpr (S == Score::entropy) {
-      alignas(64) double scores[kRun];  // first, so that the second sweep finds the teacher in cache
-      entropy_cells(level, options, image, begin, end, scores);
-      measure_cells<S, P>(level, options, image, begin, end, e, d);
-      for (int64_t j = 0; j < end - begin; ++j) e[j] = scores[j];
-    } else {
-      measure_cells<S, P>(level, options, image, begin, end, e, d);
-    }
-  }
-}
-
-template <Penalty P, class Acc>
-void measure_by_score(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
-  switch (options.score) {
-    case Score::uniform: return measure_block<Score::uniform, P>(level, options, image, begin, end);
-    case Score::magnitude: return measure_block<Score::magnitude, P>(level, options, image, begin, end);
-    case Score::energy: return measure_block<Score::energy, P>(level, options, image, begin, end);
-    case Score::entropy: return measure_block<Score::entropy, P>(level, options, image, begin, end);
-  }
-}
-
-template <class Acc>
-void measure(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
-  switch (options.penalty) {
-    case Penalty::l2: return measure_by_score<Penalty::l2>(level, options, image, begin, end);
-    case Penalty::l1: return measure_by_score<Penalty::l1>(level, options, image, begin, end);
-    case Penalty::smooth_l1: return measure_by_score<Penalty::smooth_l1>(level, options, image, begin, end);
   }
 }
 
@@ -481,7 +617,7 @@ void normalise(double* e, int64_t count, const Options& options) {
 }
 
 template <class Acc>
-Sums weigh(const Level<Acc>& level, const Options& options, int64_t image) {
+double weigh(const Level<Acc>& level, const Options& options, int64_t image) {
   const int64_t count = level.cells(), first = image * count;
   double* e = level.score + first;
   if (options.norm != Norm::none) normalise<Acc>(e, count, options);
@@ -490,73 +626,136 @@ Sums weigh(const Level<Acc>& level, const Options& options, int64_t image) {
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) e[j] *= double(q[j]);
   }
-  const double* d = level.distance + first;
   Acc* w = level.map + first;
-  double loss = 0, mass = 0;
-#pragma omp simd reduction(+ : loss, mass)
+  double mass = 0;
+#pragma omp simd reduction(+ : mass)
   for (int64_t j = 0; j < count; ++j) {
     w[j] = Acc(e[j]);
-    loss += e[j] * d[j];
     mass += e[j];
   }
-  return {loss, mass};
+  return mass;
 }
 
-// ---- differentiate ----
+template <class Acc>
+double loss(const Level<Acc>& level, int64_t image) {
+  const int64_t count = level.cells();
+  const double *w = level.score + image * count, *d = level.distance + image * count;
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) sum += w[j] * d[j];
+  return sum;
+}
 
-template <Penalty P, class Acc>
-void differentiate_cells(const Level<Acc>& level, Acc beta, int64_t image, int64_t begin, int64_t end) {
-  CellRuns<Acc> runs(level, image, begin, end);
-  alignas(64) Acc slope[kRun], buffer[kRun];
-  const int64_t count = runs.count;
-  const Acc* w = level.map + image * level.cells() + begin;
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) slope[j] = level.slope * w[j];
-  for (int64_t c = 0; c < level.channels; ++c) {
-    runs.read(0, c);
-    const Run run = cells_run(level, level.grad, image, c, begin, count);
-    const Acc *s = runs.student[0], *t = runs.teacher[0], mean = runs.mean[0], rstd = runs.rstd[0];
-    Acc* out = target(level.grad, run, buffer);
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) out[j] = slope[j] * penalty_slope<P>(s[j] - (t[j] - mean) * rstd, beta);
-    store(out, level.grad, run);
+// ---- the kernels: cells [begin, end) of an image ----
+
+template <int kParts, Score S, Penalty P, class Acc>
+void sweep_layout(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
+  double* const e = level.score ? level.score + image * level.cells() + begin : nullptr;
+  double* const d = level.distance ? level.distance + image * level.cells() + begin : nullptr;
+  const auto sweep = [&](auto* element) {
+    using E = std::remove_pointer_t<decltype(element)>;
+    if (channels_last(level))
+      sweep_channels<kParts, S, P, E>(level, options, image, begin, end, e, d);
+    else
+      sweep_cells<kParts, S, P, E>(level, options, image, begin, end, e, d);
+  };
+  if constexpr (std::is_same_v<Acc, float>)
+    if (all_bfloat16(level)) return sweep(static_cast<BFloat16*>(nullptr));
+  sweep(static_cast<Acc*>(nullptr));
+}
+
+template <int kParts, Score S, class Acc>
+void sweep_penalty(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
+  if constexpr (kParts == kScore) return sweep_layout<kParts, S, Penalty::l2>(level, options, image, begin, end);
+  switch (options.penalty) {
+    case Penalty::l2: return sweep_layout<kParts, S, Penalty::l2>(level, options, image, begin, end);
+    case Penalty::l1: return sweep_layout<kParts, S, Penalty::l1>(level, options, image, begin, end);
+    case Penalty::smooth_l1: return sweep_layout<kParts, S, Penalty::smooth_l1>(level, options, image, begin, end);
   }
 }
 
-template <Penalty P, class Acc>
-void differentiate_channels(const Level<Acc>& level, Acc beta, int64_t image, int64_t begin, int64_t end) {
-  alignas(64) Acc buffer[kRun];
-  for (int64_t cell = begin; cell < end; ++cell) {
-    const Acc slope = level.slope * level.map[image * level.cells() + cell];
-    each_channels_run(level, image, cell, [&](const Acc* s, const Acc* t, int64_t channel, int64_t count) {
-      const Run run = channels_run(level, level.grad, image, cell, channel, count);
-      Acc* out = target(level.grad, run, buffer);
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) out[j] = slope * penalty_slope<P>(s[j] - t[j], beta);
-      store(out, level.grad, run);
-    });
+// The sweep itself, in pieces that the sums of a run of cells have room for.
+template <int kParts, Score S, class Acc>
+void sweep_blocks(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; p += kBlock)
+    sweep_penalty<kParts, S>(level, options, image, p, smaller(p + kBlock, end));
+}
+
+template <class Acc>
+void entropy(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
+  double* const e = level.score + image * level.cells();
+  if (channels_last(level)) return entropy_channels(level, options, image, begin, end, e + begin);
+  for (int64_t p = begin; p < end; p += kRun) entropy_cells(level, options, image, p, smaller(p + kRun, end), e + p);
+}
+
+template <class Acc>
+void score(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
+  switch (options.score) {
+    case Score::uniform: return sweep_blocks<kScore, Score::uniform>(level, options, image, begin, end);
+    case Score::magnitude: return sweep_blocks<kScore, Score::magnitude>(level, options, image, begin, end);
+    case Score::energy: return sweep_blocks<kScore, Score::energy>(level, options, image, begin, end);
+    case Score::entropy: return entropy(level, options, image, begin, end);
   }
 }
 
-template <Penalty P, class Acc>
-void differentiate_block(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
-  if (channels_last(level))
-    differentiate_channels<P>(level, Acc(options.beta), image, begin, end);
-  else
-    differentiate_cells<P>(level, Acc(options.beta), image, begin, end);
+template <class Acc>
+void measure(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
+  constexpr int kBoth = kScore | kDistance;
+  switch (options.score) {
+    case Score::uniform: return sweep_blocks<kBoth, Score::uniform>(level, options, image, begin, end);
+    case Score::magnitude: return sweep_blocks<kBoth, Score::magnitude>(level, options, image, begin, end);
+    case Score::energy: return sweep_blocks<kBoth, Score::energy>(level, options, image, begin, end);
+    case Score::entropy:
+      entropy(level, options, image, begin, end);  // first, so that the other sweep finds the teacher in cache
+      return sweep_blocks<kDistance, Score::entropy>(level, options, image, begin, end);
+  }
+}
+
+template <int kParts, class Acc>
+void sweep_gradient(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
+  if (!level.streams) return sweep_blocks<kParts, Score::uniform>(level, options, image, begin, end);
+  sweep_blocks<kParts | kStreams, Score::uniform>(level, options, image, begin, end);
+  finish_streams();
+}
+
+template <class Acc>
+void imitate(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
+  if (!level.grad.data) return sweep_blocks<kDistance, Score::uniform>(level, options, image, begin, end);
+  sweep_gradient<kDistance | kGradient>(level, options, image, begin, end);
 }
 
 template <class Acc>
 void differentiate(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
-  switch (options.penalty) {
-    case Penalty::l2: return differentiate_block<Penalty::l2>(level, options, image, begin, end);
-    case Penalty::l1: return differentiate_block<Penalty::l1>(level, options, image, begin, end);
-    case Penalty::smooth_l1: return differentiate_block<Penalty::smooth_l1>(level, options, image, begin, end);
-  }
+  sweep_gradient<kGradient>(level, options, image, begin, end);
 }
 
 template <class Acc>
-constexpr Kernels<Acc> kKernels{measure<Acc>, weigh<Acc>, differentiate<Acc>};
+inline void rescale_run(const Feature& f, const Run& run, Acc factor) {
+  alignas(64) Acc from[kRun], buffer[kRun];
+  const Acc* const x = load<Acc, Acc>(f, run, from);
+  Acc* const out = target<Acc, Acc>(f, run, buffer);
+#pragma omp simd
+  for (int64_t j = 0; j < run.count; ++j) out[j] = factor * x[j];
+  store<Acc, Acc>(out, f, run);
+}
+
+template <class Acc>
+void rescale(const Level<Acc>& level, const Options&, int64_t image, int64_t begin, int64_t end) {
+  if (channels_last(level)) {
+    for (int64_t cell = begin; cell < end; ++cell)
+      for (int64_t c = 0; c < level.channels; c += kRun)
+        rescale_run(level.grad, channels_run(level, level.grad, image, cell, c, smaller(kRun, level.channels - c)),
+                    level.slope);
+    return;
+  }
+  for (int64_t c = 0; c < level.channels; ++c)
+    for (int64_t p = begin; p < end; p += kRun)
+      rescale_run(level.grad, cells_run(level, level.grad, image, c, p, smaller(kRun, end - p)), level.slope);
+}
+
+template <class Acc>
+constexpr Kernels<Acc> kKernels{score<Acc>,         measure<Acc>, weigh<Acc>, imitate<Acc>,
+                                differentiate<Acc>, rescale<Acc>, loss<Acc>};
 
 }  // namespace
 }  // namespace FASTKD_ISA_NAMESPACE

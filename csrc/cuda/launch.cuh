@@ -117,7 +117,10 @@ void launch_forward(Call<Acc>& call, const Tensor& like, int64_t cells, Acc* los
 }
 
 template <class Acc>
-void launch_backward(Call<Acc>& call, const Acc* upstream, int64_t stride, const Acc* mass, cudaStream_t stream) {
+void launch_backward(Call<Acc>& call, const Acc* upstream, int64_t stride, const Acc* assumed, const Acc* mass,
+                     cudaStream_t stream) {
+  for (auto& level : call.levels)
+    if (!level.grad.data) level.images = 0;  // nobody asks for its gradient
   Launch<Acc> launch;
   launch.options = usable(call.options);
   launch.normalizer = call.normalizer;
@@ -126,6 +129,7 @@ void launch_backward(Call<Acc>& call, const Acc* upstream, int64_t stride, const
     using E = decltype(type);
     each_launch<kVector<E, Acc>>(call, launch, [&](Launch<Acc>& part, int blocks, int64_t begin) {
       part.upstream = upstream + begin * stride;
+      part.assumed = assumed ? assumed + begin : nullptr;
       part.forward_mass = mass + begin;
       run<Acc>(backward<E, Acc>, blocks, part, stream);
     });

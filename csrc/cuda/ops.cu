@@ -26,6 +26,8 @@ struct OnDeviceOf {
 };
 
 struct Cuda {
+  static constexpr bool kOnePass = false;
+
   static void require(const Tensor& x) {
     STD_TORCH_CHECK(x.is_cuda(), "fastkd: the CUDA kernels were called with tensors that are not on a CUDA device");
   }
@@ -37,9 +39,10 @@ struct Cuda {
   }
 
   template <class Acc>
-  static void backward(Call<Acc>& call, const Tensor& like, const Acc* upstream, int64_t stride, const Acc* mass) {
+  static void backward(Call<Acc>& call, const Tensor& like, const Acc* upstream, int64_t stride, const Acc* assumed,
+                       const Acc* mass) {
     const OnDeviceOf guard(like);
-    launch_backward(call, upstream, stride, mass, current_stream(like.get_device_index()));
+    launch_backward(call, upstream, stride, assumed, mass, current_stream(like.get_device_index()));
   }
 };
 
@@ -49,4 +52,5 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
   m.impl("distill_cpp", TORCH_BOX(&fastkd::distill<fastkd::cuda::Cuda>));
   m.impl("distill_cpp_backward", TORCH_BOX(&fastkd::distill_backward<fastkd::cuda::Cuda>));
+  m.impl("distill_cpp_backward_into", TORCH_BOX(&fastkd::distill_backward_into<fastkd::cuda::Cuda>));
 }

@@ -47,6 +47,7 @@ struct Launch {
   Acc* mass = nullptr;
   const Acc* upstream = nullptr;  // backward
   const Acc* forward_mass = nullptr;
+  const Acc* assumed = nullptr;  // upstream gradients that need no work, null: none
   int64_t upstream_stride = 0;
 };
 static_assert(sizeof(Launch<float>) <= 4096 && sizeof(Launch<double>) <= 4096, "more than a kernel's parameters");

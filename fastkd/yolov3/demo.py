@@ -259,6 +259,7 @@ def _shares_of_step(objective: Objective, images: Tensor, step_seconds: float, r
     """Share of a mean training step spent in the distillation loss, forward and backward, and in the teacher."""
     student, teacher, prior = _levels(objective, images)
     criterion, model = _distiller(objective).criterion, _distiller(objective).teacher
+    criterion.reuse_teacher_memory = False  # the same features again and again
     leaves = [x.detach().requires_grad_() for x in student]
     parameters = [*leaves, *criterion.parameters()]
 

@@ -61,7 +61,7 @@ class Objective(nn.Module):
             backbone=(list(student.backbone_levels), list(teacher.backbone_levels)),
             neck=(list(student.neck_levels), list(teacher.neck_levels)),
             prior=self._prior,
-            **loss_options,
+            **{"reuse_teacher_memory": True, **loss_options},  # nobody reads the teacher's features after the loss
         )
         self._teacher = (teacher,)  # in a tuple it is not registered as a submodule
         self._teacher_outputs: Sequence[Tensor] = ()

@@ -6,6 +6,8 @@
 namespace fastkd::cuda {
 
 struct OnHost {
+  static constexpr bool kOnePass = false;
+
   static void require(const Tensor&) {}
 
   template <class Acc>
@@ -13,8 +15,9 @@ struct OnHost {
     launch_forward(call, like, cells, losses, mass, nullptr);
   }
   template <class Acc>
-  static void backward(Call<Acc>& call, const Tensor&, const Acc* upstream, int64_t stride, const Acc* mass) {
-    launch_backward(call, upstream, stride, mass, nullptr);
+  static void backward(Call<Acc>& call, const Tensor&, const Acc* upstream, int64_t stride, const Acc* assumed,
+                       const Acc* mass) {
+    launch_backward(call, upstream, stride, assumed, mass, nullptr);
   }
 };
 
@@ -23,4 +26,5 @@ struct OnHost {
 STABLE_TORCH_LIBRARY_IMPL(fastkd_on_host, CPU, m) {
   m.impl("distill_cpp", TORCH_BOX(&fastkd::distill<fastkd::cuda::OnHost>));
   m.impl("distill_cpp_backward", TORCH_BOX(&fastkd::distill_backward<fastkd::cuda::OnHost>));
+  m.impl("distill_cpp_backward_into", TORCH_BOX(&fastkd::distill_backward_into<fastkd::cuda::OnHost>));
 }

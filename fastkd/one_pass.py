@@ -1,0 +1,207 @@
+"""Eager autograd of the compiled backends: the forward may write the gradient while the features are in cache.
+
+The forward cannot know its upstream gradient, so it writes for the one that it expects, and the backward computes anew,
+level by level, where another came. PyTorch's rules for custom ops (no output is an input, backward formulas are
+functional) leave no room for that, so it is an ``autograd.Function`` around ops that write into what they are given;
+under ``torch.compile`` the two-pass ops of ``fastkd.ops`` do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import teacher_memory
+from fastkd.levels import Levels
+from fastkd.reference import accumulator
+
+NO_SECOND_DERIVATIVE = (
+    "fastkd: the compiled backends have no second derivative; for a double backward use backend='reference'"
+)
+
+
+class _Upstream(NamedTuple):
+    """What the last backward of some levels got."""
+
+    gradient: Tensor  # (L,), never written to again
+    values: list[float] | None  # the same, where reading them costs no sync
+    steady: bool  # the one before it got the same
+
+
+class Upstreams:
+    """The upstream gradients that a loss got last, and so expects next. A wrong guess costs time, no correctness."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[Any, ...], _Upstream] = {}
+
+    def get(self, key: tuple[Any, ...]) -> _Upstream | None:
+        return self._last.get(key)
+
+    def remember(self, key: tuple[Any, ...], gradient: Tensor) -> None:
+        values = gradient.tolist() if gradient.device.type == "cpu" else None
+        before = self._last.get(key)
+        steady = before is not None and before.values == values  # on a device nobody looks: taken for steady
+        kept = before.gradient if before and steady and values is not None else gradient.detach().clone()
+        self._last[key] = _Upstream(kept, values, steady)
+
+
+SHARED = Upstreams()  # of all calls of ``distill_loss``; a ``DistillLoss`` has its own
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a backend: its levels and constants."""
+
+    backend: str
+    levels: Levels
+    forward_codes: tuple[Any, ...]  # score, norm, temperature
+    backward_codes: tuple[Any, ...]  # penalty, beta, normalizer
+    one_pass: bool | None
+    reuse_teacher_memory: bool
+    upstreams: Upstreams
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return accumulator(*self.levels.student, *self.levels.teacher)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """By device, dtype of the sums and widths of the levels: what tells one use of a loss from another."""
+        return self.levels.student[0].device, self.dtype, *(s.shape[1] for s in self.levels.student)
+
+    def op(self, suffix: str = "") -> Any:
+        return getattr(torch.ops.fastkd, f"distill_{self.backend}{suffix}")
+
+    def expected(self) -> Tensor | None:
+        """The upstream gradient to write for, or None where the backward shall compute the gradient."""
+        if self.one_pass is False or _saved_tensors_are_packed():
+            return None
+        if self.reuse_teacher_memory and any(s.dtype == torch.float16 for s in self.levels.student):
+            return None  # it could not be computed anew, and scaled it could over- or underflow
+        last = self.upstreams.get(self.key)
+        if last and (last.steady or self.one_pass):
+            assumed = last.gradient
+        elif self.one_pass:
+            assumed = self.levels.student[0].new_ones(len(self.levels.student), dtype=self.dtype)
+        else:
+            return None
+        # what is scaled later must not be 0 times infinity
+        usable = (assumed != 0) & assumed.isfinite()
+        return torch.where(usable, assumed, 1) if self.reuse_teacher_memory else assumed
+
+    def run(self, assumed: Tensor | None = None, gradient: list[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and map mass of each level, (L,), and all maps, one after the other; writes the gradient where given."""
+        x = self.levels
+        inputs = (x.student, x.teacher, x.prior, x.mean, x.rstd, x.weights, *self.forward_codes, *self.backward_codes)
+        losses, mass, maps = self.op()(*inputs) if assumed is None else self.op("_one_pass")(*inputs, assumed, gradient)
+        return losses, mass, maps
+
+
+def level_losses(call: Call) -> tuple[Tensor, Tensor]:
+    """Loss and map mass of each level, both (L,)."""
+    if torch.is_grad_enabled() and any(s.requires_grad for s in call.levels.student):
+        losses, mass, _ = _Distill.apply(call, *call.levels.student)  # type: ignore[no-untyped-call]
+    else:
+        losses, mass, _ = call.run()
+    return losses, mass
+
+
+class _Distill(torch.autograd.Function):
+    """Keeps on ``ctx`` no feature but through ``save_for_backward``, and the gradient until a backward takes it."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = call.levels
+        ctx.key, ctx.op, ctx.constants = call.key, call.op, (x.mean, x.rstd, x.weights, *call.backward_codes)
+        ctx.assumed, ctx.gradient = call.expected(), None
+        ctx.upstreams = None if call.one_pass is False else call.upstreams
+        ctx.in_teacher = call.reuse_teacher_memory and teacher_memory.fits(x)
+        if ctx.in_teacher:
+            teacher_memory.give_up(x.teacher)
+        if ctx.assumed is not None:
+            ctx.gradient = _room(x.student, x.teacher, ctx.needs_input_grad[1:], ctx.in_teacher)
+        losses, mass, maps = call.run(ctx.assumed, ctx.gradient)
+        connection = losses.new_empty(0)
+        is_final = ctx.in_teacher and ctx.gradient is not None
+        ctx.save_for_backward(connection, *(() if is_final else (mass, maps, *x.student, *x.teacher)))
+        ctx.mark_non_differentiable(mass)
+        ctx.set_materialize_grads(False)
+        return losses, mass, connection
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        if upstream is None:
+            return None, *(None for _ in needed)
+        connection, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            if ctx.upstreams is not None:
+                ctx.upstreams.remember(ctx.key, upstream)
+            gradient = _compute(ctx, upstream, saved) if saved else _rescale(ctx, upstream)
+        if torch.is_grad_enabled():  # of create_graph
+            gradient = list(_Undifferentiable.apply(connection, *gradient))  # type: ignore[no-untyped-call]
+        return None, *(g if needs else None for g, needs in zip(gradient, needed, strict=True))
+
+
+def _compute(ctx: Any, upstream: Tensor, saved: list[Tensor]) -> list[Tensor]:
+    """The gradient by level as the forward wrote it, or computed where it did not, or for another upstream gradient."""
+    mass, maps, *features = saved
+    student, teacher = features[: len(features) // 2], features[len(features) // 2 :]
+    assumed = upstream.new_empty(0)
+    if _graph_is_kept():  # a later backward must find what the forward left
+        gradient = _room(student, teacher, ctx.needs_input_grad[1:], in_teacher=False)
+    elif ctx.gradient is not None:
+        gradient, assumed, ctx.gradient = ctx.gradient, ctx.assumed, None
+    else:
+        gradient = _room(student, teacher, ctx.needs_input_grad[1:], ctx.in_teacher)
+        if ctx.in_teacher:
+            teacher_memory.give_up(teacher)
+    ctx.op("_backward_into")(upstream, assumed, mass, maps, student, teacher, *ctx.constants, gradient)
+    return gradient
+
+
+def _rescale(ctx: Any, upstream: Tensor) -> list[Tensor]:
+    """The gradient where it replaced the teacher, without which it cannot be computed anew."""
+    gradient: list[Tensor]
+    if _graph_is_kept():
+        gradient = [x.clone() for x in ctx.gradient]
+    else:
+        gradient, ctx.gradient = ctx.gradient, None
+    ctx.op("_rescale")(upstream, ctx.assumed, gradient)
+    return gradient
+
+
+def _room(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], needed: Sequence[bool], in_teacher: bool
+) -> list[Tensor]:
+    """Where the gradient of each level goes; empty where none is needed."""
+    levels = zip(student, teacher, needed, strict=True)
+    return [(t.detach() if in_teacher else torch.empty_like(s)) if needs else s.new_empty(0) for s, t, needs in levels]
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward is one of ``retain_graph``. Where PyTorch does not say: it may be."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or bool(keeps())
+
+
+def _saved_tensors_are_packed() -> bool:
+    """Whether what a forward saves is packed away, by activation checkpointing say, which would waste a gradient."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is not None and hooks(True) is not None
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """Gradients as they are, tied to the node that they come from, so that a double backward ends here by name."""
+
+    @staticmethod
+    def forward(ctx: Any, connection: Tensor, *gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)

@@ -1,0 +1,86 @@
+"""Handing the memory of teacher features over to the student's gradient: who may, and who then finds it taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.levels import Levels
+
+_MARK = "_fastkd_given_up_at"  # on a storage: its version when its content was given up
+
+
+def require_own(levels: Levels) -> None:
+    """Raise ``ValueError`` for a teacher feature whose memory is not its own alone."""
+    owners: dict[int, str] = {}
+    others = ("student", "prior", "mean", "rstd")
+    names = {"student": "student_feats[{}]", "prior": "prior[{}]"}
+    for field in others:
+        for i, x in enumerate(getattr(levels, field)):
+            owners[_memory(x)] = names.get(field, "standardize[{}]").format(i)
+    for i, t in enumerate(levels.teacher):
+        if t.numel() == 0:
+            continue
+        owner = owners.setdefault(_memory(t), f"teacher_feats[{i}]")
+        if owner != f"teacher_feats[{i}]":
+            raise ValueError(
+                f"teacher_feats[{i}]: expected memory of its own, which reuse_teacher_memory=True overwrites, got that "
+                f"of {owner}; pass a clone, or reuse_teacher_memory=False"
+            )
+        if _overlaps_itself(t):
+            raise ValueError(
+                f"teacher_feats[{i}]: expected memory for each element, which reuse_teacher_memory=True overwrites, "
+                f"got strides {t.stride()} of shape {tuple(t.shape)}; pass a clone, or reuse_teacher_memory=False"
+            )
+
+
+def require_intact(teacher: Sequence[Tensor]) -> None:
+    """Raise ``ValueError`` for a feature that an earlier loss was allowed to overwrite."""
+    for i, t in enumerate(teacher):
+        if _was_given_up(t):
+            raise ValueError(
+                f"teacher_feats[{i}]: expected the teacher's feature, but an earlier distill_loss with "
+                "reuse_teacher_memory=True was given its memory for the gradient; run the teacher again, or call that "
+                "loss with reuse_teacher_memory=False (as where it runs under activation checkpointing)"
+            )
+
+
+def fits(levels: Levels) -> bool:
+    """Whether every gradient, of its student's dtype, has room in its teacher's feature."""
+    return all(s.dtype == t.dtype for s, t in zip(levels.student, levels.teacher, strict=True))
+
+
+def give_up(teacher: Sequence[Tensor]) -> None:
+    """Mark features whose content is, or may soon be, gone; autograd is told as of any change in place."""
+    for t in teacher:
+        if not t.is_inference():
+            torch.autograd.graph.increment_version(t)
+        setattr(t.untyped_storage(), _MARK, _version(t))
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def _was_given_up(t: Tensor) -> bool:
+    try:
+        storage = t.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a wrapper, of torch.func say, has none
+        return False
+    mark = getattr(storage, _MARK, None)
+    return mark is not None and mark == _version(t)  # else it was filled anew since
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    reach = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
