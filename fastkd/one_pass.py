@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import teacher_memory
+from fastkd import buffers, teacher_memory
 from fastkd.levels import Levels
 from fastkd.reference import accumulator
 
@@ -73,9 +73,6 @@ class Call:
         """By device, dtype of the sums and widths of the levels: what tells one use of a loss from another."""
         return self.levels.student[0].device, self.dtype, *(s.shape[1] for s in self.levels.student)
 
-    def op(self, suffix: str = "") -> Any:
-        return getattr(torch.ops.fastkd, f"distill_{self.backend}{suffix}")
-
     def expected(self) -> Tensor | None:
         """The upstream gradient to write for, or None where the backward shall compute the gradient."""
         if self.one_pass is False or _saved_tensors_are_packed():
@@ -89,16 +86,23 @@ class Call:
             assumed = self.levels.student[0].new_ones(len(self.levels.student), dtype=self.dtype)
         else:
             return None
-        # what is scaled later must not be 0 times infinity
-        usable = (assumed != 0) & assumed.isfinite()
-        return torch.where(usable, assumed, 1) if self.reuse_teacher_memory else assumed
+        if self.reuse_teacher_memory:  # what is scaled later must not be 0 times infinity
+            assumed = torch.where((assumed != 0) & assumed.isfinite(), assumed, 1)
+        return assumed
 
     def run(self, assumed: Tensor | None = None, gradient: list[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Loss and map mass of each level, (L,), and all maps, one after the other; writes the gradient where given."""
         x = self.levels
         inputs = (x.student, x.teacher, x.prior, x.mean, x.rstd, x.weights, *self.forward_codes, *self.backward_codes)
-        losses, mass, maps = self.op()(*inputs) if assumed is None else self.op("_one_pass")(*inputs, assumed, gradient)
+        if assumed is None:
+            losses, mass, maps = _op(self.backend)(*inputs)
+        else:
+            losses, mass, maps = _op(self.backend, "_one_pass")(*inputs, assumed, gradient)
         return losses, mass, maps
+
+
+def _op(backend: str, suffix: str = "") -> Any:
+    return getattr(torch.ops.fastkd, f"distill_{backend}{suffix}")
 
 
 def level_losses(call: Call) -> tuple[Tensor, Tensor]:
@@ -116,7 +120,7 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = call.levels
-        ctx.key, ctx.op, ctx.constants = call.key, call.op, (x.mean, x.rstd, x.weights, *call.backward_codes)
+        ctx.key, ctx.backend, ctx.constants = call.key, call.backend, (x.mean, x.rstd, x.weights, *call.backward_codes)
         ctx.assumed, ctx.gradient = call.expected(), None
         ctx.upstreams = None if call.one_pass is False else call.upstreams
         ctx.in_teacher = call.reuse_teacher_memory and teacher_memory.fits(x)
@@ -160,7 +164,7 @@ def _compute(ctx: Any, upstream: Tensor, saved: list[Tensor]) -> list[Tensor]:
         gradient = _room(student, teacher, ctx.needs_input_grad[1:], ctx.in_teacher)
         if ctx.in_teacher:
             teacher_memory.give_up(teacher)
-    ctx.op("_backward_into")(upstream, assumed, mass, maps, student, teacher, *ctx.constants, gradient)
+    _op(ctx.backend, "_backward_into")(upstream, assumed, mass, maps, student, teacher, *ctx.constants, gradient)
     return gradient
 
 
@@ -171,7 +175,7 @@ def _rescale(ctx: Any, upstream: Tensor) -> list[Tensor]:
         gradient = [x.clone() for x in ctx.gradient]
     else:
         gradient, ctx.gradient = ctx.gradient, None
-    ctx.op("_rescale")(upstream, ctx.assumed, gradient)
+    _op(ctx.backend, "_rescale")(upstream, ctx.assumed, gradient)
     return gradient
 
 
@@ -179,8 +183,9 @@ def _room(
     student: Sequence[Tensor], teacher: Sequence[Tensor], needed: Sequence[bool], in_teacher: bool
 ) -> list[Tensor]:
     """Where the gradient of each level goes; empty where none is needed."""
-    levels = zip(student, teacher, needed, strict=True)
-    return [(t.detach() if in_teacher else torch.empty_like(s)) if needs else s.new_empty(0) for s, t, needs in levels]
+    wanted = [t.detach() if in_teacher else s for s, t, needs in zip(student, teacher, needed, strict=True) if needs]
+    room = iter(wanted if in_teacher else buffers.empty_like(wanted))
+    return [next(room) if needs else s.new_empty(0) for s, needs in zip(student, needed, strict=True)]
 
 
 def _graph_is_kept() -> bool:

@@ -1,0 +1,99 @@
+"""Gradients' memory on the CPU: used again, but never while anyone holds it."""
+
+from __future__ import annotations
+
+import gc
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import buffers
+
+SHAPES = [(2, 64, 52, 52), (2, 33, 13, 13)]
+
+
+def gradients(scale: float = 1.0, **options: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = ([torch.randn(s, generator=generator) for s in SHAPES] for _ in range(2))
+    student = [s.requires_grad_() for s in student]
+    loss = scale * fastkd.distill_loss(student, teacher, backend="cpp", **options)
+    return list(torch.autograd.grad(loss, student))
+
+
+@pytest.fixture(autouse=True)
+def no_blocks() -> None:
+    gc.collect()
+    buffers._free.clear()
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_steps_use_the_same_memory(one_pass: bool) -> None:
+    first = gradients(one_pass=one_pass)
+    places, values = [g.data_ptr() for g in first], [g.clone() for g in first]
+    del first
+    for _ in range(3):
+        again = gradients(one_pass=one_pass)
+        assert [g.data_ptr() for g in again] == places
+        assert all(torch.equal(x, y) for x, y in zip(again, values, strict=True))
+        del again
+    assert len(buffers._free) == 1
+
+
+def test_a_gradient_that_is_held_keeps_its_memory() -> None:
+    first = gradients(1.0)
+    kept = [g.clone() for g in first]
+    last = first[1][1:]  # a view of one level keeps its block
+    del first
+    second, third = gradients(2.0), gradients(3.0)
+    assert torch.equal(last, kept[1][1:])
+    torch.testing.assert_close(second, [2 * x for x in kept])
+    torch.testing.assert_close(third, [3 * x for x in kept])
+    del last, second, third
+    assert len(buffers._free) == 3
+
+
+def test_layouts_dtypes_and_lines() -> None:
+    features = [
+        torch.empty(4, 130, 33, 31, dtype=torch.bfloat16).to(memory_format=torch.channels_last),
+        torch.empty(2, 3, 1, 1, dtype=torch.float64),
+        torch.empty(0, 3, 4, 4),
+        torch.empty(4, 130, 33, 31),
+        torch.empty(1, 1, 3, 3, dtype=torch.float16),
+    ]
+    room = buffers.empty_like(features)
+    for got, x in zip(room, features, strict=True):
+        assert (got.shape, got.stride(), got.dtype) == (x.shape, x.stride(), x.dtype)
+        assert got.data_ptr() % 64 == 0
+    for i, got in enumerate(room):
+        got.fill_(i)
+    assert all((got == i).all() for i, got in enumerate(room))
+
+
+def test_a_larger_block_replaces_a_smaller_one() -> None:
+    for size in (1 << 20, 1 << 21, 1 << 20):
+        room = buffers.empty_like([torch.empty(size, dtype=torch.uint8).view(1, 1, 1, size)])
+        del room
+    assert [len(block) for block in buffers._free] == [1 << 21]
+
+
+def test_small_or_strange_features_are_allocated_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, cropped = torch.empty(1, 2, 3, 4), torch.empty(2, 64, 99, 99)[..., 1:]
+    for x in (small, cropped):
+        assert buffers.empty_like([x])[0].stride() == torch.empty_like(x).stride()
+    monkeypatch.setattr(buffers, "_can_map", False)
+    assert buffers.empty_like([torch.empty(2, 64, 99, 99)])[0].shape == (2, 64, 99, 99)
+    assert not buffers._free
+
+
+def test_threads_do_not_share_a_block() -> None:
+    expected = gradients()
+
+    def same(i: int) -> bool:
+        return all(torch.equal(x, i * y) for x, y in zip(gradients(float(i)), expected, strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, [1, 2, 4, 8] * 8))
