@@ -21,10 +21,16 @@ Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 def features(
     workload: str, n: int, dtype: torch.dtype, channels_last: bool, device: str = "cpu"
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Random student (requires grad) and teacher features, after the adapters."""
+    """Random student (requires grad) and teacher features of a workload, after the adapters."""
+    return random_features([(n, c, h, h) for c, h in WORKLOADS[workload]], dtype, channels_last, device)
+
+
+def random_features(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, channels_last: bool, device: str = "cpu"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Random student (requires grad) and teacher features of these shapes."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     generator = torch.Generator(device).manual_seed(0)
-    shapes = [(n, c, h, h) for c, h in WORKLOADS[workload]]
     student, teacher = (
         [torch.randn(s, generator=generator, device=device).to(dtype, memory_format=layout) for s in shapes]
         for _ in range(2)

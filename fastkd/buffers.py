@@ -1,6 +1,6 @@
 """Memory for gradients on the CPU that is kept from step to step.
 
-A fresh allocation of this size comes from the kernel page by page as it is first written, and goes back to it when it is
+A fresh allocation of this size comes from the kernel page by page as it is first written, and goes back when it is
 freed; for one image of YOLOv3's levels that took longer than the loss itself. Kept, and in huge pages where the kernel
 has them, it costs nothing.
 """

@@ -8,6 +8,7 @@ under ``torch.compile`` the two-pass ops of ``fastkd.ops`` do without.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,29 +25,37 @@ NO_SECOND_DERIVATIVE = (
 )
 
 
-class _Upstream(NamedTuple):
-    """What the last backward of some levels got."""
+class Upstream(NamedTuple):
+    """An upstream gradient of some levels."""
 
     gradient: Tensor  # (L,), never written to again
-    values: list[float] | None  # the same, where reading them costs no sync
-    steady: bool  # the one before it got the same
+    values: list[float] | None = None  # the same, where reading them costs no sync
+    steady: bool = False  # the one before it was the same
+
+    def scalable(self) -> Upstream:
+        """Itself; 1 where it is 0 or not finite, as what is written for it may have to be scaled."""
+        if self.values is not None and all(x and math.isfinite(x) for x in self.values):
+            return self
+        usable = (self.gradient != 0) & self.gradient.isfinite()
+        return Upstream(torch.where(usable, self.gradient, 1))
 
 
 class Upstreams:
     """The upstream gradients that a loss got last, and so expects next. A wrong guess costs time, no correctness."""
 
     def __init__(self) -> None:
-        self._last: dict[tuple[Any, ...], _Upstream] = {}
+        self._last: dict[tuple[Any, ...], Upstream] = {}
 
-    def get(self, key: tuple[Any, ...]) -> _Upstream | None:
+    def get(self, key: tuple[Any, ...]) -> Upstream | None:
         return self._last.get(key)
 
-    def remember(self, key: tuple[Any, ...], gradient: Tensor) -> None:
+    def remember(self, key: tuple[Any, ...], gradient: Tensor) -> Upstream:
         values = gradient.tolist() if gradient.device.type == "cpu" else None
         before = self._last.get(key)
         steady = before is not None and before.values == values  # on a device nobody looks: taken for steady
         kept = before.gradient if before and steady and values is not None else gradient.detach().clone()
-        self._last[key] = _Upstream(kept, values, steady)
+        self._last[key] = Upstream(kept, values, steady)
+        return self._last[key]
 
 
 SHARED = Upstreams()  # of all calls of ``distill_loss``; a ``DistillLoss`` has its own
@@ -73,22 +82,18 @@ class Call:
         """By device, dtype of the sums and widths of the levels: what tells one use of a loss from another."""
         return self.levels.student[0].device, self.dtype, *(s.shape[1] for s in self.levels.student)
 
-    def expected(self) -> Tensor | None:
+    def expected(self) -> Upstream | None:
         """The upstream gradient to write for, or None where the backward shall compute the gradient."""
         if self.one_pass is False or _saved_tensors_are_packed():
             return None
         if self.reuse_teacher_memory and any(s.dtype == torch.float16 for s in self.levels.student):
             return None  # it could not be computed anew, and scaled it could over- or underflow
         last = self.upstreams.get(self.key)
-        if last and (last.steady or self.one_pass):
-            assumed = last.gradient
-        elif self.one_pass:
-            assumed = self.levels.student[0].new_ones(len(self.levels.student), dtype=self.dtype)
-        else:
+        if last is None and self.one_pass:
+            last = Upstream(self.levels.student[0].new_ones(len(self.levels.student), dtype=self.dtype))
+        if last is None or not (last.steady or self.one_pass):
             return None
-        if self.reuse_teacher_memory:  # what is scaled later must not be 0 times infinity
-            assumed = torch.where((assumed != 0) & assumed.isfinite(), assumed, 1)
-        return assumed
+        return last.scalable() if self.reuse_teacher_memory else last
 
     def run(self, assumed: Tensor | None = None, gradient: list[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Loss and map mass of each level, (L,), and all maps, one after the other; writes the gradient where given."""
@@ -121,14 +126,14 @@ class _Distill(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = call.levels
         ctx.key, ctx.backend, ctx.constants = call.key, call.backend, (x.mean, x.rstd, x.weights, *call.backward_codes)
-        ctx.assumed, ctx.gradient = call.expected(), None
+        ctx.expected, ctx.gradient = call.expected(), None
         ctx.upstreams = None if call.one_pass is False else call.upstreams
         ctx.in_teacher = call.reuse_teacher_memory and teacher_memory.fits(x)
         if ctx.in_teacher:
             teacher_memory.give_up(x.teacher)
-        if ctx.assumed is not None:
+        if ctx.expected is not None:
             ctx.gradient = _room(x.student, x.teacher, ctx.needs_input_grad[1:], ctx.in_teacher)
-        losses, mass, maps = call.run(ctx.assumed, ctx.gradient)
+        losses, mass, maps = call.run(ctx.expected.gradient if ctx.expected else None, ctx.gradient)
         connection = losses.new_empty(0)
         is_final = ctx.in_teacher and ctx.gradient is not None
         ctx.save_for_backward(connection, *(() if is_final else (mass, maps, *x.student, *x.teacher)))
@@ -143,12 +148,24 @@ class _Distill(torch.autograd.Function):
             return None, *(None for _ in needed)
         connection, *saved = ctx.saved_tensors
         with torch.no_grad():
-            if ctx.upstreams is not None:
-                ctx.upstreams.remember(ctx.key, upstream)
-            gradient = _compute(ctx, upstream, saved) if saved else _rescale(ctx, upstream)
+            gradient = _take_expected(ctx, upstream)
+            if gradient is None:
+                gradient = _compute(ctx, upstream, saved) if saved else _rescale(ctx, upstream)
         if torch.is_grad_enabled():  # of create_graph
             gradient = list(_Undifferentiable.apply(connection, *gradient))  # type: ignore[no-untyped-call]
         return None, *(g if needs else None for g, needs in zip(gradient, needed, strict=True))
+
+
+def _take_expected(ctx: Any, upstream: Tensor) -> list[Tensor] | None:
+    """The gradient that the forward wrote, if it is known without a sync to be the right one."""
+    if ctx.upstreams is None:
+        return None
+    values = ctx.upstreams.remember(ctx.key, upstream).values
+    if ctx.gradient is None or values is None or values != ctx.expected.values or _graph_is_kept():
+        return None
+    gradient: list[Tensor]
+    gradient, ctx.gradient = ctx.gradient, None
+    return gradient
 
 
 def _compute(ctx: Any, upstream: Tensor, saved: list[Tensor]) -> list[Tensor]:
@@ -159,7 +176,7 @@ def _compute(ctx: Any, upstream: Tensor, saved: list[Tensor]) -> list[Tensor]:
     if _graph_is_kept():  # a later backward must find what the forward left
         gradient = _room(student, teacher, ctx.needs_input_grad[1:], in_teacher=False)
     elif ctx.gradient is not None:
-        gradient, assumed, ctx.gradient = ctx.gradient, ctx.assumed, None
+        gradient, assumed, ctx.gradient = ctx.gradient, ctx.expected.gradient, None
     else:
         gradient = _room(student, teacher, ctx.needs_input_grad[1:], ctx.in_teacher)
         if ctx.in_teacher:
@@ -175,7 +192,7 @@ def _rescale(ctx: Any, upstream: Tensor) -> list[Tensor]:
         gradient = [x.clone() for x in ctx.gradient]
     else:
         gradient, ctx.gradient = ctx.gradient, None
-    _op(ctx.backend, "_rescale")(upstream, ctx.assumed, gradient)
+    _op(ctx.backend, "_rescale")(upstream, ctx.expected.gradient, gradient)
     return gradient
 
 

@@ -309,21 +309,44 @@ inline bool all_bfloat16(const Level<Acc>& level) {
 constexpr int kGroup = 4;    // channels combined in registers before the sums in cache are touched
 constexpr int kPartial = 8;  // groups summed in Acc, before double takes over: near-cancelling scores stay accurate
 
+// An image of a feature, where its cells can be read and written where they lie.
+template <class E, class Acc>
+struct Plane {
+  E* data = nullptr;
+  int64_t channel_stride = 0;
+
+  Plane(const Level<Acc>& level, const Feature& f, int64_t image) : channel_stride(f.channel_stride) {
+    const Run first = cells_run(level, f, image, 0, 0, 1);
+    if (f.data && (!std::is_same_v<E, Acc> || in_place<Acc>(f, first))) data = static_cast<E*>(f.data) + first.offset;
+  }
+  E* at(int64_t channel, int64_t cell) const { return data + channel * channel_stride + cell; }
+};
+
 template <class E, class Acc>
 struct CellRuns {
   const Level<Acc>& level;
   int64_t image, begin = 0, count = 0;
   Moments<Acc> moments;
+  Plane<E, Acc> student_plane, teacher_plane, grad_plane;
   alignas(64) E student_buffer[kGroup][kRun], teacher_buffer[kGroup][kRun], grad_buffer[kGroup][kRun];
   const E *student[kGroup], *teacher[kGroup];
   E* grad[kGroup];
   Acc mean[kGroup], rstd[kGroup];
 
-  CellRuns(const Level<Acc>& level, int64_t image) : level(level), image(image), moments(level) {}
+  CellRuns(const Level<Acc>& level, int64_t image)
+      : level(level),
+        image(image),
+        moments(level),
+        student_plane(level, level.student, image),
+        teacher_plane(level, level.teacher, image),
+        grad_plane(level, level.grad, image) {}
 
   Run run(const Feature& f, int64_t channel) const { return cells_run(level, f, image, channel, begin, count); }
+  const E* load_cells(const Plane<E, Acc>& plane, const Feature& f, int64_t channel, E* buffer) const {
+    return plane.data ? plane.at(channel, begin) : load<E, Acc>(f, run(f, channel), buffer);
+  }
   void read_teacher(int g, int64_t channel) {
-    teacher[g] = load<E, Acc>(level.teacher, run(level.teacher, channel), teacher_buffer[g]);
+    teacher[g] = load_cells(teacher_plane, level.teacher, channel, teacher_buffer[g]);
     mean[g] = moments.mean_of(channel);
     rstd[g] = moments.rstd_of(channel);
   }
@@ -331,11 +354,13 @@ struct CellRuns {
   void read(int g, int64_t channel) {
     read_teacher(g, channel);
     if constexpr (kParts & (kDistance | kGradient))
-      student[g] = load<E, Acc>(level.student, run(level.student, channel), student_buffer[g]);
+      student[g] = load_cells(student_plane, level.student, channel, student_buffer[g]);
     if constexpr ((kParts & kGradient) && !(kParts & kStreams))
-      grad[g] = target<E, Acc>(level.grad, run(level.grad, channel), grad_buffer[g]);
+      grad[g] = grad_plane.data ? grad_plane.at(channel, begin) : grad_buffer[g];
   }
-  void write(int g, int64_t channel) { store<E, Acc>(grad[g], level.grad, run(level.grad, channel)); }
+  void write(int g, int64_t channel) {
+    if (!grad_plane.data) store<E, Acc>(grad[g], level.grad, run(level.grad, channel));
+  }
 };
 
 template <int kParts, Score S, Penalty P, int G, class E, class Acc>
