@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 CSRC := $(shell find csrc -type f)
+RESULTS := benchmarks/results
 
-.PHONY: setup demo test lint format kernels-report gpu-check clean
+.PHONY: setup demo test lint format bench kernels-report gpu-check clean
 
 setup: $(VENV)/installed
 
@@ -26,6 +27,13 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+# 15 minutes at most on two cores, which should have nothing else to do
+bench: setup
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest -q -p no:xdist benchmarks/bench_loss.py benchmarks/bench_training.py --benchmark-quiet \
+		--benchmark-json=$(RESULTS)/cpu.json
+	$(BIN)/python benchmarks/report.py $(RESULTS)/cpu.json
 
 kernels-report: setup
 	$(BIN)/python benchmarks/kernels_report.py

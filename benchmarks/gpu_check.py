@@ -34,7 +34,7 @@ from workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TESTS = [f"tests/test_{name}.py" for name in ("parity", "ops", "info_map", "gpu")]
+TESTS = [f"tests/test_{name}.py" for name in ("parity", "ops", "one_pass", "info_map", "gpu")]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TIMING_SECONDS = 220  # kept for the timings, which run alone
 SMALL_MATRIX = """

@@ -1,83 +1,307 @@
-"""Time and memory of one step of the loss, forward and backward, all providers in one run, interleaved.
+"""The benchmarks' JSON as a Markdown report with plots: what ``make bench`` ends with.
 
-    python benchmarks/report.py --workload same6 --batch 4 --dtype float32
+    python benchmarks/report.py benchmarks/results/cpu.json
 
-Prints a Markdown table: median and quartiles of the time in ms, its ratio to ours and to the floor (one read of student
-and teacher, one write of the gradient), and the bytes that forward and backward allocate, by the PyTorch profiler.
+Writes cpu.md and three pictures beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import json
+import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-from workloads import WORKLOADS, Loss, features, floor, providers
-
-
-def times(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each run, taken in turns, so that a noisy moment hits all."""
-    measured: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 3):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat >= 3:  # warm-up
-                measured[name].append(1e3 * (time.perf_counter() - start))
-    return measured
-
-
-def allocated(run: Callable[[], object]) -> int:
-    """Bytes that one call allocates."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    return sum(
-        e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0
-    )
+Row = dict[str, Any]
+OURS = ("fastkd", "fastkd, in place", "fastkd, two passes")
+TARGETS = (  # (of whom, against whom or None for the floor, factor, batches)
+    ("fastkd, in place", "eager", 10.0, (4, 16)),
+    ("fastkd, in place", "torch.compile", 1.8, (4, 16)),
+    ("fastkd, in place", None, 1.5, (4, 16)),
+    ("fastkd", "eager", 7.0, (4, 16)),
+    ("fastkd", "torch.compile", 1.4, (4, 16)),
+    ("fastkd", "eager", 5.0, (1,)),
+    ("fastkd", "fastkd, two passes", 1.0, (1, 4, 16)),
+)
+COLOURS = {
+    "fastkd": "#1b6ca8", "fastkd, in place": "#0b3c5d", "fastkd, two passes": "#7fb2d9", "eager": "#c44536",
+    "torch.compile": "#e09f3e", "torch.compile max-autotune": "#e09f3e", "floor": "#777777",
+}  # fmt: skip
 
 
-def memory(loss: Loss, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[int, int]:
-    """Bytes allocated by the forward and by the backward."""
-    kept: list[Tensor] = []
-    forward = allocated(lambda: kept.append(loss(student, teacher)))
-    return forward, allocated(lambda: torch.autograd.grad(kept[0], student))
+def read(path: Path) -> tuple[Row, list[Row], list[Row]]:
+    """(machine and versions, rows of the loss, rows of the training step)."""
+    found = json.loads(path.read_text())
+    rows = [{**b["extra_info"], "ms": [1e3 * x for x in b["stats"]["data"]]} for b in found["benchmarks"]]
+    for row in rows:
+        row["median"] = statistics.median(row["ms"])
+    about = {**found["machine_info"], "date": found["datetime"]}
+    return about, [r for r in rows if "provider" in r], [r for r in rows if "training" in r]
+
+
+def quartiles(values: Sequence[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+
+def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+
+
+def one(rows: Iterable[Row], **wanted: Any) -> Row:
+    (row,) = pick(rows, **wanted)
+    return row
+
+
+def faster(row: Row, other: Row) -> float:
+    """How many times as fast as the other, each by the floor of its own rounds: the machine's speed comes and goes."""
+    return other["over_floor"] / row["over_floor"]
+
+
+def exponent(rows: Sequence[Row], least_bytes: int = 8 << 20) -> float:
+    """Slope of log time by log size, over features of at least so many bytes in all."""
+    points = [(math.log(r["elements"]), math.log(r["median"])) for r in rows if 4 * r["elements"] >= least_bytes]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+# ---- tables
+
+
+def table(rows: Sequence[Row], beside: Sequence[str] = ()) -> list[str]:
+    """One line a provider: time, how many times as fast as others of the same case, floor, memory."""
+    beside = [x for x in beside if x in {r["provider"] for r in rows}]
+    lines = [
+        f"| provider | ms, median (quartiles) | {' | '.join([*beside, 'times floor', 'peak MiB'])} |",
+        "|---|---|" + "---|" * (len(beside) + 2),
+    ]
+    others = {x: one(rows, provider=x) for x in beside}
+    for r in rows:
+        factors = "".join(f"{faster(r, other):.2f} | " for other in others.values())
+        peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.1f}"
+        lines.append(f"| {r['provider']} | {quartiles(r['ms'])} | {factors}{r['over_floor']:.2f} | {peak} |")
+    floors = [x for r in rows for x in r["floor_ms"]]
+    return [*lines, f"| *floor* | {quartiles(floors)} | {'| ' * len(beside)}1 | |", ""]
+
+
+def tables_of(rows: Sequence[Row], heading: str, key: Callable[[Row], Any]) -> list[str]:
+    lines: list[str] = []
+    for value in dict.fromkeys(map(key, rows)):
+        lines += [f"**{heading.format(value)}**", "", *table([r for r in rows if key(r) == value], BESIDE)]
+    return lines
+
+
+BESIDE = ("eager", "torch.compile")
+
+
+def targets(rows: Sequence[Row]) -> list[str]:
+    lines = ["| target, `same6`, float32 | asked | measured | |", "|---|---|---|---|"]
+    batch = pick(rows, group="batch")
+    for who, whom, factor, batches in TARGETS:
+        measured = []
+        for n in batches:
+            row = one(batch, provider=who, batch=n)
+            ratio = row["over_floor"] if whom is None else faster(row, one(batch, provider=whom, batch=n))
+            measured.append((n, ratio, ratio <= factor if whom is None else ratio >= factor))
+        asked = f"at most {factor:g} × the floor" if whom is None else f"at least {factor:g} × as fast as {whom}"
+        got = ", ".join(f"{ratio:.2f} (N = {n})" for n, ratio, _ in measured)
+        lines.append(f"| {who} | {asked} | {got} | {verdict([ok for *_, ok in measured])} |")
+    lines += [linear_target(rows), half_target(rows), ""]
+    return lines
+
+
+def verdict(fulfilled: Sequence[bool]) -> str:
+    return "met" if all(fulfilled) else "missed" if not any(fulfilled) else "in part"
+
+
+def linear_target(rows: Sequence[Row]) -> str:
+    of = {g: exponent(pick(rows, group=g, provider="fastkd, in place")) for g in ("sweep N", "sweep HW", "sweep C")}
+    got = ", ".join(f"{x:.2f} ({g.removeprefix('sweep ')})" for g, x in of.items())
+    fulfilled = verdict([abs(x - 1) <= 0.05 for x in of.values()])
+    return f"| fastkd, in place | cost grows with exponent 1.0 ± 0.05 | {got} | {fulfilled} |"
+
+
+def half_target(rows: Sequence[Row]) -> str:
+    of = []
+    for layout in ("contiguous", "channels_last"):
+        group = "batch" if layout == "contiguous" else "dtype and layout"
+        full = one(rows, group=group, provider="fastkd", batch=4, dtype="float32", layout=layout)
+        half = one(rows, group="dtype and layout", provider="fastkd", dtype="bfloat16", layout=layout)
+        of.append((layout, full["median"] / half["median"]))
+    got = ", ".join(f"{ratio:.2f} ({layout})" for layout, ratio in of)
+    return f"| fastkd, bfloat16 | at least as fast as float32 | {got} | {verdict([x >= 1 for _, x in of])} |"
+
+
+def sweep_table(rows: Sequence[Row]) -> list[str]:
+    lines = ["| sweep, float32 | provider | ms, by size | exponent past 8 MiB of features |", "|---|---|---|---|"]
+    for group in ("sweep N", "sweep HW", "sweep C", "sweep levels"):
+        for who in ("fastkd", "fastkd, in place", "eager"):
+            of = sorted(pick(rows, group=group, provider=who), key=lambda r: r["elements"])
+            sizes = ", ".join(f"{r['median']:.2f}" for r in of)
+            lines.append(f"| {group.removeprefix('sweep ')} | {who} | {sizes} | {exponent(of):.2f} |")
+    return [*lines, ""]
+
+
+def training_table(rows: Sequence[Row]) -> list[str]:
+    lines = ["| batch | loss | step, ms | map, loss and gradient, ms | share of the step |", "|---|---|---|---|---|"]
+    for r in sorted(rows, key=lambda r: r["batch"]):
+        loss = statistics.median(r["loss_ms"]) if r["loss_ms"] else None
+        alone = "" if loss is None else quartiles(r["loss_ms"])
+        share = "" if loss is None else f"{100 * loss / r['median']:.1f} %"
+        lines.append(f"| {r['batch']} | {r['training']} | {quartiles(r['ms'])} | {alone} | {share} |")
+    return [*lines, ""]
+
+
+# ---- pictures
+
+
+def draw(rows: Sequence[Row], folder: Path, stem: str) -> dict[str, Path]:
+    from matplotlib.figure import Figure
+
+    pictures = {}
+    for name, size, painter in (
+        ("scaling", (9.5, 3.8), _scaling), ("peers", (9.5, 4.2), _peers), ("memory", (9.5, 3.6), _memory)
+    ):  # fmt: skip
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        painter(figure, rows)
+        pictures[name] = folder / f"{stem}_{name}.png"
+        figure.savefig(pictures[name])
+    return pictures
+
+
+def _scaling(figure: Any, rows: Sequence[Row]) -> None:
+    axes = figure.subplots(1, 2)
+    batch = [r for r in pick(rows, group="batch") if r["provider"] != "torch.compile max-autotune"]
+    for who in dict.fromkeys(r["provider"] for r in batch):
+        of = pick(batch, provider=who)
+        axes[0].loglog([r["batch"] for r in of], [r["median"] for r in of], "o-", color=COLOURS[who], label=who)
+    mine = pick(batch, provider="fastkd, in place")
+    floors = [statistics.median(r["floor_ms"]) for r in mine]
+    axes[0].loglog([r["batch"] for r in mine], floors, "--", color=COLOURS["floor"], label="floor")
+    axes[0].set(xlabel="batch N", ylabel="forward + backward, ms", title="YOLOv3's six levels at 416 px (same6)")
+    axes[0].set_xticks([1, 4, 16], ["1", "4", "16"])
+    axes[0].minorticks_off()
+    axes[0].set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+    axes[0].legend(fontsize=7)
+    for who in ("eager", "fastkd", "fastkd, in place"):
+        sweeps = [r for r in rows if r["group"].startswith("sweep") and r["provider"] == who]
+        slope = exponent([r for r in sweeps if r["group"] != "sweep levels"])
+        axes[1].loglog(
+            [r["elements"] for r in sweeps], [r["median"] for r in sweeps], "o", ms=4, color=COLOURS[who],
+            label=f"{who}: exponent {slope:.2f}",
+        )  # fmt: skip
+    axes[1].set(xlabel="elements of the student's features", title="N, H·W, C or the number of levels doubled")
+    axes[1].set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+    axes[1].minorticks_off()
+    axes[1].legend(fontsize=7)
+
+
+def _bars(axis: Any, labels: Sequence[str], values: Sequence[float], unit: str) -> None:
+    places = range(len(labels))
+    colours = [COLOURS.get(x, COLOURS["fastkd"] if x.startswith("fastkd") else "#b7a99a") for x in labels]
+    axis.barh(places, values, color=colours)
+    axis.set_yticks(places, labels, fontsize=8)
+    axis.invert_yaxis()
+    for place, value in zip(places, values, strict=True):
+        axis.text(value, place, f" {value:.1f}", va="center", fontsize=8)
+    axis.set(xlabel=unit, xlim=(0, 1.12 * max(values)))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _compared(rows: Sequence[Row]) -> list[Row]:
+    return [*pick(rows, group="batch", batch=4), *pick(rows, group="peers")]
+
+
+def _peers(figure: Any, rows: Sequence[Row]) -> None:
+    axis = figure.subplots()
+    compared = _compared(rows)
+    floor = statistics.median([x for r in compared for x in r["floor_ms"]])
+    labels, values = ["floor", *(r["provider"] for r in compared)], [floor, *(r["median"] for r in compared)]
+    _bars(axis, labels, values, "forward + backward, ms")
+    axis.set_title("One step of the loss: same6, N = 4, float32", fontsize=10)
+
+
+def _memory(figure: Any, rows: Sequence[Row]) -> None:
+    axis = figure.subplots()
+    compared = [r for r in _compared(rows) if r["peak_bytes"] is not None]
+    if compared:
+        _bars(axis, [r["provider"] for r in compared], [r["peak_bytes"] / 2**20 for r in compared], "MiB")
+    unit = compared[0]["elements"] * 4 / 2**20 if compared else 0
+    axis.axvline(unit, color=COLOURS["floor"], ls="--", lw=1)
+    axis.set_title(f"Peak memory of a step beyond the features; dashed: one gradient ({unit:.1f} MiB)", fontsize=10)
+
+
+# ---- the report
+
+
+def report(about: Row, loss: Sequence[Row], training: Sequence[Row], pictures: dict[str, Path]) -> str:
+    cpu = about.get("cpu", {})
+    machine = f"{cpu.get('brand_raw', about.get('machine'))}, {about.get('torch_threads')} threads of PyTorch"
+    lines = [
+        "# Benchmarks on a CPU",
+        "",
+        f"`make bench`, {about['date'][:10]}: {machine}; torch {about.get('torch')}, Python {about['python_version']}.",
+        "Forward and backward of the default loss (energy, mean) unless said, features as the workloads of",
+        "`benchmarks/workloads.py` have them. Before each round the floor was timed: one read of student and teacher",
+        "and one write of the gradient, by `torch.add(out=)`; *times floor* is the median over rounds of the ratio.",
+        "Columns *eager* and *torch.compile*: how many times as fast as these a provider is, both by their floors, as",
+        "the machine's speed comes and goes by half. A provider of the same formula first had to give the same number.",
+        "Peak memory is of the process, in one step, beyond the features and what was allocated before.",
+        "",
+        f"![time against batch and size]({pictures['scaling'].name})",
+        "",
+        "## Targets",
+        "",
+        *targets(loss),
+        "## By batch",
+        "",
+        *tables_of(pick(loss, group="batch"), "same6, float32, contiguous, N = {}", lambda r: r["batch"]),
+        "## The value alone",
+        "",
+        *table(pick(loss, group="forward"), BESIDE),
+        "## By dtype and layout",
+        "",
+        *tables_of(
+            pick(loss, group="dtype and layout"), "same6, N = 4, {0[0]}, {0[1]}", lambda r: (r["dtype"], r["layout"])
+        ),
+        "## By workload",
+        "",
+        *tables_of(pick(loss, group="workload"), "{}, N = 4, float32, contiguous", lambda r: r["workload"]),
+        "## On one thread",
+        "",
+        *table(pick(loss, group="threads"), BESIDE),
+        "## Against what else is used",
+        "",
+        "From the formulas, in plain PyTorch as their users run it; ours of the same formula beside it, if it has one.",
+        "",
+        f"![time of each]({pictures['peers'].name})",
+        "",
+        *table(_compared(loss), BESIDE),
+        f"![peak memory of each]({pictures['memory'].name})",
+        "",
+        "## By size",
+        "",
+        *sweep_table(loss),
+        "## In a training step",
+        "",
+        "YOLOv3 teaches YOLOv3-tiny at 416 px, both of full width, float32: detection loss, distillation of backbone",
+        "and neck through 1×1 adapters, SGD. The share is what map, loss and gradient by themselves take of the step.",
+        "",
+        *training_table(training),
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=WORKLOADS, default="same6")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--repeats", type=int, default=30)
-    options = parser.parse_args()
-    student, teacher = features(
-        options.workload, options.batch, getattr(torch, options.dtype), options.channels_last
-    )  # fmt: skip
-    losses = providers()
-    runs: dict[str, Callable[[], object]] = {
-        name: lambda loss=loss: torch.autograd.grad(loss(student, teacher), student) for name, loss in losses.items()
-    }
-    runs["floor"] = floor(student, teacher)
-    measured = times(runs, options.repeats)
-    median = {name: statistics.median(x) for name, x in measured.items()}
-    ours = next(iter(median))
-    layout = "channels_last" if options.channels_last else "contiguous"
-    print(f"{options.workload}, N = {options.batch}, {options.dtype}, {layout}; torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}\n")  # fmt: skip
-    print("| provider | forward + backward, ms (quartiles) | times ours | times floor | forward allocates | backward |")
-    print("|---|---|---|---|---|---|")
-    for name, x in measured.items():
-        low, _, high = statistics.quantiles(x, n=4)
-        sizes = (
-            ["", ""] if name == "floor" else [f"{b / 2**20:.1f} MiB" for b in memory(losses[name], student, teacher)]
-        )
-        print(f"| {name} | {median[name]:.2f} ({low:.2f} to {high:.2f}) | {median[name] / median[ours]:.2f} "
-              f"| {median[name] / median['floor']:.2f} | {sizes[0]} | {sizes[1]} |")  # fmt: skip
+    parser.add_argument("json", type=Path)
+    path = parser.parse_args().json
+    about, loss, training = read(path)
+    pictures = draw(loss, path.parent, path.stem)
+    path.with_suffix(".md").write_text(report(about, loss, training, pictures))
+    print(path.with_suffix(".md"))
 
 
 if __name__ == "__main__":

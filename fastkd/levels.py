@@ -27,6 +27,7 @@ class Levels:
     mean: list[Tensor]
     rstd: list[Tensor]
     weights: list[float]
+    dtype: torch.dtype  # of sums and maps
 
 
 def check(
@@ -64,7 +65,7 @@ def check(
             if moments[i] is None
             else tuple(x.to(dtype).contiguous() for x in _moments(f"standardize[{i}]", moments[i], t[i]))
         )
-    return Levels(s, t, q, [m[0] for m in moments], [m[1] for m in moments], require_weights(weights, len(s)))
+    return Levels(s, t, q, [m[0] for m in moments], [m[1] for m in moments], require_weights(weights, len(s)), dtype)
 
 
 def require_features(name: str, value: Any) -> list[Tensor]:

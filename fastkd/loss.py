@@ -13,7 +13,7 @@ from fastkd import ops, teacher_memory
 from fastkd.info_map import NORMALIZERS, PENALTIES, InfoMap, require_known, require_positive, resolve
 from fastkd.levels import check, require_features, require_sequence, require_weights, warn_if_nothing_learns
 from fastkd.one_pass import SHARED, Upstreams
-from fastkd.reference import EPS, accumulator
+from fastkd.reference import EPS
 
 REDUCTIONS = ("sum", "none")
 
@@ -109,7 +109,7 @@ def _distill_loss(
     levels = check(
         student_feats, teacher_feats, info=info, prior=prior, standardize=standardize, weights=weights
     )  # fmt: skip
-    backend = ops.choose(backend, levels.student[0].device, accumulator(*levels.student, *levels.teacher))
+    backend = ops.choose(backend, levels.student[0].device, levels.dtype)
     if one_pass:
         ops.require_one_pass(backend, levels.student[0].device)
     if not torch.compiler.is_compiling():

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastkd import buffers, teacher_memory
 from fastkd.levels import Levels
-from fastkd.reference import accumulator
 
 NO_SECOND_DERIVATIVE = (
     "fastkd: the compiled backends have no second derivative; for a double backward use backend='reference'"
@@ -74,13 +73,9 @@ class Call:
     upstreams: Upstreams
 
     @property
-    def dtype(self) -> torch.dtype:
-        return accumulator(*self.levels.student, *self.levels.teacher)
-
-    @property
     def key(self) -> tuple[Any, ...]:
         """By device, dtype of the sums and widths of the levels: what tells one use of a loss from another."""
-        return self.levels.student[0].device, self.dtype, *(s.shape[1] for s in self.levels.student)
+        return self.levels.student[0].device, self.levels.dtype, *(s.shape[1] for s in self.levels.student)
 
     def expected(self) -> Upstream | None:
         """The upstream gradient to write for, or None where the backward shall compute the gradient."""
@@ -90,7 +85,7 @@ class Call:
             return None  # it could not be computed anew, and scaled it could over- or underflow
         last = self.upstreams.get(self.key)
         if last is None and self.one_pass:
-            last = Upstream(self.levels.student[0].new_ones(len(self.levels.student), dtype=self.dtype))
+            last = Upstream(self.levels.student[0].new_ones(len(self.levels.student), dtype=self.levels.dtype))
         if last is None or not (last.steady or self.one_pass):
             return None
         return last.scalable() if self.reuse_teacher_memory else last

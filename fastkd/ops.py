@@ -211,7 +211,7 @@ def _capability(device: torch.device) -> int:
 
 def _refuse_forward_mode(student: list[Tensor]) -> None:
     """A custom op has no forward derivative, and PyTorch would take it for 0."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:  # no tangent exists anywhere
         return
     tangents = [forward_ad.unpack_dual(x).tangent for x in student]  # type: ignore[no-untyped-call]
     if any(x is not None for x in tangents):

@@ -19,7 +19,8 @@ def require_own(levels: Levels) -> None:
     names = {"student": "student_feats[{}]", "prior": "prior[{}]"}
     for field in others:
         for i, x in enumerate(getattr(levels, field)):
-            owners[_memory(x)] = names.get(field, "standardize[{}]").format(i)
+            if x.numel():
+                owners[_memory(x)] = names.get(field, "standardize[{}]").format(i)
     for i, t in enumerate(levels.teacher):
         if t.numel() == 0:
             continue
@@ -54,9 +55,8 @@ def fits(levels: Levels) -> bool:
 
 def give_up(teacher: Sequence[Tensor]) -> None:
     """Mark features whose content is, or may soon be, gone; autograd is told as of any change in place."""
+    torch.autograd.graph.increment_version([t for t in teacher if not t.is_inference()])
     for t in teacher:
-        if not t.is_inference():
-            torch.autograd.graph.increment_version(t)
         setattr(t.untyped_storage(), _MARK, _version(t))
 
 
