@@ -2,14 +2,14 @@
 
     python -m pytest benchmarks/bench_loss.py --benchmark-json=loss.json
 
-Before each round the floor is timed (one read of student and teacher, one write of the gradient, by ``torch.add``), so
-that a noisy moment hits both: ``extra_info`` has its times, the case, and the peak of memory in a step.
+Before each round the rivals are timed on the same features, and the floor (one read of student and teacher, one write
+of the gradient, by ``torch.add``), so that a slow moment of the machine hits all: ``extra_info`` has their times, the
+case, and the peak of memory in a step.
 """
 
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import CDLL
@@ -28,6 +28,7 @@ from fastkd import buffers
 
 SECONDS = 1.5  # of rounds a case
 OURS = ("fastkd", "fastkd, in place", "fastkd, two passes")
+RIVALS = ("eager", "torch.compile", "fastkd, two passes")  # what each provider is compared with, round by round
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Case:
         return "-".join((*parts, self.layout, f"{self.threads}t")).replace(" ", "_")
 
 
+SWEEP = Case("sweep", "", workload="", levels=((256, 52),))  # 11 MiB, the base from which one size at a time changes
+
+
 def sweeps() -> Iterator[Case]:
-    """One size at a time doubled, from a base that does not fit the caches."""
-    base = Case("sweep", "", workload="", levels=((256, 52),))
     for provider in ("fastkd", "fastkd, in place", "eager"):
-        of = replace(base, provider=provider)
+        of = replace(SWEEP, provider=provider)
         yield from (replace(of, group="sweep N", batch=n) for n in (1, 2, 4, 8, 16))
         yield from (replace(of, group="sweep HW", levels=((256, h),)) for h in (26, 37, 52, 74, 104))
         yield from (replace(of, group="sweep C", levels=((c, 52),)) for c in (64, 128, 256, 512, 1024))
@@ -97,7 +99,6 @@ def provider(case: Case, teacher: Sequence[Tensor]) -> Loss:
     if case.provider in options:
         return lambda s, t: fastkd.distill_loss(s, t, **options[case.provider])
     if case.provider.startswith("torch.compile"):
-        torch._dynamo.reset()  # else the ninth shape would run uncompiled
         mode = "max-autotune-no-cudagraphs" if "max-autotune" in case.provider else None
         return torch.compile(_eager, dynamic=False, fullgraph=True, mode=mode)
     for peer in PEERS:
@@ -108,36 +109,71 @@ def provider(case: Case, teacher: Sequence[Tensor]) -> Loss:
     return _eager
 
 
-def expected_loss(case: Case, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor | None:
-    """What a provider of one of our formulas must return, in float64; None where it has a formula of its own."""
-    s, t = ([x.detach().double() for x in features] for features in (student, teacher))
-    for peer in PEERS:
-        if peer.name in case.provider:
-            return peer(teacher).ours(s, t, backend="reference") if peer.same_as_ours else None
-    return _eager(s, t)
-
-
 def milliseconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)
 
 
-def peak_bytes(run: Callable[[], object], prepare: Callable[[], object]) -> int | None:
-    """The most memory that the process had during a call, beyond what it had before; None where Linux does not say."""
+class Step:
+    """What is timed: a provider on features of its own."""
+
+    def __init__(self, case: Case) -> None:
+        shapes = [(case.batch, c, h, h) for c, h in (case.levels or WORKLOADS[case.workload])]
+        self.student, self.kept = random_features(shapes, getattr(torch, case.dtype), case.layout == "channels_last")
+        self.loss, self.forward_only = provider(case, self.kept), case.mode == "forward"
+        self.teacher = [t.clone() for t in self.kept] if "in place" in case.provider else self.kept
+        self.floor = floor(self.student, self.teacher)
+
+    def prepare(self) -> None:
+        """The teacher's features filled anew where a step overwrites them, and all as warm as the caches hold them."""
+        for t, kept in zip(self.teacher, self.kept, strict=True):
+            if t is not kept:
+                t.copy_(kept)
+        self.floor()
+
+    def __call__(self) -> object:
+        if self.forward_only:
+            with torch.no_grad():
+                return self.loss(self.student, self.teacher)
+        return torch.autograd.grad(self.loss(self.student, self.teacher), self.student)
+
+
+def rivals(case: Case) -> dict[str, Step]:
+    """Who is timed in the same rounds: others; in a sweep, the same provider at the sweep's base."""
+    if case.group.startswith("sweep"):
+        return {"base": Step(replace(SWEEP, provider=case.provider))}
+    return {x: Step(replace(case, provider=x)) for x in RIVALS if x != case.provider}
+
+
+def check(case: Case, step: Step) -> None:
+    """A provider of one of our formulas must give its number, as in float64; others have formulas of their own."""
+    s, t = ([x.detach().double() for x in features] for features in (step.student, step.teacher))
+    expected = _eager(s, t)
+    for peer in PEERS:
+        if peer.name in case.provider:
+            if not peer.same_as_ours:
+                return
+            expected = peer(t).ours(s, t, backend="reference")
+    with torch.no_grad():
+        torch.testing.assert_close(step.loss(step.student, step.teacher).double(), expected, rtol=1e-5, atol=0)
+
+
+def peak_bytes(step: Step) -> int | None:
+    """The most memory that the process had during a step, beyond what it had before; None where Linux does not say."""
 
     def status(key: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
     try:
-        prepare()
+        step.prepare()
         gc.collect()
         buffers._free.clear()
         CDLL("libc.so.6").malloc_trim(0)  # what PyTorch freed is not kept for later
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins now
         before = status("VmRSS")
-        kept = run()
+        kept = step()
         del kept
         return max(status("VmHWM") - before, 0)
     except OSError:
@@ -155,49 +191,31 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_loss(case: Case, benchmark: Any) -> None:
-    shapes = [(case.batch, c, h, h) for c, h in (case.levels or WORKLOADS[case.workload])]
-    student, teacher = random_features(shapes, getattr(torch, case.dtype), case.layout == "channels_last")
-    loss = provider(case, teacher)
-    in_place = [torch.empty_like(t) for t in teacher] if "in place" in case.provider else None
-    used = in_place or teacher
-
-    def prepare() -> None:
-        for mine, t in zip(in_place or (), teacher, strict=False):
-            mine.copy_(t)
-
-    def run() -> object:
-        if case.mode == "forward":
-            with torch.no_grad():
-                return loss(student, used)
-        return torch.autograd.grad(loss(student, used), student)
-
-    prepare()
-    expected = expected_loss(case, student, teacher)
-    if expected is not None:
-        torch.testing.assert_close(loss(student, used).double(), expected, rtol=1e-5, atol=0)
-    lower_bound, floors = floor(student, used), []
+    torch._dynamo.reset()  # else the ninth shape would run uncompiled
+    step, others = Step(case), rivals(case)
+    check(case, step)
+    floors: list[float] = []
+    of_others: dict[str, list[float]] = {name: [] for name in others}
 
     def setup() -> None:
-        prepare()
-        lower_bound()  # whatever the last round left in the caches, the features are as warm as they get
-        floors.append(round(milliseconds(lower_bound), 4))
+        for name, other in others.items():
+            other.prepare()
+            of_others[name].append(milliseconds(other))
+        step.prepare()
+        floors.append(milliseconds(step.floor))
 
-    for _ in range(3):
-        setup()
-        estimate = milliseconds(run)
-    peak = peak_bytes(run, prepare)
-    setup()
-    run()
-    floors.clear()
-    rounds = round(min(max(1e3 * SECONDS / (estimate + 1), 10), 60))
-    benchmark.pedantic(run, setup=setup, rounds=rounds)
-    times = [1e3 * x for x in benchmark.stats.stats.data]
+    for _ in range(2):  # the first compiles
+        round_ms = milliseconds(setup) + milliseconds(step)
+    peak = peak_bytes(step)
+    for times in (floors, *of_others.values()):
+        times.clear()
+    benchmark.pedantic(step, setup=setup, rounds=round(min(max(1e3 * SECONDS / round_ms, 10), 60)))
     benchmark.extra_info.update(
         **asdict(case),
         title=str(case),
-        elements=sum(s.numel() for s in student),
+        elements=sum(s.numel() for s in step.student),
         threads_used=torch.get_num_threads(),
-        floor_ms=floors,
-        over_floor=statistics.median(t / f for t, f in zip(times, floors, strict=True)),
+        floor_ms=[round(x, 4) for x in floors],
+        rivals_ms={name: [round(x, 4) for x in times] for name, times in of_others.items()},
         peak_bytes=peak,
     )

@@ -38,6 +38,10 @@ def read(path: Path) -> tuple[Row, list[Row], list[Row]]:
     rows = [{**b["extra_info"], "ms": [1e3 * x for x in b["stats"]["data"]]} for b in found["benchmarks"]]
     for row in rows:
         row["median"] = statistics.median(row["ms"])
+        if "floor_ms" in row:
+            row["over_floor"] = median_ratio(row["ms"], row["floor_ms"])
+        if "base" in row.get("rivals_ms", {}):
+            row["over_base"] = median_ratio(row["ms"], row["rivals_ms"]["base"])
     about = {**found["machine_info"], "date": found["datetime"]}
     return about, [r for r in rows if "provider" in r], [r for r in rows if "training" in r]
 
@@ -56,14 +60,19 @@ def one(rows: Iterable[Row], **wanted: Any) -> Row:
     return row
 
 
-def faster(row: Row, other: Row) -> float:
-    """How many times as fast as the other, each by the floor of its own rounds: the machine's speed comes and goes."""
-    return other["over_floor"] / row["over_floor"]
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Over rounds: times of one round share the machine's speed, which comes and goes."""
+    return statistics.median(x / y for x, y in zip(times, others, strict=True))
+
+
+def faster(row: Row, rival: str) -> float:
+    """How many times as fast as a rival."""
+    return 1.0 if row["provider"] == rival else median_ratio(row["rivals_ms"][rival], row["ms"])
 
 
 def exponent(rows: Sequence[Row], least_bytes: int = 8 << 20) -> float:
-    """Slope of log time by log size, over features of at least so many bytes in all."""
-    points = [(math.log(r["elements"]), math.log(r["median"])) for r in rows if 4 * r["elements"] >= least_bytes]
+    """Slope of log time, in units of the sweep's base, by log size, over features of at least so many bytes in all."""
+    points = [(math.log(r["elements"]), math.log(r["over_base"])) for r in rows if 4 * r["elements"] >= least_bytes]
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
@@ -72,14 +81,12 @@ def exponent(rows: Sequence[Row], least_bytes: int = 8 << 20) -> float:
 
 def table(rows: Sequence[Row], beside: Sequence[str] = ()) -> list[str]:
     """One line a provider: time, how many times as fast as others of the same case, floor, memory."""
-    beside = [x for x in beside if x in {r["provider"] for r in rows}]
     lines = [
         f"| provider | ms, median (quartiles) | {' | '.join([*beside, 'times floor', 'peak MiB'])} |",
         "|---|---|" + "---|" * (len(beside) + 2),
     ]
-    others = {x: one(rows, provider=x) for x in beside}
     for r in rows:
-        factors = "".join(f"{faster(r, other):.2f} | " for other in others.values())
+        factors = "".join(f"{faster(r, rival):.2f} | " for rival in beside)
         peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.1f}"
         lines.append(f"| {r['provider']} | {quartiles(r['ms'])} | {factors}{r['over_floor']:.2f} | {peak} |")
     floors = [x for r in rows for x in r["floor_ms"]]
@@ -103,7 +110,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
         measured = []
         for n in batches:
             row = one(batch, provider=who, batch=n)
-            ratio = row["over_floor"] if whom is None else faster(row, one(batch, provider=whom, batch=n))
+            ratio = row["over_floor"] if whom is None else faster(row, whom)
             measured.append((n, ratio, ratio <= factor if whom is None else ratio >= factor))
         asked = f"at most {factor:g} × the floor" if whom is None else f"at least {factor:g} × as fast as {whom}"
         got = ", ".join(f"{ratio:.2f} (N = {n})" for n, ratio, _ in measured)
@@ -188,8 +195,9 @@ def _scaling(figure: Any, rows: Sequence[Row]) -> None:
     for who in ("eager", "fastkd", "fastkd, in place"):
         sweeps = [r for r in rows if r["group"].startswith("sweep") and r["provider"] == who]
         slope = exponent([r for r in sweeps if r["group"] != "sweep levels"])
+        base = statistics.median([x for r in sweeps for x in r["rivals_ms"]["base"]])
         axes[1].loglog(
-            [r["elements"] for r in sweeps], [r["median"] for r in sweeps], "o", ms=4, color=COLOURS[who],
+            [r["elements"] for r in sweeps], [r["over_base"] * base for r in sweeps], "o", ms=4, color=COLOURS[who],
             label=f"{who}: exponent {slope:.2f}",
         )  # fmt: skip
     axes[1].set(xlabel="elements of the student's features", title="N, H·W, C or the number of levels doubled")
@@ -244,10 +252,11 @@ def report(about: Row, loss: Sequence[Row], training: Sequence[Row], pictures: d
         "",
         f"`make bench`, {about['date'][:10]}: {machine}; torch {about.get('torch')}, Python {about['python_version']}.",
         "Forward and backward of the default loss (energy, mean) unless said, features as the workloads of",
-        "`benchmarks/workloads.py` have them. Before each round the floor was timed: one read of student and teacher",
-        "and one write of the gradient, by `torch.add(out=)`; *times floor* is the median over rounds of the ratio.",
-        "Columns *eager* and *torch.compile*: how many times as fast as these a provider is, both by their floors, as",
-        "the machine's speed comes and goes by half. A provider of the same formula first had to give the same number.",
+        "`benchmarks/workloads.py` have them. Each round of a provider also times eager, torch.compile and the floor:",
+        "one read of student and teacher and one write of the gradient, by `torch.add(out=)`. Columns *eager* and",
+        "*torch.compile* say how many times as fast as these a provider is, *times floor* how many times as slow as",
+        "that; all are medians over rounds of the ratio within a round, as the machine's speed comes and goes by half.",
+        "A provider of the same formula first had to give the same number.",
         "Peak memory is of the process, in one step, beyond the features and what was allocated before.",
         "",
         f"![time against batch and size]({pictures['scaling'].name})",

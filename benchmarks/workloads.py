@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import fastkd
+from fastkd import ops
 
 # (channels, height) of each level, teacher side: YOLOv3's backbone and neck
 WORKLOADS = {
@@ -44,8 +46,12 @@ def _eager(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 def providers(device: str = "cpu") -> dict[str, Loss]:
     """By name: every compiled backend that works on the device, then plain PyTorch, eager and compiled."""
-    here = [name for name, reason in fastkd.backends(device).items() if reason is None and name != "reference"]
-    ours = {f"fastkd-{name}": (lambda s, t, name=name: fastkd.distill_loss(s, t, backend=name)) for name in here}
+    ours: dict[str, Loss] = {}
+    for name, reason in fastkd.backends(device).items():
+        if reason is None and name != "reference":
+            ours[f"fastkd-{name}"] = partial(fastkd.distill_loss, backend=name, one_pass=False)
+            if (name, device) in ops._has_one_pass:
+                ours[f"fastkd-{name}, one pass"] = partial(fastkd.distill_loss, backend=name, one_pass=True)
     return {**ours, "eager": _eager, "torch.compile": torch.compile(_eager, dynamic=False)}
 
 

@@ -40,21 +40,30 @@ class Upstream(NamedTuple):
 
 
 class Upstreams:
-    """The upstream gradients that a loss got last, and so expects next. A wrong guess costs time, no correctness."""
+    """The upstream gradients that a loss got last, and so expects next. A wrong guess costs time, no correctness.
+
+    Nothing goes in or out while a CUDA graph is captured: its tensors are written again by every replay.
+    """
 
     def __init__(self) -> None:
         self._last: dict[tuple[Any, ...], Upstream] = {}
 
     def get(self, key: tuple[Any, ...]) -> Upstream | None:
-        return self._last.get(key)
+        return None if _is_captured(key[0]) else self._last.get(key)
 
     def remember(self, key: tuple[Any, ...], gradient: Tensor) -> Upstream:
+        if _is_captured(gradient.device):
+            return Upstream(gradient)
         values = gradient.tolist() if gradient.device.type == "cpu" else None
         before = self._last.get(key)
         steady = before is not None and before.values == values  # on a device nobody looks: taken for steady
         kept = before.gradient if before and steady and values is not None else gradient.detach().clone()
         self._last[key] = Upstream(kept, values, steady)
         return self._last[key]
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 SHARED = Upstreams()  # of all calls of ``distill_loss``; a ``DistillLoss`` has its own

@@ -119,16 +119,18 @@ def _load_triton() -> str | None:
         return "Triton needs a C compiler to launch its kernels; install gcc, or name one in CC"
     launch.register(_library)
     _devices["triton"] = (launch.DEVICE,)
+    _has_one_pass.add(("triton", launch.DEVICE))
     return None
 
 
+_has_one_pass = {("cpp", "cpu")}
+_prefers_one_pass = {("cpp", "cpu")}  # where it was measured to be faster
 _cuda_archs: list[int] = []  # compute capabilities, times 10, that the extension has CUDA kernels for, ascending
 _devices = {"cpp": ("cpu", "cuda"), "triton": ("cuda",)}
 _unavailable = {"cpp": _load_cpp(), "triton": _load_triton(), "reference": None}
 # By device, fastest first; the CPU's was measured. On CUDA it is by reasoning, as no GPU was at hand yet: the kernels
 # move the same bytes, and C++ launches them in fewer microseconds than Python.
 _preferred = {"cpu": ("cpp",), "cuda": ("cpp", "triton")}
-_has_one_pass = {("cpp", "cpu")}
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
@@ -239,10 +241,11 @@ def level_losses(
     _refuse_forward_mode(levels.student)
     forward_codes = (SCORES.index(info.score), NORMS.index(info.norm), info.temperature)
     backward_codes = (PENALTIES.index(penalty), beta, NORMALIZERS.index(normalizer))
-    can = (backend, levels.student[0].device.type) in _has_one_pass
-    if _is_eager(levels.student) and (can or reuse_teacher_memory):
-        if not can or normalizer == "map_all_ranks":  # whose upstream gradient carries Z, another one each step
-            in_one_pass = False
+    here = (backend, levels.student[0].device.type)
+    cannot = here not in _has_one_pass or normalizer == "map_all_ranks"  # the latter's upstream gradient carries Z
+    if cannot or (in_one_pass is None and here not in _prefers_one_pass):
+        in_one_pass = False
+    if _is_eager(levels.student) and (in_one_pass or reuse_teacher_memory or here in _prefers_one_pass):
         call = Call(backend, levels, forward_codes, backward_codes, in_one_pass, reuse_teacher_memory, upstreams)
         return one_pass.level_losses(call)
     op = getattr(torch.ops.fastkd, f"distill_{backend}")

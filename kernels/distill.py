@@ -152,7 +152,7 @@ def measure(
     level, image, block, inverse_temperature, beta,
     SCORE: tl.constexpr, PENALTY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Score e and scaled penalty sum D of BLOCK_P cells in one read of student and teacher."""
+    """Score e of BLOCK_P cells and, unless PENALTY is None, scaled penalty sum D, in one read of the features."""
     inside = block * BLOCK_P + tl.arange(0, BLOCK_P) < level.cells
     student = at_cells(level.student, level.width, image, block, BLOCK_P, INDEX)
     teacher = at_cells(level.teacher, level.width, image, block, BLOCK_P, INDEX)
@@ -163,8 +163,9 @@ def measure(
         weighted = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for c in range(0, level.channels, BLOCK_C):
         x = read_teacher(level, teacher, c, inside, BLOCK_C, INDEX)
-        s = read(level.student, student, c, inside, level.channels, BLOCK_C, INDEX)
-        d += scaled_penalty(s - x, beta, PENALTY)
+        if PENALTY is not None:
+            s = read(level.student, student, c, inside, level.channels, BLOCK_C, INDEX)
+            d += scaled_penalty(s - x, beta, PENALTY)
         if SCORE == "entropy":
             here = (c + tl.arange(0, BLOCK_C) < level.channels)[None, :]
             e, weighted, highest = add_entropy(e, weighted, highest, x, here, inverse_temperature)
@@ -249,14 +250,11 @@ def normaliser(score, first, cells, inverse_temperature, NORM: tl.constexpr, BLO
 
 
 @triton.jit
-def weigh(
-    level, image, first, score, distance, maps, inverse_temperature, NORM: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Write the map of one image; its sums of w D and of w. Reads what other programs wrote, hence past L1."""
+def weigh(level, image, first, score, maps, inverse_temperature, NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the map of one image, in float64 over its scores; its sum. Reads what others wrote, hence past L1."""
     lane = tl.arange(0, BLOCK)
     if NORM != "none":
         shift, factor = normaliser(score, first, level.cells, inverse_temperature, NORM, BLOCK)
-    loss = tl.zeros((BLOCK,), tl.float64)
     mass = tl.zeros((BLOCK,), tl.float64)
     for p in range(0, level.cells, BLOCK):
         inside = p + lane < level.cells
@@ -270,26 +268,41 @@ def weigh(
         if level.prior is not None:
             w *= tl.load(level.prior + image.to(tl.int64) * level.cells + p + lane, mask=inside, other=0.0)
         tl.store(maps + first + p + lane, w.to(tl.float32), mask=inside)
-        d = tl.load(distance + first + p + lane, mask=inside, other=0.0, cache_modifier=".cg")
-        loss += tl.where(inside, w * d, 0.0)
+        tl.store(score + first + p + lane, w, mask=inside)
         mass += tl.where(inside, w, 0.0)
-    return tl.sum(loss, 0), tl.sum(mass, 0)
+    return tl.sum(mass, 0)
 
 
 @triton.jit
-def conclude(level, first_image, image_sums, images, losses, mass, Z_OF_MAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum the images of a level, in order, and divide by Z."""
+def weighted_distance(level, first, weight, distance, BLOCK: tl.constexpr):
+    """Sum of w D over one image. Reads what other programs wrote."""
     lane = tl.arange(0, BLOCK)
-    loss_sum = tl.zeros((BLOCK,), tl.float64)
-    mass_sum = tl.zeros((BLOCK,), tl.float64)
+    loss = tl.zeros((BLOCK,), tl.float64)
+    for p in range(0, level.cells, BLOCK):
+        inside = p + lane < level.cells
+        w = tl.load(weight + first + p + lane, mask=inside, other=0.0, cache_modifier=".cg")
+        d = tl.load(distance + first + p + lane, mask=inside, other=0.0, cache_modifier=".cg")
+        loss += tl.where(inside, w * d, 0.0)
+    return tl.sum(loss, 0)
+
+
+@triton.jit
+def sum_images(level, sums, BLOCK: tl.constexpr):
+    """Sum over the images of a level, in order, of what other programs wrote; ``sums`` points to its first image."""
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
     for n in range(0, level.images, BLOCK):
-        here = n + lane < level.images
-        nth = first_image + n + lane
-        loss_sum += tl.load(image_sums + nth, mask=here, other=0.0, cache_modifier=".cg")
-        mass_sum += tl.load(image_sums + images + nth, mask=here, other=0.0, cache_modifier=".cg")
-    total = tl.sum(mass_sum, 0)
-    tl.store(mass + level.number, total.to(tl.float32))
-    tl.store(losses + level.number, (tl.sum(loss_sum, 0) * scale_of(level, total, Z_OF_MAP)).to(tl.float32))
+        total += tl.load(sums + n + lane, mask=n + lane < level.images, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def conclude(level, first_image, image_sums, images, losses, mass, Z_OF_MAP: tl.constexpr):
+    """Loss and mass of a level from the sums of its images, divided by Z."""
+    loss_sum = sum_images(level, image_sums + first_image, 128)
+    mass_sum = sum_images(level, image_sums + images + first_image, 128)
+    tl.store(mass + level.number, mass_sum.to(tl.float32))
+    tl.store(losses + level.number, (loss_sum * scale_of(level, mass_sum, Z_OF_MAP)).to(tl.float32))
 
 
 @triton.jit
@@ -333,11 +346,12 @@ def forward(
             tl.store(distance + begin + p, d, mask=p < level.cells)
             nth = first_image + image
             if is_last(tickets + nth, blocks):
-                loss_sum, mass_sum = weigh(level, image, begin, scratch, distance, maps, inverse_temperature, NORM, 512)
-                tl.store(image_sums + nth, loss_sum)
+                mass_sum = weigh(level, image, begin, scratch, maps, inverse_temperature, NORM, 512)
+                tl.debug_barrier()  # the sum below reads weights that other threads of this program have just stored
+                tl.store(image_sums + nth, weighted_distance(level, begin, scratch, distance, 512))
                 tl.store(image_sums + images + nth, mass_sum)
                 if is_last(tickets + images + level.number, level.images):
-                    conclude(level, first_image, image_sums, images, losses, mass, Z_OF_MAP, 128)
+                    conclude(level, first_image, image_sums, images, losses, mass, Z_OF_MAP)
         program_0 = end
         first += tl.cast(level.cells, tl.int64) * level.images
         first_image += level.images

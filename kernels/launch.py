@@ -18,8 +18,10 @@ from torch import Tensor
 from fastkd import reference
 from fastkd.info_map import NORMALIZERS, NORMS, PENALTIES, SCORES
 from fastkd.kernels.distill import Feature, Level, backward, forward
+from fastkd.kernels.one_pass import one_pass, rescale
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # whose tensors the kernels take
+AHEAD = 1024  # programs of the one-pass kernel before the first gradient of a level: more than run at once
 SPAN = 4  # channel steps of a program of the backward: enough work a program, enough programs at N = 1
 
 
@@ -144,6 +146,57 @@ def _launch(kernel: Any, programs: int, *arguments: Any, near: Tensor, **options
         kernel[(programs,)](*arguments, **options, num_warps=4)
 
 
+class Forward(NamedTuple):
+    """What a forward kernel is passed, but its tickets."""
+
+    outputs: tuple[Tensor, Tensor, Tensor]  # losses, mass, maps
+    levels: tuple[Level, ...]  # those that are not empty; none: nothing is left to do
+    arguments: tuple[Any, ...]
+    images: int
+    blocks: int  # programs that take each cell once
+    options: dict[str, Any]
+
+
+def prepare_forward(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    gradient: Sequence[Tensor | None],
+    prior: list[Tensor],
+    mean: list[Tensor],
+    rstd: list[Tensor],
+    weights: list[float],
+    score: int,
+    norm: int,
+    temperature: float,
+    penalty: int,
+    beta: float,
+    normalizer: int,
+) -> Forward:
+    require_features(student, teacher, gradient, prior, mean, rstd, weights)
+    rho, beta = named(PENALTIES, penalty), usable(beta)
+    every = describe(student, teacher, gradient, prior, mean, rstd, weights, rho, beta, named(NORMALIZERS, normalizer))
+    images, cells = sum(x.images for x in every), sum(x.images * x.cells for x in every)
+    levels = occupied(every)
+    new = student[0].new_empty if len(levels) == len(every) else student[0].new_zeros  # nobody writes empty levels
+    losses, mass, maps = (new(n, dtype=torch.float32) for n in (len(every), len(every), cells))
+    options = {"SCORE": named(SCORES, score), "NORM": named(NORMS, norm), "PENALTY": rho, "L": len(levels)}
+    if not levels:
+        return Forward((losses, mass, maps), levels, (), images, 0, options)
+    tile = choose_tile(levels)
+    scratch = student[0].new_empty(2, cells, dtype=torch.float64)
+    image_sums = student[0].new_empty(2, images, dtype=torch.float64)
+    options |= {
+        "Z_OF_MAP": NORMALIZERS[normalizer] == "map",
+        "BLOCK_P": tile.cells,
+        "BLOCK_C": tile.channels,
+        "INDEX": tile.index,
+        "enable_fp_fusion": SCORES[score] != "entropy",  # else x - highest, x standardised, is not 0 where equal
+    }
+    blocks = sum(x.images * triton.cdiv(x.cells, tile.cells) for x in levels)
+    arguments = (levels, scratch, cells, image_sums, images)
+    return Forward((losses, mass, maps), levels, arguments, images, blocks, options)
+
+
 def distill(
     student: list[Tensor],
     teacher: list[Tensor],
@@ -159,37 +212,72 @@ def distill(
     normalizer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implements ``fastkd::distill_triton``."""
-    require_features(student, teacher, prior, mean, rstd, weights)
-    absent, rho, beta = [None] * len(student), named(PENALTIES, penalty), usable(beta)
-    every = describe(student, teacher, absent, prior, mean, rstd, weights, rho, beta, named(NORMALIZERS, normalizer))
-    images, cells = sum(x.images for x in every), sum(x.images * x.cells for x in every)
-    levels = occupied(every)
-    new = student[0].new_empty if len(levels) == len(every) else student[0].new_zeros  # nobody writes empty levels
-    losses, mass, maps = (new(n, dtype=torch.float32) for n in (len(every), len(every), cells))
-    if not levels:
-        return losses, mass, maps
-    tile = choose_tile(levels)
-    programs = sum(x.images * triton.cdiv(x.cells, tile.cells) for x in levels)
-    scratch = student[0].new_empty(2, cells, dtype=torch.float64)
-    image_sums = student[0].new_empty(2, images, dtype=torch.float64)
-    tickets = student[0].new_zeros(images + len(every), dtype=torch.int32)
-    _launch(
-        forward,
-        programs,
-        *(levels, scratch, cells, image_sums, images, tickets, losses, mass, maps),
-        *(min(1 / temperature, torch.finfo(torch.float32).max), beta),
-        near=student[0],
-        L=len(levels),
-        SCORE=named(SCORES, score),
-        NORM=named(NORMS, norm),
-        PENALTY=rho,
-        Z_OF_MAP=NORMALIZERS[normalizer] == "map",
-        BLOCK_P=tile.cells,
-        BLOCK_C=tile.channels,
-        INDEX=tile.index,
-        enable_fp_fusion=SCORES[score] != "entropy",  # else x - highest, x standardised, is not 0 where they are equal
-    )
-    return losses, mass, maps
+    codes, absent = (score, norm, temperature, penalty, beta, normalizer), [None] * len(student)
+    call = prepare_forward(student, teacher, absent, prior, mean, rstd, weights, *codes)
+    if call.levels:
+        tickets = student[0].new_zeros(call.images + len(student), dtype=torch.int32)
+        numbers = (min(1 / temperature, torch.finfo(torch.float32).max), usable(beta))
+        arguments = (*call.arguments, tickets, *call.outputs, *numbers)
+        _launch(forward, call.blocks, *arguments, near=student[0], **call.options)
+    return call.outputs
+
+
+def distill_one_pass(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    prior: list[Tensor],
+    mean: list[Tensor],
+    rstd: list[Tensor],
+    weights: list[float],
+    score: int,
+    norm: int,
+    temperature: float,
+    penalty: int,
+    beta: float,
+    normalizer: int,
+    assumed: Tensor,
+    gradient: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements ``fastkd::distill_triton_one_pass``."""
+    codes, wanted = (score, norm, temperature, penalty, beta, normalizer), wanted_of(student, gradient)
+    call = prepare_forward(student, teacher, wanted, prior, mean, rstd, weights, *codes)
+    require_upstream("assumed", assumed, student)
+    if call.levels:
+        tickets = student[0].new_zeros(1 + 3 * call.images + 2 * len(student), dtype=torch.int32)
+        numbers = (min(1 / temperature, torch.finfo(torch.float32).max), usable(beta))
+        arguments = (*call.arguments, tickets, *call.outputs, assumed, *numbers)
+        _launch(one_pass, 2 * call.blocks, *arguments, near=student[0], AHEAD=AHEAD, **call.options)
+    return call.outputs
+
+
+def distill_rescale(upstream: Tensor, assumed: Tensor, gradient: list[Tensor]) -> None:
+    """Implements ``fastkd::distill_triton_rescale``."""
+    require(len(gradient) > 0, "at least one level")
+    require_upstream("grad", upstream, gradient)
+    require_upstream("assumed", assumed, gradient)
+    nothing = gradient[0].new_empty(0, dtype=torch.float32)
+    there = [g if g.numel() else g.new_empty(0, 1, 1, 1) for g in gradient]
+    absent, count = [nothing] * len(there), len(there)
+    levels = occupied(describe(there, there, there, [None] * count, absent, absent, [1.0] * count, "l2", 1.0, "batch"))
+    if levels:
+        tile = choose_tile(levels)
+        programs = sum(x.images * triton.cdiv(x.cells, tile.cells) for x in levels)
+        sizes = {"BLOCK_P": tile.cells, "BLOCK_C": tile.channels, "INDEX": tile.index, "L": len(levels)}
+        _launch(rescale, programs, levels, upstream, upstream.stride(0), assumed, near=gradient[0], **sizes)
+
+
+def wanted_of(student: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor | None]:
+    """Where gradients go; None where nobody wants one."""
+    require(len(student) == len(gradient), "one entry per level, at least one")
+    for s, g in zip(student, gradient, strict=True):
+        require(g.numel() == 0 or g.shape == s.shape, "gradients of their students' shapes")
+        require(g.device == student[0].device, "all tensors on the device of the first student feature")
+    return [g if g.numel() else None for g in gradient]
+
+
+def require_upstream(name: str, x: Tensor, features: Sequence[Tensor]) -> None:
+    fits = x.shape == (len(features),) and x.dtype == torch.float32 and x.device == features[0].device
+    require(fits and (name == "grad" or x.is_contiguous()), f"{name} with one float32 entry per level")
 
 
 def distill_backward(
@@ -231,17 +319,16 @@ def distill_backward_into(
     """Implements ``fastkd::distill_triton_backward_into``."""
     require_features(student, teacher, mean, rstd, weights, gradient)
     absent, rho, beta = [None] * len(student), named(PENALTIES, penalty), usable(beta)
-    wanted = [g if g.numel() else None for g in gradient]
+    wanted = wanted_of(student, gradient)
     every = describe(student, teacher, wanted, absent, mean, rstd, weights, rho, beta, named(NORMALIZERS, normalizer))
-    for s, g in zip(student, wanted, strict=True):
-        require(g is None or g.shape == s.shape, "gradients of their students' shapes")
-    cells, optional = sum(x.images * x.cells for x in every), assumed if assumed.numel() else None
-    for name, x, count in (
-        ("grad", upstream, len(every)), ("assumed", optional, len(every)), ("mass", mass, len(every)),
-        ("maps", maps, cells),
-    ):  # fmt: skip
-        fits = x is None or (x.shape == (count,) and x.dtype == torch.float32 and x.device == student[0].device)
-        require(fits and (x is None or name == "grad" or x.is_contiguous()), f"{name} as the forward gives it")
+    require_upstream("grad", upstream, student)
+    require_upstream("mass", mass, student)
+    optional = assumed if assumed.numel() else None
+    if optional is not None:
+        require_upstream("assumed", optional, student)
+    cells = sum(x.images * x.cells for x in every)
+    fits = maps.shape == (cells,) and maps.dtype == torch.float32 and maps.device == student[0].device
+    require(fits and maps.is_contiguous(), "maps as the forward gives them")
     levels = occupied(every)  # also those whose gradient nobody wants: their maps lie between others
     if all(x.grad is None for x in levels):
         return
@@ -272,3 +359,5 @@ def register(library: torch.library.Library) -> None:
     library.impl("distill_triton", distill, DEVICE.upper())  # type: ignore[no-untyped-call]
     library.impl("distill_triton_backward", distill_backward, DEVICE.upper())  # type: ignore[no-untyped-call]
     library.impl("distill_triton_backward_into", distill_backward_into, DEVICE.upper())  # type: ignore[no-untyped-call]
+    library.impl("distill_triton_one_pass", distill_one_pass, DEVICE.upper())  # type: ignore[no-untyped-call]
+    library.impl("distill_triton_rescale", distill_rescale, DEVICE.upper())  # type: ignore[no-untyped-call]

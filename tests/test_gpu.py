@@ -10,6 +10,7 @@ from samples import TARGETS, levels, loss_and_gradients
 from torch import Tensor, nn
 
 import fastkd
+from fastkd import ops
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -20,9 +21,22 @@ WIDE = [(8, 256, 52, 52), (8, 512, 26, 26), (8, 1024, 13, 13)]
 SMALL = [(4, 64, 13, 13), (4, 32, 26, 26)]
 
 
-def step(sample: dict[str, Any], backend: str, info_map: Any = "attention") -> list[Tensor]:
-    loss = fastkd.distill_loss(**sample, info_map=info_map, reduction="none", backend=backend)
+def step(sample: dict[str, Any], backend: str, one_pass: bool = False, info_map: Any = "attention") -> list[Tensor]:
+    loss = fastkd.distill_loss(**sample, info_map=info_map, reduction="none", backend=backend, one_pass=one_pass)
     return loss_and_gradients(loss, sample["student_feats"])
+
+
+@pytest.fixture(params=[False, True], ids=["two_passes", "one_pass"])
+def one_pass(request: pytest.FixtureRequest, backend: str) -> bool:
+    if request.param and (backend, "cuda") not in ops._has_one_pass:
+        pytest.skip("has no one-pass kernels")
+    return bool(request.param)
+
+
+def assert_same(got: list[Tensor], expected: list[Tensor], one_pass: bool) -> None:
+    """With one pass, two kernels may have written the gradient, each contracted to multiply-adds for itself."""
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y) or (one_pass and torch.allclose(x, y, rtol=1e-5, atol=1e-7))
 
 
 def features(sample: dict[str, Any]) -> list[Tensor]:
@@ -30,29 +44,32 @@ def features(sample: dict[str, Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_same_bits_in_twenty_runs(backend: str, layout: str) -> None:
+def test_the_same_bits_in_twenty_runs(backend: str, one_pass: bool, layout: str) -> None:
     for info_map in ("attention", fastkd.InfoMap("entropy", "minmax")):
         sample = levels(torch.bfloat16, layout, shapes=WIDE)
-        first = step(sample, backend, info_map)
+        step(sample, backend, one_pass, info_map)  # after which one pass knows its upstream gradient
+        first = step(sample, backend, one_pass, info_map)
         for _ in range(20):
-            assert all(torch.equal(x, y) for x, y in zip(first, step(sample, backend, info_map), strict=True))
+            again = step(sample, backend, one_pass, info_map)
+            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
-def test_the_same_bits_under_load(backend: str) -> None:
+def test_the_same_bits_under_load(backend: str, one_pass: bool) -> None:
     sample = levels(torch.bfloat16, shapes=WIDE)
-    first = step(sample, backend)
+    step(sample, backend, one_pass)
+    first = step(sample, backend, one_pass)
     matrix, stream = torch.randn(4096, 4096), torch.cuda.Stream()
     for _ in range(20):
         with torch.cuda.stream(stream):  # takes SMs away, so that programs run in another order
             for _ in range(4):
                 matrix @ matrix
-        assert all(torch.equal(x, y) for x, y in zip(first, step(sample, backend), strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(first, step(sample, backend, one_pass), strict=True))
     torch.cuda.synchronize()
 
 
-def test_a_side_stream(backend: str) -> None:
+def test_a_side_stream(backend: str, one_pass: bool) -> None:
     sample = levels(shapes=[(8, 64, 40, 40)])
-    expected = step(sample, backend)
+    expected = step(sample, backend, one_pass)
     values = [x.detach().clone() for x in features(sample)]
     for x in features(sample):
         x.data.zero_()
@@ -62,46 +79,46 @@ def test_a_side_stream(backend: str) -> None:
         torch.cuda._sleep(100_000_000)  # a kernel on another stream would not wait for what follows, and see zeros
         for x, value in zip(features(sample), values, strict=True):
             x.data.copy_(value)
-        got = step(sample, backend)
+        got = step(sample, backend, one_pass)
     stream.synchronize()
-    assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+    assert_same(got, expected, one_pass)
 
 
-def test_a_cuda_graph_captures_and_replays(backend: str) -> None:
+def test_a_cuda_graph_captures_and_replays(backend: str, one_pass: bool) -> None:
     sample = levels(shapes=SMALL)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # warm-up, as torch.cuda.graph asks
-        step(sample, backend)
+        step(sample, backend, one_pass)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(sample, backend)
+        captured = step(sample, backend, one_pass)
     for seed in range(3):  # what a replay leaves behind must not enter the next
         for x, y in zip(features(sample), features(levels(shapes=SMALL, seed=seed)), strict=True):
             x.data.copy_(y.detach())
         graph.replay()
-        expected = step(sample, backend)
+        expected = step(sample, backend, one_pass)
         torch.cuda.synchronize()
-        assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))
+        assert_same(captured, expected, one_pass)
 
 
-def test_no_step_waits_for_the_device(backend: str) -> None:
+def test_no_step_waits_for_the_device(backend: str, one_pass: bool) -> None:
     sample = levels(shapes=SMALL)
-    step(sample, backend)
+    step(sample, backend, one_pass)
     torch.cuda.synchronize()
     done = torch.cuda.Event()
     torch.cuda._sleep(1_000_000_000)  # half a second
     done.record()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(sample, backend)
+        step(sample, backend, one_pass)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not done.query(), "the step came back only after the device had done what came before it"
 
 
-def test_loss_scaling_in_float16_trains_as_float32_does(backend: str) -> None:
+def test_loss_scaling_in_float16_trains_as_float32_does(backend: str, one_pass: bool) -> None:
     def train(half: bool) -> tuple[nn.Module, float]:
         torch.manual_seed(0)
         student, teacher = nn.Conv2d(3, 32, 3), nn.Conv2d(3, 32, 3).requires_grad_(False)
@@ -111,7 +128,7 @@ def test_loss_scaling_in_float16_trains_as_float32_does(backend: str) -> None:
         taken = 0
         while taken < 10:
             with torch.autocast("cuda", dtype=torch.float16, enabled=half):
-                loss = fastkd.distill_loss([student(images)], [teacher(images)], backend=backend)
+                loss = fastkd.distill_loss([student(images)], [teacher(images)], backend=backend, one_pass=one_pass)
             scaler.scale(loss).backward()
             before = scaler.get_scale()
             scaler.step(optimizer)
