@@ -1,19 +1,22 @@
-"""The loss by itself, forward and backward: every provider beside the floor, by pytest-benchmark.
+"""The loss by itself, forward and backward: providers beside each other and the floor, by pytest-benchmark.
 
     python -m pytest benchmarks/bench_loss.py --benchmark-json=loss.json
 
-Before each round the rivals are timed on the same features, and the floor (one read of student and teacher, one write
-of the gradient, by ``torch.add``), so that a slow moment of the machine hits all: ``extra_info`` has their times, the
-case, and the peak of memory in a step.
+One benchmark is one case: several providers, or one on several sizes. Each round times them all one after the other,
+each after the floor (one read of student and teacher, one write of the gradient, by ``torch.add``), so that a slow
+moment of the machine hits all alike; pytest-benchmark's own numbers are those of the first. ``extra_info`` has the
+case, and of each step the times by round, the page faults and the peak of memory.
 """
 
 from __future__ import annotations
 
 import gc
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import CDLL
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,10 @@ from workloads import WORKLOADS, Loss, floor, random_features
 import fastkd
 from fastkd import buffers
 
-SECONDS = 1.5  # of rounds a case
+SECONDS = 4.0  # of rounds a case
 OURS = ("fastkd", "fastkd, in place", "fastkd, two passes")
-RIVALS = ("eager", "torch.compile", "fastkd, two passes")  # what each provider is compared with, round by round
+EVERYONE = (*OURS, "eager", "torch.compile")
+Size = tuple[int, tuple[tuple[int, int], ...]]  # batch and, by level, (channels, height)
 
 
 @dataclass(frozen=True)
@@ -36,77 +40,136 @@ class Case:
     """What one benchmark times."""
 
     group: str  # of the report
-    provider: str
+    providers: tuple[str, ...] = EVERYONE
     workload: str = "same6"
     batch: int = 4
     mode: str = "step"  # forward and backward; or "forward"
     dtype: str = "float32"
     layout: str = "contiguous"
     threads: int = 0  # 0: as many as PyTorch takes
-    levels: tuple[tuple[int, int], ...] = ()  # of a sweep: (channels, height)
+    sweep: tuple[Size, ...] = ()  # sizes in place of workload and batch
+    turn: int = 1  # of several, minutes apart, that the report takes together: one bad minute must not decide
 
     def __str__(self) -> str:
-        sizes = "x".join(f"{c}@{h}" for c, h in self.levels[:1]) + (f"x{len(self.levels)}" if self.levels else "")
-        parts = (self.group, self.provider, self.workload or sizes, f"N{self.batch}", self.mode, self.dtype)
-        return "-".join((*parts, self.layout, f"{self.threads}t")).replace(" ", "_")
+        sizes = f"{self.workload}-N{self.batch}" if self.workload else self.providers[0]
+        parts = (self.group, sizes, self.mode, self.dtype, self.layout, f"{self.threads}t", f"turn{self.turn}")
+        return "-".join(parts).replace(" ", "_")
 
-
-SWEEP = Case("sweep", "", workload="", levels=((256, 52),))  # 11 MiB, the base from which one size at a time changes
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        return self.sweep or ((self.batch, tuple(WORKLOADS[self.workload])),)
 
 
 def sweeps() -> Iterator[Case]:
+    """One size at a time, around a batch of 4 of one level that is 11 MiB in all."""
     for provider in ("fastkd", "fastkd, in place", "eager"):
-        of = replace(SWEEP, provider=provider)
-        yield from (replace(of, group="sweep N", batch=n) for n in (1, 2, 4, 8, 16))
-        yield from (replace(of, group="sweep HW", levels=((256, h),)) for h in (26, 37, 52, 74, 104))
-        yield from (replace(of, group="sweep C", levels=((c, 52),)) for c in (64, 128, 256, 512, 1024))
-        yield from (replace(of, group="sweep levels", levels=((256, 26),) * n) for n in (2, 4, 8, 16))
+        of = Case("", (provider,), workload="")
+        yield replace(of, group="sweep N", sweep=tuple((n, ((256, 52),)) for n in (1, 2, 4, 8, 16)))
+        yield replace(of, group="sweep HW", sweep=tuple((4, ((256, h),)) for h in (26, 37, 52, 74, 104)))
+        yield replace(of, group="sweep C", sweep=tuple((4, ((c, 52),)) for c in (64, 128, 256, 512, 1024)))
+        yield replace(of, group="sweep levels", sweep=tuple((4, ((256, 26),) * n) for n in (1, 2, 4, 8, 16)))
+
+
+def batches(turn: int) -> Iterator[Case]:
+    for batch in (1, 4, 16):
+        autotuned = ("torch.compile max-autotune",) if batch == 4 else ()
+        yield Case("batch", (*EVERYONE, *autotuned), batch=batch, turn=turn)
 
 
 def cases() -> Iterator[Case]:
-    everyone = (*OURS, "eager", "torch.compile")
-    for batch in (1, 4, 16):
-        for provider in everyone:
-            yield Case("batch", provider, batch=batch)
-    yield Case("batch", "torch.compile max-autotune")
-    for provider in ("fastkd", "eager", "torch.compile"):
-        yield Case("forward", provider, mode="forward")
+    yield from batches(turn=1)
+    yield Case("forward", ("fastkd", "eager", "torch.compile"), mode="forward")
     for dtype, layout in (("bfloat16", "contiguous"), ("float32", "channels_last"), ("bfloat16", "channels_last")):
-        for provider in everyone:
-            yield Case("dtype and layout", provider, dtype=dtype, layout=layout)
-    for workload, batch in (("tiny5", 4), ("large6", 4)):
-        for provider in everyone:
-            yield Case("workload", provider, workload=workload, batch=batch)
-    for provider in everyone:
-        yield Case("threads", provider, threads=1)
-    for peer in PEERS:
-        yield Case("peers", peer.name)
-        if peer.same_as_ours:
-            yield Case("peers", f"fastkd, as {peer.name}")
+        yield Case("dtype and layout", dtype=dtype, layout=layout)
+    for workload in ("tiny5", "large6"):
+        yield Case("workload", workload=workload)
+    yield Case("threads", threads=1)
+    ours = tuple(f"fastkd, as {peer.name}" for peer in PEERS if peer.same_as_ours)
+    yield Case("peers", (*EVERYONE, *(peer.name for peer in PEERS), *ours))
+    yield from batches(turn=2)
     yield from sweeps()
+    yield from batches(turn=3)
 
 
 def _eager(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return fastkd.distill_loss(student, teacher, backend="reference")
 
 
-def provider(case: Case, teacher: Sequence[Tensor]) -> Loss:
+def loss_of(provider: str, teacher: Sequence[Tensor]) -> Loss:
     options: dict[str, Any] = {
         "fastkd": {},
         "fastkd, in place": {"reuse_teacher_memory": True},
         "fastkd, two passes": {"one_pass": False},
     }
-    if case.provider in options:
-        return lambda s, t: fastkd.distill_loss(s, t, **options[case.provider])
-    if case.provider.startswith("torch.compile"):
-        mode = "max-autotune-no-cudagraphs" if "max-autotune" in case.provider else None
+    if provider in options:
+        return partial(fastkd.distill_loss, **options[provider])
+    if provider.startswith("torch.compile"):
+        mode = "max-autotune-no-cudagraphs" if "max-autotune" in provider else None
         return torch.compile(_eager, dynamic=False, fullgraph=True, mode=mode)
     for peer in PEERS:
-        if case.provider == peer.name:
+        if provider == peer.name:
             return peer(teacher)
-        if case.provider == f"fastkd, as {peer.name}":
+        if provider == f"fastkd, as {peer.name}":
             return peer(teacher).ours
     return _eager
+
+
+class Step:
+    """A provider on features of its own, and what was measured of it."""
+
+    def __init__(self, provider: str, size: Size, case: Case) -> None:
+        shapes = [(size[0], c, h, h) for c, h in size[1]]
+        self.student, self.kept = random_features(shapes, getattr(torch, case.dtype), case.layout == "channels_last")
+        self.teacher = [t.clone() for t in self.kept] if "in place" in provider else self.kept
+        self.provider, self.loss, self.forward_only = provider, loss_of(provider, self.kept), case.mode == "forward"
+        self.batch, self.elements = size[0], sum(s.numel() for s in self.student)
+        self.floor = floor(self.student, self.teacher)
+        self.ms: list[float] = []
+        self.floor_ms: list[float] = []
+
+    def prepare(self) -> None:
+        """The teacher's features filled anew where a step overwrites them, and all as warm as the caches hold them."""
+        for t, kept in zip(self.teacher, self.kept, strict=True):
+            if t is not kept:
+                t.copy_(kept)
+        self.floor()
+        self.floor_ms.append(milliseconds(self.floor))
+
+    def __call__(self) -> object:
+        if self.forward_only:
+            with torch.no_grad():
+                return self.loss(self.student, self.teacher)
+        return torch.autograd.grad(self.loss(self.student, self.teacher), self.student)
+
+    def measure(self) -> None:
+        """One round."""
+        self.prepare()
+        self.ms.append(milliseconds(self))
+
+    def measured(self) -> dict[str, Any]:
+        self.prepare()
+        before = page_faults()
+        self()
+        faults = page_faults() - before
+        times = {key: [round(x, 4) for x in getattr(self, key)[: len(self.ms)]] for key in ("ms", "floor_ms")}
+        return {**times, "provider": self.provider, "batch": self.batch, "elements": self.elements, "faults": faults}
+
+    def forget(self) -> None:
+        """What was measured so far."""
+        self.ms.clear()
+        self.floor_ms.clear()
+
+    def check(self) -> None:
+        """A provider of one of our formulas must give its number, as in float64; others have formulas of their own."""
+        s, t = ([x.detach().double() for x in features] for features in (self.student, self.kept))
+        expected = _eager(s, t)
+        for peer in PEERS:
+            if peer.name in self.provider:
+                if not peer.same_as_ours:
+                    return
+                expected = peer(t).ours(s, t, backend="reference")
+        with torch.no_grad():
+            torch.testing.assert_close(self.loss(self.student, self.kept).double(), expected, rtol=1e-5, atol=0)
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -115,48 +178,8 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-class Step:
-    """What is timed: a provider on features of its own."""
-
-    def __init__(self, case: Case) -> None:
-        shapes = [(case.batch, c, h, h) for c, h in (case.levels or WORKLOADS[case.workload])]
-        self.student, self.kept = random_features(shapes, getattr(torch, case.dtype), case.layout == "channels_last")
-        self.loss, self.forward_only = provider(case, self.kept), case.mode == "forward"
-        self.teacher = [t.clone() for t in self.kept] if "in place" in case.provider else self.kept
-        self.floor = floor(self.student, self.teacher)
-
-    def prepare(self) -> None:
-        """The teacher's features filled anew where a step overwrites them, and all as warm as the caches hold them."""
-        for t, kept in zip(self.teacher, self.kept, strict=True):
-            if t is not kept:
-                t.copy_(kept)
-        self.floor()
-
-    def __call__(self) -> object:
-        if self.forward_only:
-            with torch.no_grad():
-                return self.loss(self.student, self.teacher)
-        return torch.autograd.grad(self.loss(self.student, self.teacher), self.student)
-
-
-def rivals(case: Case) -> dict[str, Step]:
-    """Who is timed in the same rounds: others; in a sweep, the same provider at the sweep's base."""
-    if case.group.startswith("sweep"):
-        return {"base": Step(replace(SWEEP, provider=case.provider))}
-    return {x: Step(replace(case, provider=x)) for x in RIVALS if x != case.provider}
-
-
-def check(case: Case, step: Step) -> None:
-    """A provider of one of our formulas must give its number, as in float64; others have formulas of their own."""
-    s, t = ([x.detach().double() for x in features] for features in (step.student, step.teacher))
-    expected = _eager(s, t)
-    for peer in PEERS:
-        if peer.name in case.provider:
-            if not peer.same_as_ours:
-                return
-            expected = peer(t).ours(s, t, backend="reference")
-    with torch.no_grad():
-        torch.testing.assert_close(step.loss(step.student, step.teacher).double(), expected, rtol=1e-5, atol=0)
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def peak_bytes(step: Step) -> int | None:
@@ -192,30 +215,27 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_loss(case: Case, benchmark: Any) -> None:
     torch._dynamo.reset()  # else the ninth shape would run uncompiled
-    step, others = Step(case), rivals(case)
-    check(case, step)
-    floors: list[float] = []
-    of_others: dict[str, list[float]] = {name: [] for name in others}
+    first, *others = steps = [Step(provider, size, case) for size in case.sizes for provider in case.providers]
 
     def setup() -> None:
-        for name, other in others.items():
-            other.prepare()
-            of_others[name].append(milliseconds(other))
-        step.prepare()
-        floors.append(milliseconds(step.floor))
+        for other in others:
+            other.measure()
+        first.prepare()
 
-    for _ in range(2):  # the first compiles
-        round_ms = milliseconds(setup) + milliseconds(step)
-    peak = peak_bytes(step)
-    for times in (floors, *of_others.values()):
-        times.clear()
-    benchmark.pedantic(step, setup=setup, rounds=round(min(max(1e3 * SECONDS / round_ms, 10), 60)))
+    for step in steps:
+        step.check()
+        step()  # compiles
+    round_ms = milliseconds(setup) + milliseconds(first)
+    peaks = [peak_bytes(step) for step in steps]
+    for _ in range(2):  # until what the measuring of memory threw away is there again
+        setup()
+        first.measure()
+    for step in steps:
+        step.forget()
+    benchmark.pedantic(first, setup=setup, rounds=round(min(max(1e3 * SECONDS / round_ms, 12), 60)))
+    first.ms = [1e3 * x for x in benchmark.stats.stats.data]
+    info = {key: value for key, value in asdict(case).items() if key not in ("providers", "sweep", "batch", "turn")}
+    measured = [{**step.measured(), "peak_bytes": peak} for step, peak in zip(steps, peaks, strict=True)]
     benchmark.extra_info.update(
-        **asdict(case),
-        title=str(case),
-        elements=sum(s.numel() for s in step.student),
-        threads_used=torch.get_num_threads(),
-        floor_ms=[round(x, 4) for x in floors],
-        rivals_ms={name: [round(x, 4) for x in times] for name, times in of_others.items()},
-        peak_bytes=peak,
+        **info, title=str(replace(case, turn=1)), threads_used=torch.get_num_threads(), steps=measured
     )

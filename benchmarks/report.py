@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +33,37 @@ COLOURS = {
 
 
 def read(path: Path) -> tuple[Row, list[Row], list[Row]]:
-    """(machine and versions, rows of the loss, rows of the training step)."""
+    """(machine and versions, rows of the loss: one a case and provider; rows of the training step)."""
     found = json.loads(path.read_text())
-    rows = [{**b["extra_info"], "ms": [1e3 * x for x in b["stats"]["data"]]} for b in found["benchmarks"]]
-    for row in rows:
-        row["median"] = statistics.median(row["ms"])
-        if "floor_ms" in row:
-            row["over_floor"] = median_ratio(row["ms"], row["floor_ms"])
-        if "base" in row.get("rivals_ms", {}):
-            row["over_base"] = median_ratio(row["ms"], row["rivals_ms"]["base"])
     about = {**found["machine_info"], "date": found["datetime"]}
-    return about, [r for r in rows if "provider" in r], [r for r in rows if "training" in r]
+    infos = [{**b["extra_info"], "first_ms": [1e3 * x for x in b["stats"]["data"]]} for b in found["benchmarks"]]
+    loss = [row for case in together(info for info in infos if "steps" in info) for row in rows_of(case)]
+    training = [{**info, "median": statistics.median(info["first_ms"])} for info in infos if "training" in info]
+    return about, loss, training
+
+
+def together(cases: Iterable[Row]) -> list[Row]:
+    """The turns of a case as one: its rounds of all of them."""
+    of: dict[str, Row] = {}
+    for case in cases:
+        first = of.setdefault(case["title"], case)
+        if first is not case:
+            for step, more in zip(first["steps"], case["steps"], strict=True):
+                step["ms"] += more["ms"]
+                step["floor_ms"] += more["floor_ms"]
+    return list(of.values())
+
+
+def rows_of(case: Row) -> Iterator[Row]:
+    """One row a provider and size; ``rounds`` has the times of all providers in the same rounds."""
+    rounds = {step["provider"]: step["ms"] for step in case["steps"]}
+    for step in case["steps"]:
+        yield {**case, **step, "rounds": rounds, "median": statistics.median(step["ms"])}
 
 
 def quartiles(values: Sequence[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+    low, middle, high = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in statistics.quantiles(values, n=4))
+    return f"{middle} ({low} to {high})"
 
 
 def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -60,19 +75,22 @@ def one(rows: Iterable[Row], **wanted: Any) -> Row:
     return row
 
 
+def faster(row: Row, other: str) -> float:
+    """How many times as fast as another in the same rounds: times of one round share the machine's speed."""
+    return median_ratio(row["rounds"][other], row["ms"])
+
+
+def over_floor(row: Row) -> float:
+    return median_ratio(row["ms"], row["floor_ms"])
+
+
 def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """Over rounds: times of one round share the machine's speed, which comes and goes."""
     return statistics.median(x / y for x, y in zip(times, others, strict=True))
 
 
-def faster(row: Row, rival: str) -> float:
-    """How many times as fast as a rival."""
-    return 1.0 if row["provider"] == rival else median_ratio(row["rivals_ms"][rival], row["ms"])
-
-
 def exponent(rows: Sequence[Row], least_bytes: int = 8 << 20) -> float:
-    """Slope of log time, in units of the sweep's base, by log size, over features of at least so many bytes in all."""
-    points = [(math.log(r["elements"]), math.log(r["over_base"])) for r in rows if 4 * r["elements"] >= least_bytes]
+    """Slope of log time by log size, over features of at least so many bytes in all."""
+    points = [(math.log(r["elements"]), math.log(r["median"])) for r in rows if 4 * r["elements"] >= least_bytes]
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
@@ -82,15 +100,15 @@ def exponent(rows: Sequence[Row], least_bytes: int = 8 << 20) -> float:
 def table(rows: Sequence[Row], beside: Sequence[str] = ()) -> list[str]:
     """One line a provider: time, how many times as fast as others of the same case, floor, memory."""
     lines = [
-        f"| provider | ms, median (quartiles) | {' | '.join([*beside, 'times floor', 'peak MiB'])} |",
-        "|---|---|" + "---|" * (len(beside) + 2),
+        f"| provider | ms, median (quartiles) | {' | '.join([*beside, 'times floor', 'page faults', 'peak MiB'])} |",
+        "|---|---|" + "---|" * (len(beside) + 3),
     ]
     for r in rows:
         factors = "".join(f"{faster(r, rival):.2f} | " for rival in beside)
         peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.1f}"
-        lines.append(f"| {r['provider']} | {quartiles(r['ms'])} | {factors}{r['over_floor']:.2f} | {peak} |")
-    floors = [x for r in rows for x in r["floor_ms"]]
-    return [*lines, f"| *floor* | {quartiles(floors)} | {'| ' * len(beside)}1 | |", ""]
+        own = f"{over_floor(r):.2f} | {r['faults']} | {peak} |"
+        lines.append(f"| {r['provider']} | {quartiles(r['ms'])} | {factors}{own}")
+    return [*lines, f"| *floor* | {quartiles(rows[0]['floor_ms'])} | {'| ' * len(beside)}1 | 0 | |", ""]
 
 
 def tables_of(rows: Sequence[Row], heading: str, key: Callable[[Row], Any]) -> list[str]:
@@ -110,7 +128,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
         measured = []
         for n in batches:
             row = one(batch, provider=who, batch=n)
-            ratio = row["over_floor"] if whom is None else faster(row, whom)
+            ratio = over_floor(row) if whom is None else faster(row, whom)
             measured.append((n, ratio, ratio <= factor if whom is None else ratio >= factor))
         asked = f"at most {factor:g} × the floor" if whom is None else f"at least {factor:g} × as fast as {whom}"
         got = ", ".join(f"{ratio:.2f} (N = {n})" for n, ratio, _ in measured)
@@ -157,7 +175,7 @@ def training_table(rows: Sequence[Row]) -> list[str]:
         loss = statistics.median(r["loss_ms"]) if r["loss_ms"] else None
         alone = "" if loss is None else quartiles(r["loss_ms"])
         share = "" if loss is None else f"{100 * loss / r['median']:.1f} %"
-        lines.append(f"| {r['batch']} | {r['training']} | {quartiles(r['ms'])} | {alone} | {share} |")
+        lines.append(f"| {r['batch']} | {r['training']} | {quartiles(r['first_ms'])} | {alone} | {share} |")
     return [*lines, ""]
 
 
@@ -195,15 +213,14 @@ def _scaling(figure: Any, rows: Sequence[Row]) -> None:
     for who in ("eager", "fastkd", "fastkd, in place"):
         sweeps = [r for r in rows if r["group"].startswith("sweep") and r["provider"] == who]
         slope = exponent([r for r in sweeps if r["group"] != "sweep levels"])
-        base = statistics.median([x for r in sweeps for x in r["rivals_ms"]["base"]])
         axes[1].loglog(
-            [r["elements"] for r in sweeps], [r["over_base"] * base for r in sweeps], "o", ms=4, color=COLOURS[who],
+            [r["elements"] for r in sweeps], [r["median"] for r in sweeps], "o", ms=4, color=COLOURS[who],
             label=f"{who}: exponent {slope:.2f}",
         )  # fmt: skip
     axes[1].set(xlabel="elements of the student's features", title="N, H·W, C or the number of levels doubled")
     axes[1].set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
     axes[1].minorticks_off()
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper left")
 
 
 def _bars(axis: Any, labels: Sequence[str], values: Sequence[float], unit: str) -> None:
@@ -218,14 +235,10 @@ def _bars(axis: Any, labels: Sequence[str], values: Sequence[float], unit: str) 
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _compared(rows: Sequence[Row]) -> list[Row]:
-    return [*pick(rows, group="batch", batch=4), *pick(rows, group="peers")]
-
-
 def _peers(figure: Any, rows: Sequence[Row]) -> None:
     axis = figure.subplots()
-    compared = _compared(rows)
-    floor = statistics.median([x for r in compared for x in r["floor_ms"]])
+    compared = pick(rows, group="peers")
+    floor = statistics.median(compared[0]["floor_ms"])
     labels, values = ["floor", *(r["provider"] for r in compared)], [floor, *(r["median"] for r in compared)]
     _bars(axis, labels, values, "forward + backward, ms")
     axis.set_title("One step of the loss: same6, N = 4, float32", fontsize=10)
@@ -233,7 +246,7 @@ def _peers(figure: Any, rows: Sequence[Row]) -> None:
 
 def _memory(figure: Any, rows: Sequence[Row]) -> None:
     axis = figure.subplots()
-    compared = [r for r in _compared(rows) if r["peak_bytes"] is not None]
+    compared = [r for r in pick(rows, group="peers") if r["peak_bytes"] is not None]
     if compared:
         _bars(axis, [r["provider"] for r in compared], [r["peak_bytes"] / 2**20 for r in compared], "MiB")
     unit = compared[0]["elements"] * 4 / 2**20 if compared else 0
@@ -252,11 +265,12 @@ def report(about: Row, loss: Sequence[Row], training: Sequence[Row], pictures: d
         "",
         f"`make bench`, {about['date'][:10]}: {machine}; torch {about.get('torch')}, Python {about['python_version']}.",
         "Forward and backward of the default loss (energy, mean) unless said, features as the workloads of",
-        "`benchmarks/workloads.py` have them. Each round of a provider also times eager, torch.compile and the floor:",
-        "one read of student and teacher and one write of the gradient, by `torch.add(out=)`. Columns *eager* and",
-        "*torch.compile* say how many times as fast as these a provider is, *times floor* how many times as slow as",
-        "that; all are medians over rounds of the ratio within a round, as the machine's speed comes and goes by half.",
-        "A provider of the same formula first had to give the same number.",
+        "`benchmarks/workloads.py` have them. All providers of a table were timed in the same rounds, each after the",
+        "floor: one read of student and teacher and one write of the gradient, by `torch.add(out=)`. Columns *eager*",
+        "and *torch.compile* say how many times as fast as these a provider is, *times floor* how many times as slow",
+        "as that: medians over rounds of the ratio within a round, as the machine's speed comes and goes by half.",
+        "*Page faults* are those of one step: fresh pages can cost eager half of its time, and how many it needs",
+        "depends on what else the process has freed. A provider of the same formula first had to give the same number.",
         "Peak memory is of the process, in one step, beyond the features and what was allocated before.",
         "",
         f"![time against batch and size]({pictures['scaling'].name})",
@@ -287,7 +301,7 @@ def report(about: Row, loss: Sequence[Row], training: Sequence[Row], pictures: d
         "",
         f"![time of each]({pictures['peers'].name})",
         "",
-        *table(_compared(loss), BESIDE),
+        *table(pick(loss, group="peers"), BESIDE),
         f"![peak memory of each]({pictures['memory'].name})",
         "",
         "## By size",
