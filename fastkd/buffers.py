@@ -2,40 +2,47 @@
 
 A fresh allocation of this size comes from the kernel page by page as it is first written, and goes back when it is
 freed; for one image of YOLOv3's levels that took longer than the loss itself. Kept, and in huge pages where the kernel
-has them, it costs nothing.
+has them, it costs nothing. Storages of such gradients cannot be resized.
 """
 
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 20  # bytes; below, PyTorch's own allocation is as good
-_LINE = 64
+SMALLEST = 1 << 18  # bytes; below, PyTorch's own allocation is as good
+CALLS = 16  # a block that so many calls of ``empty_like`` found no use for goes back to the system
 
-_free: list[mmap.mmap] = []  # as many blocks as were ever in use at once, each of the size that was last needed
+_lock = threading.Lock()
+_free: list[tuple[int, mmap.mmap]] = []  # (when it came back, block)
+_returned: deque[mmap.mmap] = deque()  # finalizers run anywhere, within the lock too, and so only append here
+_calls = 0
 
 
 def empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """As ``torch.empty_like`` of each; large ones, on the CPU, in a block that is used again once all are gone."""
-    ends = [0]
-    for x in tensors:
-        ends.append(ends[-1] + -(-x.nbytes // _LINE) * _LINE)
-    if ends[-1] < SMALLEST or not _can_map or not all(_is_plain(x) for x in tensors):
-        return [torch.empty_like(x) for x in tensors]
-    block = _take(ends[-1])
-    lease = memoryview(block)  # every tensor holds it, through its storage
-    weakref.finalize(lease, _free.append, block).atexit = False
-    return [
-        torch.frombuffer(lease, dtype=x.dtype, count=x.numel(), offset=begin).as_strided(x.shape, x.stride())
-        if x.numel()
-        else torch.empty_like(x)
-        for x, begin in zip(tensors, ends, strict=False)
-    ]
+    """As ``torch.empty_like`` of each; large ones, on the CPU, in blocks that are used again once it is gone."""
+    global _calls
+    with _lock:
+        _calls += 1
+        while _returned:
+            _free.append((_calls, _returned.popleft()))
+        _free[:] = [(since, block) for since, block in _free if _calls - since < CALLS]
+        return [
+            _lend(x) if _can_map and x.nbytes >= SMALLEST and _is_plain(x) else torch.empty_like(x) for x in tensors
+        ]
+
+
+def release() -> None:
+    """Give all memory that no tensor uses back to the system."""
+    with _lock:
+        _returned.clear()
+        _free.clear()
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -43,12 +50,18 @@ def _is_plain(x: Tensor) -> bool:
     return dense and x.device.type == "cpu"
 
 
+def _lend(x: Tensor) -> Tensor:
+    block = _take(x.nbytes)
+    lease = memoryview(block)  # the tensor's storage holds it
+    weakref.finalize(lease, _returned.append, block).atexit = False
+    return torch.frombuffer(lease, dtype=x.dtype, count=x.numel()).as_strided(x.shape, x.stride())
+
+
 def _take(size: int) -> mmap.mmap:
-    """A block of at least this size. One that is too small goes back to the system: its successor replaces it."""
-    while _free:
-        block = _free.pop()
-        if len(block) >= size:
-            return block
+    """The smallest free block that fits, if it fits well, or a new one."""
+    fits = [i for i, (_, block) in enumerate(_free) if size <= len(block) <= 2 * size]
+    if fits:
+        return _free.pop(min(fits, key=lambda i: len(_free[i][1])))[1]
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastkd
 from fastkd import buffers
 
-SHAPES = [(2, 64, 52, 52), (2, 33, 13, 13)]
+SHAPES = [(2, 64, 52, 52), (2, 330, 13, 13), (2, 3, 13, 13)]  # the last is too small to be kept
 
 
 def gradients(scale: float = 1.0, **options: Any) -> list[Tensor]:
@@ -27,33 +27,39 @@ def gradients(scale: float = 1.0, **options: Any) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def no_blocks() -> None:
     gc.collect()
-    buffers._free.clear()
+    buffers.release()
+
+
+def free_blocks() -> list[int]:
+    """Their sizes."""
+    buffers.empty_like([])  # counts what has come back
+    return sorted(len(block) for _, block in buffers._free)
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_steps_use_the_same_memory(one_pass: bool) -> None:
     first = gradients(one_pass=one_pass)
-    places, values = [g.data_ptr() for g in first], [g.clone() for g in first]
+    places, values = [g.data_ptr() for g in first[:2]], [g.clone() for g in first]
     del first
     for _ in range(3):
         again = gradients(one_pass=one_pass)
-        assert [g.data_ptr() for g in again] == places
+        assert [g.data_ptr() for g in again[:2]] == places
         assert all(torch.equal(x, y) for x, y in zip(again, values, strict=True))
         del again
-    assert len(buffers._free) == 1
+    assert len(free_blocks()) == 2
 
 
 def test_a_gradient_that_is_held_keeps_its_memory() -> None:
     first = gradients(1.0)
     kept = [g.clone() for g in first]
-    last = first[1][1:]  # a view of one level keeps its block
+    last = first[1][1:]  # a view keeps its level's block, and no other
     del first
     second, third = gradients(2.0), gradients(3.0)
     assert torch.equal(last, kept[1][1:])
     torch.testing.assert_close(second, [2 * x for x in kept])
     torch.testing.assert_close(third, [3 * x for x in kept])
     del last, second, third
-    assert len(buffers._free) == 3
+    assert len(free_blocks()) == 5  # two of each gradient, but the second took the first's larger one
 
 
 def test_layouts_dtypes_and_lines() -> None:
@@ -73,11 +79,25 @@ def test_layouts_dtypes_and_lines() -> None:
     assert all((got == i).all() for i, got in enumerate(room))
 
 
-def test_a_larger_block_replaces_a_smaller_one() -> None:
-    for size in (1 << 20, 1 << 21, 1 << 20):
-        room = buffers.empty_like([torch.empty(size, dtype=torch.uint8).view(1, 1, 1, size)])
+def room_of(size: int) -> Tensor:
+    return buffers.empty_like([torch.empty(size, dtype=torch.uint8).view(1, 1, 1, size)])[0]
+
+
+def test_a_block_serves_sizes_down_to_half_of_its_own() -> None:
+    for size in (1 << 20, 3 << 19, 1 << 19):
+        room = room_of(size)
         del room
-    assert [len(block) for block in buffers._free] == [1 << 21]
+    assert free_blocks() == [1 << 20, 3 << 19]
+
+
+def test_blocks_that_nobody_needs_any_more_go_back_to_the_system() -> None:
+    held = [room_of(1 << 19) for _ in range(5)]
+    del held
+    assert len(free_blocks()) == 5
+    for _ in range(buffers.CALLS):
+        room = room_of(1 << 20)
+        del room
+    assert free_blocks() == [1 << 20]
 
 
 def test_small_or_strange_features_are_allocated_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +106,7 @@ def test_small_or_strange_features_are_allocated_as_ever(monkeypatch: pytest.Mon
         assert buffers.empty_like([x])[0].stride() == torch.empty_like(x).stride()
     monkeypatch.setattr(buffers, "_can_map", False)
     assert buffers.empty_like([torch.empty(2, 64, 99, 99)])[0].shape == (2, 64, 99, 99)
-    assert not buffers._free
+    assert not free_blocks()
 
 
 def test_threads_do_not_share_a_block() -> None:
