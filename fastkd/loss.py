@@ -61,12 +61,15 @@ def distill_loss(
         backend: ``"cpp"``, ``"triton"``, ``"reference"``, or None for the fastest that works here, see
             ``fastkd.backends()``.
         reuse_teacher_memory: the student's gradient may replace the teacher's features in memory, so that none is
-            allocated: use them before, they are gone afterwards. For eager calls of a compiled backend, where all
-            teacher features have their student's dtype and a gradient is needed; else nothing is overwritten.
+            allocated: use them before, they are gone afterwards. Nor may that memory be filled again, by a teacher that
+            writes into the same buffers say, while the gradient is held: in the ``.grad`` of a leaf, for example. For
+            eager calls of a compiled backend, where all teacher features have their student's dtype, none was made in
+            ``torch.inference_mode``, and a gradient is needed; else nothing is overwritten.
         one_pass: let the forward write the gradient too, for the upstream gradient of the last backward; the backward
             computes it anew where another comes (scales it, where it replaced the teacher). None: where that was
             measured to be faster, on the CPU, as long as the upstream gradient stays the same from step to step.
-            The result has the same bits (but where scaled). Not under ``torch.compile``.
+            The result has the same bits (but where scaled). Not under ``torch.compile``, a tracer or hooks on saved
+            tensors (activation checkpointing), nor for ``map_all_ranks``.
 
     Returns:
         float32 scalar or (L,) tensor; float64 if any feature is float64.
@@ -111,7 +114,7 @@ def _distill_loss(
     )  # fmt: skip
     backend = ops.choose(backend, levels.student[0].device, levels.dtype)
     if one_pass:
-        ops.require_one_pass(backend, levels.student[0].device)
+        ops.require_one_pass(backend, levels.student[0].device, normalizer)
     if not torch.compiler.is_compiling():
         teacher_memory.require_intact(levels.teacher)
         if reuse_teacher_memory:

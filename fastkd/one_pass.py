@@ -8,7 +8,6 @@ under ``torch.compile`` the two-pass ops of ``fastkd.ops`` do without.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from fastkd.levels import Levels
 NO_SECOND_DERIVATIVE = (
     "fastkd: the compiled backends have no second derivative; for a double backward use backend='reference'"
 )
+SCALABLE = (1e-20, 1e20)  # sizes of upstream gradients: scaling from one to another neither over- nor underflows
 
 
 class Upstream(NamedTuple):
@@ -32,11 +32,11 @@ class Upstream(NamedTuple):
     steady: bool = False  # the one before it was the same
 
     def scalable(self) -> Upstream:
-        """Itself; 1 where it is 0 or not finite, as what is written for it may have to be scaled."""
-        if self.values is not None and all(x and math.isfinite(x) for x in self.values):
+        """Itself; 1 where it is 0 or beyond any sense, as what is written for it may have to be scaled."""
+        if self.values is not None and all(SCALABLE[0] < abs(x) < SCALABLE[1] for x in self.values):
             return self
-        usable = (self.gradient != 0) & self.gradient.isfinite()
-        return Upstream(torch.where(usable, self.gradient, 1))
+        size = self.gradient.abs()
+        return Upstream(torch.where((size > SCALABLE[0]) & (size < SCALABLE[1]), self.gradient, 1))
 
 
 class Upstreams:
@@ -83,8 +83,9 @@ class Call:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """By device, dtype of the sums and widths of the levels: what tells one use of a loss from another."""
-        return self.levels.student[0].device, self.levels.dtype, *(s.shape[1] for s in self.levels.student)
+        """By device, dtype of the sums, widths and weights of the levels: what tells one use of a loss from another."""
+        x = self.levels
+        return x.student[0].device, x.dtype, *(s.shape[1] for s in x.student), *x.weights
 
     def expected(self) -> Upstream | None:
         """The upstream gradient to write for, or None where the backward shall compute the gradient."""
@@ -129,7 +130,7 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = call.levels
-        ctx.key, ctx.backend, ctx.constants = call.key, call.backend, (x.mean, x.rstd, x.weights, *call.backward_codes)
+        ctx.key, ctx.backend, ctx.constants = call.key, call.backend, (x.weights, *call.backward_codes)
         ctx.expected, ctx.gradient = call.expected(), None
         ctx.upstreams = None if call.one_pass is False else call.upstreams
         ctx.in_teacher = call.reuse_teacher_memory and teacher_memory.fits(x)
@@ -140,7 +141,7 @@ class _Distill(torch.autograd.Function):
         losses, mass, maps = call.run(ctx.expected.gradient if ctx.expected else None, ctx.gradient)
         connection = losses.new_empty(0)
         is_final = ctx.in_teacher and ctx.gradient is not None
-        ctx.save_for_backward(connection, *(() if is_final else (mass, maps, *x.student, *x.teacher)))
+        _save(ctx, connection, *(() if is_final else (mass, maps, *x.student, *x.teacher, *x.mean, *x.rstd)))
         ctx.mark_non_differentiable(mass)
         ctx.set_materialize_grads(False)
         return losses, mass, connection
@@ -150,7 +151,7 @@ class _Distill(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         if upstream is None:
             return None, *(None for _ in needed)
-        connection, *saved = ctx.saved_tensors
+        connection, *saved = _saved(ctx)
         with torch.no_grad():
             gradient = _take_expected(ctx, upstream)
             if gradient is None:
@@ -158,6 +159,16 @@ class _Distill(torch.autograd.Function):
         if torch.is_grad_enabled():  # of create_graph
             gradient = list(_Undifferentiable.apply(connection, *gradient))  # type: ignore[no-untyped-call]
         return None, *(g if needs else None for g, needs in zip(gradient, needed, strict=True))
+
+
+def _save(ctx: Any, *tensors: Tensor) -> None:
+    """As ``save_for_backward``, which takes no inference tensors: nothing counts their changes, nor can they learn."""
+    ctx.inference = {i: x for i, x in enumerate(tensors) if x.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.inference else x for i, x in enumerate(tensors)))
+
+
+def _saved(ctx: Any) -> list[Tensor]:
+    return [ctx.inference.get(i, x) for i, x in enumerate(ctx.saved_tensors)]
 
 
 def _take_expected(ctx: Any, upstream: Tensor) -> list[Tensor] | None:
@@ -174,8 +185,9 @@ def _take_expected(ctx: Any, upstream: Tensor) -> list[Tensor] | None:
 
 def _compute(ctx: Any, upstream: Tensor, saved: list[Tensor]) -> list[Tensor]:
     """The gradient by level as the forward wrote it, or computed where it did not, or for another upstream gradient."""
-    mass, maps, *features = saved
-    student, teacher = features[: len(features) // 2], features[len(features) // 2 :]
+    mass, maps, *rest = saved
+    levels = len(rest) // 4
+    student, teacher, mean, rstd = (rest[i * levels : (i + 1) * levels] for i in range(4))
     assumed = upstream.new_empty(0)
     if _graph_is_kept():  # a later backward must find what the forward left
         gradient = _room(student, teacher, ctx.needs_input_grad[1:], in_teacher=False)
@@ -185,7 +197,8 @@ def _compute(ctx: Any, upstream: Tensor, saved: list[Tensor]) -> list[Tensor]:
         gradient = _room(student, teacher, ctx.needs_input_grad[1:], ctx.in_teacher)
         if ctx.in_teacher:
             teacher_memory.give_up(teacher)
-    _op(ctx.backend, "_backward_into")(upstream, assumed, mass, maps, student, teacher, *ctx.constants, gradient)
+    inputs = (mass, maps, student, teacher, mean, rstd)
+    _op(ctx.backend, "_backward_into")(upstream, assumed, *inputs, *ctx.constants, gradient)
     return gradient
 
 

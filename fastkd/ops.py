@@ -154,8 +154,12 @@ def require_backend(name: str) -> None:
     require_known("backend", name, list(_unavailable))
 
 
-def require_one_pass(backend: str, device: torch.device) -> None:
-    """Raise ``RuntimeError`` unless this backend can write the gradient in the forward."""
+def require_one_pass(backend: str, device: torch.device, normalizer: str) -> None:
+    """Raise ``RuntimeError`` unless this backend can write the gradient in the forward, ``ValueError`` for this Z."""
+    if normalizer == "map_all_ranks":  # its upstream gradient carries Z, which is another at each step
+        raise ValueError(
+            "one_pass: normalizer='map_all_ranks' takes two passes; expected one_pass=None or False, got True"
+        )
     if (backend, device.type) not in _has_one_pass:
         has = ", ".join(f"backend={name!r} on {kind.upper()}" for name, kind in sorted(_has_one_pass))
         raise RuntimeError(f"one_pass=True: backend={backend!r} has none on {device}, only {has}; use one_pass=None")
@@ -242,10 +246,11 @@ def level_losses(
     forward_codes = (SCORES.index(info.score), NORMS.index(info.norm), info.temperature)
     backward_codes = (PENALTIES.index(penalty), beta, NORMALIZERS.index(normalizer))
     here = (backend, levels.student[0].device.type)
-    cannot = here not in _has_one_pass or normalizer == "map_all_ranks"  # the latter's upstream gradient carries Z
+    cannot = here not in _has_one_pass or normalizer == "map_all_ranks"
     if cannot or (in_one_pass is None and here not in _prefers_one_pass):
         in_one_pass = False
-    if _is_eager(levels.student) and (in_one_pass or reuse_teacher_memory or here in _prefers_one_pass):
+    wants = in_one_pass or reuse_teacher_memory or here in _prefers_one_pass
+    if _is_eager(levels.student) and (wants or any(t.is_inference() for t in levels.teacher)):
         call = Call(backend, levels, forward_codes, backward_codes, in_one_pass, reuse_teacher_memory, upstreams)
         return one_pass.level_losses(call)
     op = getattr(torch.ops.fastkd, f"distill_{backend}")
@@ -255,4 +260,5 @@ def level_losses(
 
 def _is_eager(student: list[Tensor]) -> bool:
     """Whether nobody traces: tensors are what they seem, and their values can be looked at."""
-    return not torch.compiler.is_compiling() and all(type(x) in (Tensor, torch.nn.Parameter) for x in student)
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
+    return not traced and all(type(x) in (Tensor, torch.nn.Parameter) for x in student)

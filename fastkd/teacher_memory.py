@@ -44,24 +44,26 @@ def require_intact(teacher: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"teacher_feats[{i}]: expected the teacher's feature, but an earlier distill_loss with "
                 "reuse_teacher_memory=True was given its memory for the gradient; run the teacher again, or call that "
-                "loss with reuse_teacher_memory=False (as where it runs under activation checkpointing)"
+                "loss with reuse_teacher_memory=False (as where it runs under activation checkpointing). If it was "
+                "filled in a way that PyTorch does not count (.data, NumPy, a CUDA graph's replay), say so by "
+                "torch.autograd.graph.increment_version(feature)"
             )
 
 
 def fits(levels: Levels) -> bool:
-    """Whether every gradient, of its student's dtype, has room in its teacher's feature."""
-    return all(s.dtype == t.dtype for s, t in zip(levels.student, levels.teacher, strict=True))
+    """Whether every gradient, of its student's dtype, has room in its teacher's feature.
+
+    An inference tensor has none: what is done to the gradient in place later would be an error.
+    """
+    pairs = zip(levels.student, levels.teacher, strict=True)
+    return all(s.dtype == t.dtype and not t.is_inference() for s, t in pairs)
 
 
 def give_up(teacher: Sequence[Tensor]) -> None:
     """Mark features whose content is, or may soon be, gone; autograd is told as of any change in place."""
-    torch.autograd.graph.increment_version([t for t in teacher if not t.is_inference()])
+    torch.autograd.graph.increment_version(teacher)
     for t in teacher:
-        setattr(t.untyped_storage(), _MARK, _version(t))
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
+        setattr(t.untyped_storage(), _MARK, t._version)
 
 
 def _was_given_up(t: Tensor) -> bool:
@@ -70,7 +72,7 @@ def _was_given_up(t: Tensor) -> bool:
     except (NotImplementedError, RuntimeError):  # a wrapper, of torch.func say, has none
         return False
     mark = getattr(storage, _MARK, None)
-    return mark is not None and mark == _version(t)  # else it was filled anew since
+    return mark is not None and not t.is_inference() and mark == t._version  # else it was filled anew since
 
 
 def _memory(x: Tensor) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import InfoMap
+from fastkd import InfoMap, buffers
 
 SHAPES = [(2, 7, 5, 3), (2, 64, 13, 13), (1, 3, 1, 1), (3, 257, 4, 6)]
 LAYOUTS = ("contiguous", "channels_last", "cropped", "teacher_channels_last", "student_channels_last", "expanded")
@@ -94,6 +96,17 @@ def loss_and_gradients(loss: Tensor, student: list[Tensor]) -> list[Tensor]:
     """The losses of all levels, then the student's gradients under a random upstream gradient."""
     upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype, device=loss.device).view_as(loss)
     return [loss.detach(), *torch.autograd.grad(loss, student, upstream)]
+
+
+def allocated(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes that a call takes of PyTorch's allocator, and its result; memory that fastkd keeps is not at hand."""
+    with (
+        mock.patch.object(buffers, "_can_map", False),
+        torch.profiler.profile(profile_memory=True) as profile,
+    ):
+        result = run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
+    return sum(e.nbytes() for e in events), result
 
 
 INFO_MAPS = [

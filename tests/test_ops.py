@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from samples import (
     INFO_MAPS,
     LAYOUTS,
     SHAPES,
+    allocated,
     interpreted,
     levels,
     loss_and_gradients,
@@ -138,14 +138,11 @@ def test_no_feature_sized_temporary_is_allocated(dtype: torch.dtype) -> None:
     cells = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in student)
     gradient = sum(x.numel() * x.element_size() for x in student)
 
-    def allocated(run: Callable[[], Any]) -> tuple[int, Any]:
-        run()
-        with torch.profiler.profile(profile_memory=True) as profile:
-            result = run()
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
-        return sum(e.nbytes() for e in events), result
+    def run() -> Tensor:
+        return fastkd.distill_loss(**sample, backend="cpp", one_pass=False)
 
-    forward, loss = allocated(lambda: fastkd.distill_loss(**sample, backend="cpp", one_pass=False))
+    run()
+    forward, loss = allocated(run)
     # the map, the prior brought to contiguous float32, and less than 16 KiB of vectors and scalars
     assert forward <= 2 * 4 * cells + 16384
     backward, _ = allocated(lambda: torch.autograd.grad(loss, student, retain_graph=True))
