@@ -23,6 +23,7 @@ from fastkd.yolov3 import DetectionLoss, YOLOv3, YOLOv3Tiny
 BATCHES = (1, 4)
 PROVIDERS = ("no teacher", "fastkd", "eager", "torch.compile")
 ROUNDS = 5
+CACHES = 1 << 28  # bytes, more than any holds
 
 
 def random_targets(batch: int, boxes: int = 8) -> Tensor:
@@ -65,7 +66,10 @@ def make_step(provider: str, images: Tensor) -> tuple[Callable[[], None], Distil
 
 
 def loss_alone(distiller: Distiller, images: Tensor, compiled: bool) -> list[float]:
-    """Milliseconds of map, loss and gradient by themselves, on this model's features after the adapters."""
+    """Milliseconds of map, loss and gradient by themselves, on this model's features after the adapters.
+
+    From cold caches, as the rest of the step leaves them.
+    """
     caught: list[Any] = []
     hook = distiller.criterion.register_forward_pre_hook(lambda _, args: caught.append(args))
     with torch.no_grad():
@@ -80,9 +84,10 @@ def loss_alone(distiller: Distiller, images: Tensor, compiled: bool) -> list[flo
     criterion = DistillLoss(adapters=[nn.Identity() for _ in student], **options)
     if compiled:
         criterion.compile(dynamic=False)
-    times = []
+    times, swept = [], torch.empty(CACHES // 4)
     for _ in range(16):
         own = [t.clone() for t in teacher] if reuses else teacher
+        swept.add_(1)
         times.append(milliseconds(lambda own=own: torch.autograd.grad(criterion(student, own), student)))
     return times[4:]  # the first calibrate and warm up
 

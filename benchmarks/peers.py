@@ -27,7 +27,6 @@ class ScoreWeighted:
     def __init__(self, teacher: Sequence[Tensor]) -> None:
         generator = torch.Generator().manual_seed(1)
         self.scores = [torch.randn(len(t), 80, *t.shape[2:], generator=generator).sigmoid() for t in teacher]
-        self.prior = [x.amax(1) for x in self.scores]
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         losses = []
@@ -37,7 +36,8 @@ class ScoreWeighted:
         return torch.stack(losses).sum()
 
     def ours(self, student: Sequence[Tensor], teacher: Sequence[Tensor], backend: str | None = None) -> Tensor:
-        return fastkd.distill_loss(student, teacher, info_map="score", prior=self.prior, backend=backend)
+        prior = [x.amax(1) for x in self.scores]
+        return fastkd.distill_loss(student, teacher, info_map="score", prior=prior, backend=backend)
 
 
 class FineGrained:

@@ -75,17 +75,17 @@ def one(rows: Iterable[Row], **wanted: Any) -> Row:
     return row
 
 
-def faster(row: Row, other: str) -> float:
-    """How many times as fast as another in the same rounds: times of one round share the machine's speed."""
-    return median_ratio(row["rounds"][other], row["ms"])
+def faster(row: Row, other: str) -> list[float]:
+    """How many times as fast as another in each round: times of one round share the machine's speed."""
+    return ratios(row["rounds"][other], row["ms"])
 
 
-def over_floor(row: Row) -> float:
-    return median_ratio(row["ms"], row["floor_ms"])
+def over_floor(row: Row) -> list[float]:
+    return ratios(row["ms"], row["floor_ms"])
 
 
-def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    return statistics.median(x / y for x, y in zip(times, others, strict=True))
+def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [x / y for x, y in zip(times, others, strict=True)]
 
 
 def exponent(rows: Sequence[Row], least_bytes: int = 8 << 20) -> float:
@@ -104,9 +104,9 @@ def table(rows: Sequence[Row], beside: Sequence[str] = ()) -> list[str]:
         "|---|---|" + "---|" * (len(beside) + 3),
     ]
     for r in rows:
-        factors = "".join(f"{faster(r, rival):.2f} | " for rival in beside)
+        factors = "".join(f"{statistics.median(faster(r, rival)):.2f} | " for rival in beside)
         peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.1f}"
-        own = f"{over_floor(r):.2f} | {r['faults']} | {peak} |"
+        own = f"{statistics.median(over_floor(r)):.2f} | {r['faults']} | {peak} |"
         lines.append(f"| {r['provider']} | {quartiles(r['ms'])} | {factors}{own}")
     return [*lines, f"| *floor* | {quartiles(rows[0]['floor_ms'])} | {'| ' * len(beside)}1 | 0 | |", ""]
 
@@ -122,18 +122,19 @@ BESIDE = ("eager", "torch.compile")
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
-    lines = ["| target, `same6`, float32 | asked | measured | |", "|---|---|---|---|"]
+    lines = ["| target, `same6`, float32 | asked | measured, median (quartiles) | |", "|---|---|---|---|"]
     batch = pick(rows, group="batch")
     for who, whom, factor, batches in TARGETS:
         measured = []
         for n in batches:
             row = one(batch, provider=who, batch=n)
-            ratio = over_floor(row) if whom is None else faster(row, whom)
-            measured.append((n, ratio, ratio <= factor if whom is None else ratio >= factor))
+            found = over_floor(row) if whom is None else faster(row, whom)
+            ratio = statistics.median(found)
+            measured.append((n, quartiles(found), ratio <= factor if whom is None else ratio >= factor))
         asked = f"at most {factor:g} × the floor" if whom is None else f"at least {factor:g} × as fast as {whom}"
-        got = ", ".join(f"{ratio:.2f} (N = {n})" for n, ratio, _ in measured)
+        got = "; ".join(f"N = {n}: {found}" for n, found, _ in measured)
         lines.append(f"| {who} | {asked} | {got} | {verdict([ok for *_, ok in measured])} |")
-    lines += [linear_target(rows), half_target(rows), ""]
+    lines += [*(linear_target(rows, who) for who in ("fastkd", "fastkd, in place")), half_target(rows), ""]
     return lines
 
 
@@ -141,11 +142,11 @@ def verdict(fulfilled: Sequence[bool]) -> str:
     return "met" if all(fulfilled) else "missed" if not any(fulfilled) else "in part"
 
 
-def linear_target(rows: Sequence[Row]) -> str:
-    of = {g: exponent(pick(rows, group=g, provider="fastkd, in place")) for g in ("sweep N", "sweep HW", "sweep C")}
+def linear_target(rows: Sequence[Row], who: str) -> str:
+    of = {g: exponent(pick(rows, group=g, provider=who)) for g in ("sweep N", "sweep HW", "sweep C")}
     got = ", ".join(f"{x:.2f} ({g.removeprefix('sweep ')})" for g, x in of.items())
     fulfilled = verdict([abs(x - 1) <= 0.05 for x in of.values()])
-    return f"| fastkd, in place | cost grows with exponent 1.0 ± 0.05 | {got} | {fulfilled} |"
+    return f"| {who} | cost grows with exponent 1.0 ± 0.05 | {got} | {fulfilled} |"
 
 
 def half_target(rows: Sequence[Row]) -> str:
