@@ -19,8 +19,9 @@ $(VENV)/installed: $(SOURCES)
 demo: setup
 	$(BIN)/fastkd demo
 
+# passive: the threads of two workers share two cores, and must not wait for each other by spinning
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check

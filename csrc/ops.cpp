@@ -44,27 +44,8 @@ struct Work {
 };
 
 template <class Acc>
-std::vector<Work> blocks(const std::vector<Level<Acc>>& levels) {
-  std::vector<Work> work;
-  for (size_t l = 0; l < levels.size(); ++l)
-    for (int64_t n = 0; n < levels[l].images && levels[l].channels; ++n)
-      for (int64_t p = 0, step = block_cells(levels[l]); p < levels[l].cells(); p += step)
-        work.push_back({int64_t(l), n, p, p + step < levels[l].cells() ? p + step : levels[l].cells()});
-  return work;
-}
-
-template <class Acc>
 int64_t image_elements(const Level<Acc>& level) {
   return level.channels * level.cells();
-}
-
-template <class Acc>
-std::vector<Work> whole_images(const std::vector<Level<Acc>>& levels) {
-  std::vector<Work> work;
-  for (size_t l = 0; l < levels.size(); ++l)
-    for (int64_t n = 0; n < levels[l].images && levels[l].channels && levels[l].cells(); ++n)
-      work.push_back({int64_t(l), n, 0, levels[l].cells()});
-  return work;
 }
 
 // Calls f(index) for all work, each thread taking the next piece when it is done with one: pieces differ in size, and
@@ -102,6 +83,32 @@ bool images_balance(const std::vector<Level<Acc>>& levels) {
   return largest * int64_t(torch::stable::get_num_threads()) <= elements(levels);
 }
 
+// Images in pieces of block(level) cells.
+template <class Acc, class F>
+std::vector<Work> pieces(const std::vector<Level<Acc>>& levels, const F& block) {
+  std::vector<Work> work;
+  for (size_t l = 0; l < levels.size(); ++l) {
+    const int64_t cells = levels[l].channels ? levels[l].cells() : 0, step = block(levels[l]);
+    for (int64_t n = 0; n < levels[l].images; ++n)
+      for (int64_t p = 0; p < cells; p += step) work.push_back({int64_t(l), n, p, p + step < cells ? p + step : cells});
+  }
+  return work;
+}
+
+template <class Acc>
+std::vector<Work> whole_images(const std::vector<Level<Acc>>& levels) {
+  return pieces(levels, [](const Level<Acc>& level) { return level.cells(); });
+}
+
+// Whole images where those keep all threads busy, as memory is read fastest in long runs; else pieces of them.
+template <class Acc>
+std::vector<Work> blocks(const std::vector<Level<Acc>>& levels) {
+  const bool whole = images_balance(levels);
+  return pieces(levels, [&](const Level<Acc>& level) {
+    return whole ? level.cells() : channels_last(level) ? 128 : kRun;
+  });
+}
+
 // Whether the elements of an image's gradient lie in one row of memory, in the order in which kernels write them.
 template <class Acc>
 bool dense_gradient(const Level<Acc>& level) {
@@ -121,10 +128,11 @@ void choose_streams(std::vector<Level<Acc>>& levels) {
 }
 
 template <class Acc>
-void run_pieces(const std::vector<Level<Acc>>& levels, const std::vector<Work>& pieces, const Options& options,
+void run_pieces(const std::vector<Level<Acc>>& levels, const Options& options,
                 void (*kernel)(const Level<Acc>&, const Options&, int64_t, int64_t, int64_t)) {
-  for_each(pieces.size(), is_small(levels), [&](size_t i) {
-    const Work& w = pieces[i];
+  const std::vector<Work> work = blocks(levels);
+  for_each(work.size(), is_small(levels), [&](size_t i) {
+    const Work& w = work[i];
     kernel(levels[w.level], options, w.image, w.begin, w.end);
   });
 }
@@ -181,7 +189,7 @@ struct Cpu {
   template <class Acc>
   static void forward(Call<Acc>& call, const Tensor&, int64_t cells, Acc* losses, Acc* mass) {
     Pass<Acc> pass(call, cells);
-    run_pieces(call.levels, blocks(call.levels), call.options, pass.run.measure);
+    run_pieces(call.levels, call.options, pass.run.measure);
     pass.each_image([&](size_t i) {
       pass.weigh(i);
       pass.sum_loss(i);
@@ -209,12 +217,11 @@ struct Cpu {
       });
       pass.total(pass.image_mass, pass.mass);
     } else {
-      const auto pieces = blocks(call.levels);
-      run_pieces(call.levels, pieces, call.options, pass.run.score);
+      run_pieces(call.levels, call.options, pass.run.score);
       pass.each_image([&](size_t i) { pass.weigh(i); });
       pass.total(pass.image_mass, pass.mass);
       pass.slopes(upstream);
-      run_pieces(call.levels, pieces, call.options, pass.run.imitate);
+      run_pieces(call.levels, call.options, pass.run.imitate);
       pass.each_image([&](size_t i) { pass.sum_loss(i); });
     }
     pass.total(pass.image_loss, pass.loss);
@@ -233,7 +240,7 @@ struct Cpu {
       levels.back().slope = Acc(double(g) * call.weights[l] / z);
     }
     choose_streams(levels);
-    run_pieces(levels, blocks(levels), call.options, kernels<Acc>().differentiate);
+    run_pieces(levels, call.options, kernels<Acc>().differentiate);
   }
 
   template <class Acc>
@@ -245,7 +252,7 @@ struct Cpu {
       levels.push_back(call.levels[l]);
       levels.back().slope = Acc(double(g) / double(assumed[l]));
     }
-    run_pieces(levels, blocks(levels), call.options, kernels<Acc>().rescale);
+    run_pieces(levels, call.options, kernels<Acc>().rescale);
   }
 };
 

@@ -39,10 +39,4 @@ bool channels_last(const Level<Acc>& level) {
   return level.student.channel_stride == 1 && level.channels > 1;
 }
 
-// How many cells a unit of work holds, where threads share an image.
-template <class Acc>
-int64_t block_cells(const Level<Acc>& level) {
-  return channels_last(level) ? 128 : kRun;
-}
-
 }  // namespace fastkd::cpu

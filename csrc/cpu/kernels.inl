@@ -29,7 +29,7 @@ inline void narrow(double x, float& out) { out = float(x); }
 inline void narrow(float x, BFloat16& out) {  // to nearest, ties to even; a NaN stays one
   const uint32_t bits = as_bits(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out.x = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  out.x = uint16_t(x != x ? 0x7fc0 : rounded);
 }
 inline void narrow(double x, BFloat16& out) { narrow(float(x), out); }
 inline void narrow(float x, Half& out) { out = Half(x); }
@@ -65,9 +65,12 @@ inline void narrow_run(const Acc* from, T* to, int64_t stride, int64_t count) {
     for (; j < count; ++j) narrow(from[j], to[j * stride]);
 }
 
+constexpr int64_t kLine = 64;  // bytes that memory is moved in
+
 // Copies past the caches: a line that is written whole need not be read first, nor push out what is still needed.
-template <class T>
-inline void stream_run(const T* from, T* to, int64_t count) {
+// Calls meanwhile(first byte) for each line, to have something read while these are written.
+template <class T, class F>
+inline void stream_run(const T* from, T* to, int64_t count, const F& meanwhile) {
   int64_t j = 0;
 #if defined(__x86_64__)
   // parts of a line, which the next run completes: 4 or 8 bytes at a time, as an ordinary store would read the line
@@ -106,9 +109,12 @@ inline void stream_run(const T* from, T* to, int64_t count) {
     _mm_stream_si128(reinterpret_cast<Vector*>(p), _mm_loadu_si128(reinterpret_cast<const Vector*>(x)));
   };
 #endif
-  constexpr int64_t lanes = int64_t(sizeof(Vector) / sizeof(T));
-  stream_until(count, sizeof(Vector));
-  for (; j + lanes <= count; j += lanes) stream(to + j, from + j);
+  constexpr int64_t lanes = int64_t(sizeof(Vector) / sizeof(T)), line = int64_t(kLine / sizeof(T));
+  stream_until(count, kLine);
+  for (; j + line <= count; j += line) {
+    for (int64_t k = 0; k < line; k += lanes) stream(to + j + k, from + j + k);
+    meanwhile(j * int64_t(sizeof(T)));
+  }
   stream_until(count, 0);
 #endif
   for (; j < count; ++j) to[j] = from[j];
@@ -214,19 +220,45 @@ inline void store(const E* buffer, const Feature& f, const Run& run) {
       });
 }
 
+inline int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// Fetches what a sweep reads next while it writes: a thread can wait for few lines at a time, and finds them there.
+struct Ahead {
+  uintptr_t student = 0, teacher = 0;
+
+  Ahead() = default;
+  // From the element of this offset in the gradient on, in features that lie as the gradient does.
+  template <class Acc>
+  Ahead(const Level<Acc>& level, int64_t offset) {
+    const auto place = [&](const Feature& f) {
+      const bool same = f.dtype == level.grad.dtype && f.image_stride == level.grad.image_stride &&
+                        f.channel_stride == level.grad.channel_stride && f.row_stride == level.grad.row_stride &&
+                        f.column_stride == level.grad.column_stride;
+      return same ? reinterpret_cast<uintptr_t>(f.data) + uintptr_t(offset * element_size(f.dtype)) : 0;
+    };
+    student = place(level.student);
+    teacher = place(level.teacher);
+  }
+  void operator()(int64_t bytes) const {
+    if (student) __builtin_prefetch(reinterpret_cast<const char*>(student + uintptr_t(bytes)), 0, 2);
+    if (teacher) __builtin_prefetch(reinterpret_cast<const char*>(teacher + uintptr_t(bytes)), 0, 2);
+  }
+};
+
 // Puts `count` elements that are neighbours in memory in their place past the caches.
 template <class E>
-inline void stream(const E* buffer, const Feature& f, int64_t offset, int64_t count) {
+inline void stream(const E* buffer, const Feature& f, int64_t offset, int64_t count, const Ahead& ahead) {
   with_type(f.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* const to = static_cast<T*>(f.data) + offset;
     if constexpr (std::is_same_v<T, E>) {
-      stream_run(buffer, to, count);
+      stream_run(buffer, to, count, ahead);
     } else if constexpr (!std::is_same_v<E, BFloat16>) {
-      alignas(64) T narrowed[kRun];
+      alignas(kLine) T narrowed[kRun];
       for (int64_t j = 0; j < count; j += kRun) {
         narrow_run(buffer + j, narrowed, 1, smaller(kRun, count - j));
-        stream_run(narrowed, to + j, smaller(kRun, count - j));
+        stream_run(narrowed, to + j, smaller(kRun, count - j),
+                   [&](int64_t bytes) { ahead(j * int64_t(sizeof(T)) + bytes); });
       }
     }
   });
@@ -251,21 +283,22 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
-// A pair (mean, rstd) of each channel; identity where the level has none.
+// The mean and rstd of each channel; identity where the level has none.
 template <class Acc>
 struct Moments {
   const Acc *mean, *rstd;
   explicit Moments(const Level<Acc>& level) : mean(level.mean), rstd(level.rstd) {}
   Acc mean_of(int64_t c) const { return mean ? mean[c] : Acc(0); }
   Acc rstd_of(int64_t c) const { return mean ? rstd[c] : Acc(1); }
-};
 
-template <class E, class Acc>
-inline void standardise_run(const E* t, const Moments<Acc>& moments, int64_t channel, int64_t count, Acc* out) {
-  const Acc *mean = moments.mean + channel, *rstd = moments.rstd + channel;
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) out[j] = (widen(t[j]) - mean[j]) * rstd[j];
-}
+  // Calls f with what standardises an element of channel c + j.
+  template <class F>
+  FASTKD_INLINE void from(int64_t c, const F& f) const {
+    if (!mean) return f([](int64_t, Acc x) { return x; });
+    const Acc *m = mean + c, *r = rstd + c;
+    f([m, r](int64_t j, Acc x) { return (x - m[j]) * r[j]; });
+  }
+};
 
 // e of a cell from its summed score terms
 template <Score S>
@@ -404,8 +437,12 @@ template <class E, class Acc>
 inline void stream_channels(const Level<Acc>& level, int64_t image, int64_t channel, int G, int64_t begin,
                             int64_t count, const E* from) {
   const int64_t offset = cells_run(level, level.grad, image, channel, begin, count).offset;
-  if (count == level.cells()) return stream(from, level.grad, offset, G * count);
-  for (int g = 0; g < G; ++g) stream(from + g * count, level.grad, offset + g * level.grad.channel_stride, count);
+  const int64_t stride = level.grad.channel_stride;
+  const auto ahead = [&](int g) {  // the same channel of the next group
+    return channel + G < level.channels ? Ahead(level, offset + (G + g) * stride) : Ahead();
+  };
+  if (count == level.cells()) return stream(from, level.grad, offset, G * count, ahead(0));
+  for (int g = 0; g < G; ++g) stream(from + g * count, level.grad, offset + g * stride, count, ahead(g));
 }
 
 // Channel by channel, in the order of memory, so that the processor's prefetching follows.
@@ -489,52 +526,40 @@ void entropy_cells(const Level<Acc>& level, const Options& options, int64_t imag
 
 // ---- a run = channels of one cell ----
 
-// Calls f(student, standardised teacher, first channel, count) for each run of the cell's channels.
+// Calls f(student, teacher, first channel, count) for each run of the cell's channels.
 template <bool kStudent, class E, class Acc, class F>
 inline void each_channels_run(const Level<Acc>& level, int64_t image, int64_t cell, const F& f) {
-  alignas(64) E student_buffer[kRun], teacher_buffer[kRun];
-  alignas(64) Acc standardised[kRun];
-  const Moments<Acc> moments(level);
+  alignas(kLine) E student_buffer[kRun], teacher_buffer[kRun];
   for (int64_t c = 0; c < level.channels; c += kRun) {
     const int64_t count = smaller(kRun, level.channels - c);
     const E *s = nullptr, *t;
     if constexpr (kStudent)
       s = load<E, Acc>(level.student, channels_run(level, level.student, image, cell, c, count), student_buffer);
     t = load<E, Acc>(level.teacher, channels_run(level, level.teacher, image, cell, c, count), teacher_buffer);
-    if (!moments.mean) {
-      f(s, t, c, count);
-    } else {
-      standardise_run(t, moments, c, count, standardised);
-      f(s, static_cast<const Acc*>(standardised), c, count);
-    }
+    f(s, t, c, count);
   }
 }
 
-constexpr int kLanes = 64;  // sums side by side: short chains of additions are faster and more accurate
+constexpr int kLanes = 32;  // sums side by side, in registers: short chains of additions are faster and more accurate
 
-template <class Acc>
-struct CellSums {
-  alignas(64) Acc e[kLanes] = {}, d[kLanes] = {};
-};
-
-template <int kParts, Score S, Penalty P, class E, class T, class Acc>
-inline void combine_lane(const E* s, const T* t, Acc beta, Acc slope, Acc& e, Acc& d, E* grad) {
-  const Acc x = widen(*t);
-  if constexpr (kParts & kScore) e += score_term<S>(x);
-  if constexpr (kParts & kDistance) d += penalty<P>(widen(*s) - x, beta);
-  if constexpr (kParts & kGradient) narrow(slope * penalty_slope<P>(widen(*s) - x, beta), *grad);
+template <int kParts, Score S, Penalty P, class E, class Acc>
+FASTKD_INLINE void combine_lane(E s, Acc t, Acc beta, Acc slope, Acc& e, Acc& d, E& grad) {
+  if constexpr (kParts & kScore) e += score_term<S>(t);
+  if constexpr (kParts & kDistance) d += penalty<P>(widen(s) - t, beta);
+  if constexpr (kParts & kGradient) narrow(slope * penalty_slope<P>(widen(s) - t, beta), grad);
 }
 
-template <int kParts, Score S, Penalty P, class E, class T, class Acc>
-inline void combine_run(const E* s, const T* t, int64_t count, Acc beta, Acc slope, Acc* __restrict e,
-                        Acc* __restrict d, E* grad) {
+template <int kParts, Score S, Penalty P, class E, class Acc, class F>
+FASTKD_INLINE void combine_run(const E* s, const E* t, const F& standardise, int64_t count, Acc beta, Acc slope,
+                               Acc* __restrict e, Acc* __restrict d, E* __restrict grad) {
+  const auto combine = [&](int64_t j, int k) {
+    combine_lane<kParts, S, P>(s[j], standardise(j, Acc(widen(t[j]))), beta, slope, e[k], d[k], grad[j]);
+  };
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes)
 #pragma omp simd
-    for (int k = 0; k < kLanes; ++k)
-      combine_lane<kParts, S, P>(s + j + k, t + j + k, beta, slope, e[k], d[k], grad + j + k);
-  for (int k = 0; j + k < count; ++k)
-    combine_lane<kParts, S, P>(s + j + k, t + j + k, beta, slope, e[k], d[k], grad + j + k);
+    for (int k = 0; k < kLanes; ++k) combine(j + k, k);
+  for (int k = 0; j + k < count; ++k) combine(j + k, k);
 }
 
 template <class Acc>
@@ -549,21 +574,26 @@ template <int kParts, Score S, Penalty P, class E, class Acc>
 void sweep_channels(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end,
                     double* e, double* d) {
   constexpr bool kStream = kParts & kStreams;  // in bursts: a store behind one that streams would wait for it
-  alignas(64) E buffer[kStream ? kBlock : kRun];
+  alignas(kLine) E buffer[kStream ? kBlock : kRun];
   int64_t filled = 0, streamed = image * level.grad.image_stride + begin * level.channels;
-  const auto flush = [&] {
-    stream(buffer, level.grad, streamed, filled);
+  const auto flush = [&](bool last) {
+    stream(buffer, level.grad, streamed, filled, last ? Ahead() : Ahead(level, streamed + filled));
     streamed += filled;
     filled = 0;
   };
   const Acc beta = Acc(options.beta);
+  const Moments<Acc> moments(level);
   for (int64_t cell = begin; cell < end; ++cell) {
-    CellSums<Acc> sums;
+    Acc e_sums[kLanes] = {}, d_sums[kLanes] = {};
     const Acc slope = kParts & kGradient ? level.slope * level.map[image * level.cells() + cell] : Acc(0);
-    each_channels_run<kParts != kScore, E>(level, image, cell, [&](auto* s, auto* t, int64_t c, int64_t count) {
-      const auto combine = [&](E* grad) { combine_run<kParts, S, P>(s, t, count, beta, slope, sums.e, sums.d, grad); };
+    each_channels_run<kParts != kScore, E>(level, image, cell, [&](const E* s, const E* t, int64_t c, int64_t count) {
+      const auto combine = [&](E* grad) {
+        moments.from(c, [&](const auto& standardise) {
+          combine_run<kParts, S, P>(s, t, standardise, count, beta, slope, e_sums, d_sums, grad);
+        });
+      };
       if constexpr (kStream) {
-        if (filled + count > kBlock) flush();
+        if (filled + count > kBlock) flush(false);
         combine(buffer + filled);
         filled += count;
       } else if constexpr (kParts & kGradient) {
@@ -575,32 +605,40 @@ void sweep_channels(const Level<Acc>& level, const Options& options, int64_t ima
         combine(buffer);
       }
     });
-    if constexpr (kParts & kScore) e[cell - begin] = finish_score<S>(sum_lanes(sums.e), level.channels);
-    if constexpr (kParts & kDistance) d[cell - begin] = sum_lanes(sums.d);
+    if constexpr (kParts & kScore) e[cell - begin] = finish_score<S>(sum_lanes(e_sums), level.channels);
+    if constexpr (kParts & kDistance) d[cell - begin] = sum_lanes(d_sums);
   }
-  if constexpr (kStream) flush();
+  if constexpr (kStream) flush(true);
 }
 
 template <class Acc>
 void entropy_channels(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end,
                       double* e) {
   const Acc temperature = Acc(options.temperature);
+  const Moments<Acc> moments(level);
   for (int64_t cell = begin; cell < end; ++cell) {
     Acc highest = -__builtin_inf();
-    each_channels_run<false, Acc>(level, image, cell, [&](const Acc*, const Acc* t, int64_t, int64_t count) {
+    each_channels_run<false, Acc>(level, image, cell, [&](const Acc*, const Acc* t, int64_t c, int64_t count) {
+      moments.from(c, [&](const auto& standardise) {
 #pragma omp simd reduction(max : highest)
-      for (int64_t j = 0; j < count; ++j) highest = t[j] > highest ? t[j] : highest;
+        for (int64_t j = 0; j < count; ++j) {
+          const Acc x = standardise(j, t[j]);
+          highest = x > highest ? x : highest;
+        }
+      });
     });
     double sum = 0, weighted = 0;
-    each_channels_run<false, Acc>(level, image, cell, [&](const Acc*, const Acc* t, int64_t, int64_t count) {
+    each_channels_run<false, Acc>(level, image, cell, [&](const Acc*, const Acc* t, int64_t c, int64_t count) {
       Acc sum_part = 0, weighted_part = 0;
+      moments.from(c, [&](const auto& standardise) {
 #pragma omp simd reduction(+ : sum_part, weighted_part)
-      for (int64_t j = 0; j < count; ++j) {
-        const Acc u = logit(t[j], highest, temperature);
-        const Acc p = exponential(u);
-        sum_part += p;
-        weighted_part += u * p;
-      }
+        for (int64_t j = 0; j < count; ++j) {
+          const Acc u = logit(standardise(j, t[j]), highest, temperature);
+          const Acc p = exponential(u);
+          sum_part += p;
+          weighted_part += u * p;
+        }
+      });
       sum += double(sum_part);
       weighted += double(weighted_part);
     });
