@@ -58,8 +58,9 @@ class Upstreams:
         before = self._last.get(key)
         steady = before is not None and before.values == values  # on a device nobody looks: taken for steady
         kept = before.gradient if before and steady and values is not None else gradient.detach().clone()
-        self._last[key] = Upstream(kept, values, steady)
-        return self._last[key]
+        this = Upstream(kept, values, steady)
+        self._last[key] = this  # where another thread may put its own before this one returns
+        return this
 
 
 def _is_captured(device: torch.device) -> bool:

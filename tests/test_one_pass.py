@@ -174,6 +174,21 @@ def test_a_changed_upstream_gradient_is_applied(backend: str) -> None:
             assert_same_bits(step(sample, scale, backend=backend), expected)
 
 
+def test_what_another_thread_gets_is_not_taken_for_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Overtaken(dict):  # type: ignore[type-arg]
+        """Another thread remembers another upstream gradient before the writer goes on."""
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            super().__setitem__(key, one_pass_module.Upstream(torch.ones(1), [1.0]))
+
+    upstreams = one_pass_module.Upstreams()
+    upstreams._last = Overtaken()
+    monkeypatch.setattr(loss_module, "SHARED", upstreams)
+    sample = levels(shapes=[(2, 7, 5, 3)])
+    expected = step(sample, 3.0, one_pass=False, backend="cpp")
+    assert_same_bits(step(sample, 3.0, one_pass=True, backend="cpp"), expected)
+
+
 @pytest.mark.parametrize("one_pass", [None, False, True])
 def test_statistics_that_change_before_the_backward_are_told_by_autograd(one_pass: bool | None) -> None:
     student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
