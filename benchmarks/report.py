@@ -134,6 +134,9 @@ def targets(rows: Sequence[Row]) -> list[str]:
         asked = f"at most {factor:g} × the floor" if whom is None else f"at least {factor:g} × as fast as {whom}"
         got = "; ".join(f"N = {n}: {found}" for n, found, _ in measured)
         lines.append(f"| {who} | {asked} | {got} | {verdict([ok for *_, ok in measured])} |")
+    most = [(n, quartiles(over_floor(one(batch, provider="eager", batch=n)))) for n in (1, 4, 16)]
+    got = "; ".join(f"N = {n}: {found}" for n, found in most)
+    lines.append(f"| *the floor* | to compare with: times as fast as eager | {got} | |")
     lines += [*(linear_target(rows, who) for who in ("fastkd", "fastkd, in place")), half_target(rows), ""]
     return lines
 

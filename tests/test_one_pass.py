@@ -186,7 +186,8 @@ def test_what_another_thread_gets_is_not_taken_for_this_ones(monkeypatch: pytest
     monkeypatch.setattr(loss_module, "SHARED", upstreams)
     sample = levels(shapes=[(2, 7, 5, 3)])
     expected = step(sample, 3.0, one_pass=False, backend="cpp")
-    assert_same_bits(step(sample, 3.0, one_pass=True, backend="cpp"), expected)
+    for _ in range(2):  # from the second on the forward writes for that of the other thread
+        assert_same_bits(step(sample, 3.0, one_pass=True, backend="cpp"), expected)
 
 
 @pytest.mark.parametrize("one_pass", [None, False, True])
