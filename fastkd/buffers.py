@@ -7,7 +7,9 @@ has them, it costs nothing. Storages of such gradients cannot be resized.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 import threading
 import weakref
 from collections import deque
@@ -51,7 +53,10 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _lend(x: Tensor) -> Tensor:
-    block = _take(x.nbytes)
+    try:
+        block = _take(x.nbytes)
+    except OSError:  # as many mappings as the system allows
+        return torch.empty_like(x)
     lease = memoryview(block)  # the tensor's storage holds it
     weakref.finalize(lease, _returned.append, block).atexit = False
     return torch.frombuffer(lease, dtype=x.dtype, count=x.numel()).as_strided(x.shape, x.stride())
@@ -64,8 +69,18 @@ def _take(size: int) -> mmap.mmap:
         return _free.pop(min(fits, key=lambda i: len(_free[i][1])))[1]
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
+
+def _renew_lock() -> None:
+    """In a child process: the thread that held it may not be there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 _can_map = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")

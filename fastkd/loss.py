@@ -64,7 +64,8 @@ def distill_loss(
             allocated: use them before, they are gone afterwards. Nor may that memory be filled again, by a teacher that
             writes into the same buffers say, while the gradient is held: in the ``.grad`` of a leaf, for example. For
             eager calls of a compiled backend, where all teacher features have their student's dtype, none was made in
-            ``torch.inference_mode``, and a gradient is needed; else nothing is overwritten.
+            ``torch.inference_mode``, no hooks on saved tensors are at work (activation checkpointing), and a gradient
+            is needed; else nothing is overwritten.
         one_pass: let the forward write the gradient too, for the upstream gradient of the last backward; the backward
             computes it anew where another comes (scales it, where it replaced the teacher). None: where that was
             measured to be faster, on the CPU, as long as the upstream gradient stays the same from step to step.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,17 @@ from fastkd.levels import Levels
 NO_SECOND_DERIVATIVE = (
     "fastkd: the compiled backends have no second derivative; for a double backward use backend='reference'"
 )
-SCALABLE = (1e-20, 1e20)  # sizes of upstream gradients: scaling from one to another neither over- nor underflows
+SCALABLE = (1e-10, 1e10)  # sizes of upstream gradients: scaling from these to 1e-27 to 1e27 stays within float32
+KEYS = 64  # uses of a loss that are told apart
+
+
+class Key(NamedTuple):
+    """What tells one use of a loss from another."""
+
+    device: torch.device
+    stream: int  # whose work comes in order; 0 on the CPU
+    dtype: torch.dtype  # of the sums
+    channels: tuple[int, ...]
 
 
 class Upstream(NamedTuple):
@@ -46,12 +57,12 @@ class Upstreams:
     """
 
     def __init__(self) -> None:
-        self._last: dict[tuple[Any, ...], Upstream] = {}
+        self._last: dict[Key, Upstream] = {}
 
-    def get(self, key: tuple[Any, ...]) -> Upstream | None:
-        return None if _is_captured(key[0]) else self._last.get(key)
+    def get(self, key: Key) -> Upstream | None:
+        return None if _is_captured(key.device) else self._last.get(key)
 
-    def remember(self, key: tuple[Any, ...], gradient: Tensor) -> Upstream:
+    def remember(self, key: Key, gradient: Tensor) -> Upstream:
         if _is_captured(gradient.device):
             return Upstream(gradient)
         values = gradient.tolist() if gradient.device.type == "cpu" else None
@@ -60,6 +71,8 @@ class Upstreams:
         kept = before.gradient if before and steady and values is not None else gradient.detach().clone()
         this = Upstream(kept, values, steady)
         self._last[key] = this  # where another thread may put its own before this one returns
+        if len(self._last) > KEYS:
+            self._last.pop(next(iter(self._last)), None)
         return this
 
 
@@ -82,11 +95,12 @@ class Call:
     reuse_teacher_memory: bool
     upstreams: Upstreams
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """By device, dtype of the sums, widths and weights of the levels: what tells one use of a loss from another."""
+    @cached_property
+    def key(self) -> Key:
         x = self.levels
-        return x.student[0].device, x.dtype, *(s.shape[1] for s in x.student), *x.weights
+        device = x.student[0].device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return Key(device, stream, x.dtype, tuple(s.shape[1] for s in x.student))
 
     def expected(self) -> Upstream | None:
         """The upstream gradient to write for, or None where the backward shall compute the gradient."""
@@ -134,15 +148,16 @@ class _Distill(torch.autograd.Function):
         ctx.key, ctx.backend, ctx.constants = call.key, call.backend, (x.weights, *call.backward_codes)
         ctx.expected, ctx.gradient = call.expected(), None
         ctx.upstreams = None if call.one_pass is False else call.upstreams
-        ctx.in_teacher = call.reuse_teacher_memory and teacher_memory.fits(x)
+        ctx.in_teacher = call.reuse_teacher_memory and teacher_memory.fits(x) and not _saved_tensors_are_packed()
         if ctx.in_teacher:
             teacher_memory.give_up(x.teacher)
         if ctx.expected is not None:
             ctx.gradient = _room(x.student, x.teacher, ctx.needs_input_grad[1:], ctx.in_teacher)
         losses, mass, maps = call.run(ctx.expected.gradient if ctx.expected else None, ctx.gradient)
         connection = losses.new_empty(0)
-        is_final = ctx.in_teacher and ctx.gradient is not None
-        _save(ctx, connection, *(() if is_final else (mass, maps, *x.student, *x.teacher, *x.mean, *x.rstd)))
+        ctx.is_final = ctx.in_teacher and ctx.gradient is not None  # then of the teacher only its version matters
+        needed = x.teacher if ctx.is_final else (mass, maps, *x.student, *x.teacher, *x.mean, *x.rstd)
+        _save(ctx, connection, *needed)
         ctx.mark_non_differentiable(mass)
         ctx.set_materialize_grads(False)
         return losses, mass, connection
@@ -156,7 +171,9 @@ class _Distill(torch.autograd.Function):
         with torch.no_grad():
             gradient = _take_expected(ctx, upstream)
             if gradient is None:
-                gradient = _compute(ctx, upstream, saved) if saved else _rescale(ctx, upstream)
+                gradient = _rescale(ctx, upstream) if ctx.is_final else _compute(ctx, upstream, saved)
+            if not _graph_is_kept():
+                ctx.inference.clear()
         if torch.is_grad_enabled():  # of create_graph
             gradient = list(_Undifferentiable.apply(connection, *gradient))  # type: ignore[no-untyped-call]
         return None, *(g if needs else None for g, needs in zip(gradient, needed, strict=True))
@@ -217,8 +234,11 @@ def _rescale(ctx: Any, upstream: Tensor) -> list[Tensor]:
 def _room(
     student: Sequence[Tensor], teacher: Sequence[Tensor], needed: Sequence[bool], in_teacher: bool
 ) -> list[Tensor]:
-    """Where the gradient of each level goes; empty where none is needed."""
-    wanted = [t.detach() if in_teacher else s for s, t, needs in zip(student, teacher, needed, strict=True) if needs]
+    """Where the gradient of each level goes; empty where none is needed.
+
+    In the teacher's memory its changes are not counted as the teacher's, which stays known as given up.
+    """
+    wanted = [t.data if in_teacher else s for s, t, needs in zip(student, teacher, needed, strict=True) if needs]
     room = iter(wanted if in_teacher else buffers.empty_like(wanted))
     return [next(room) if needs else s.new_empty(0) for s, needs in zip(student, needed, strict=True)]
 
@@ -240,7 +260,8 @@ class _Undifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, connection: Tensor, *gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in gradient)
+        ctx.mark_dirty(*gradient)  # returned as they are, not as views, which could not be changed in place
+        return gradient
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

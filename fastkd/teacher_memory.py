@@ -44,9 +44,8 @@ def require_intact(teacher: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"teacher_feats[{i}]: expected the teacher's feature, but an earlier distill_loss with "
                 "reuse_teacher_memory=True was given its memory for the gradient; run the teacher again, or call that "
-                "loss with reuse_teacher_memory=False (as where it runs under activation checkpointing). If it was "
-                "filled in a way that PyTorch does not count (.data, NumPy, a CUDA graph's replay), say so by "
-                "torch.autograd.graph.increment_version(feature)"
+                "loss with reuse_teacher_memory=False. If it was filled in a way that PyTorch does not count (.data, "
+                "NumPy, a CUDA graph's replay), say so by torch.autograd.graph.increment_version(feature)"
             )
 
 
@@ -76,7 +75,8 @@ def _was_given_up(t: Tensor) -> bool:
 
 
 def _memory(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    storage = x.untyped_storage()
+    return storage.data_ptr() or storage._cdata  # a fake tensor's has no address
 
 
 def _overlaps_itself(x: Tensor) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -117,3 +119,27 @@ def test_threads_do_not_share_a_block() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(same, [1, 2, 4, 8] * 8))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_does_not_wait_for_a_thread_that_it_lacks() -> None:
+    with buffers._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if buffers._lock.acquire(blocking=False) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("call", ["madvise", "mmap"])
+def test_a_system_that_refuses_gets_ordinary_memory(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: Any) -> None:
+            raise OSError(22, "Invalid argument")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    expected = gradients()
+    buffers.release()
+    monkeypatch.setattr(mmap, "mmap", Refusing if call == "madvise" else refuse)
+    assert all(torch.equal(x, y) for x, y in zip(gradients(), expected, strict=True))

@@ -200,6 +200,19 @@ def test_statistics_that_change_before_the_backward_are_told_by_autograd(one_pas
         loss.backward()
 
 
+def test_uses_are_remembered_up_to_a_number_whatever_their_weights() -> None:
+    upstreams = one_pass_module.Upstreams()
+    for i in range(2 * one_pass_module.KEYS):
+        for weight in (1.0, 0.5):  # annealed, say
+            x = torch.ones(1, i + 1, 1, 1, requires_grad=True)
+            loss_module._distill_loss(
+                *([x], [torch.ones_like(x).detach()], "uniform", None, None, [weight], "l2", 1.0, None, "sum", "cpp"),
+                *(False, None, upstreams),
+            ).backward()
+    assert len(upstreams._last) == one_pass_module.KEYS
+    assert all(upstream.steady for upstream in upstreams._last.values())
+
+
 def test_grad_scaler_trains_as_without() -> None:
     results = []
     for one_pass in (False, True):
@@ -262,6 +275,17 @@ def test_gradients_accumulate_in_leaves(backend: str, reuse: bool) -> None:
         (2 * loss).backward()
     for x, first in zip(sample["student_feats"], once, strict=True):
         torch.testing.assert_close(x.grad, 9 * first)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_a_gradient_of_create_graph_may_be_changed_in_place(one_pass: bool) -> None:
+    sample = levels(shapes=[(2, 7, 5, 3)])
+    loss = fastkd.distill_loss(**sample, backend="cpp", one_pass=one_pass)
+    (gradient,) = torch.autograd.grad(loss, sample["student_feats"], create_graph=True)
+    expected = 2 * gradient.detach()
+    assert torch.equal(gradient.mul_(2), expected)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.sum(), sample["student_feats"])
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -401,7 +425,7 @@ def test_the_gradient_takes_the_teachers_memory(
 def test_the_gradient_that_took_the_teachers_memory_follows_its_factor() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         sample = levels(dtype, shapes=LARGE)
-        for factor in (1.0, 3.0, 3.0, 0.5, 1e-3, 1e-30, 1.0):
+        for factor in (1.0, 3.0, 3.0, 0.5, 1e-3, 1e-30, 1.0, 2e-20, 2e-20, 1e19, 9e19, 9e19, 1e-30):
             got = step(fresh(sample), factor, one_pass=True, reuse_teacher_memory=True, backend="cpp")
             expected = step(sample, factor, one_pass=False, backend="cpp")
             tolerance = 3 * torch.finfo(dtype).eps  # rounded twice
@@ -460,6 +484,24 @@ def test_a_teacher_that_was_given_up_is_refused(one_pass: bool) -> None:
     assert fastkd.distill_loss(**sample, backend="cpp", one_pass=one_pass, reuse_teacher_memory=True).isfinite()
 
 
+def test_a_change_of_the_gradient_makes_no_teacher_of_it() -> None:
+    for one_pass in (False, True):
+        sample = fresh(levels(shapes=[(2, 7, 5, 3)]))
+        for gradient in step(sample, one_pass=one_pass, reuse_teacher_memory=True, backend="cpp")[1:]:
+            gradient.mul_(2)  # as clipping does, and accumulation
+        with pytest.raises(ValueError, match="run the teacher again"):
+            fastkd.distill_loss(**sample)
+
+
+def test_a_teacher_that_is_filled_before_the_backward_is_told_by_autograd() -> None:
+    for one_pass in (False, True):
+        sample = fresh(levels(shapes=[(2, 7, 5, 3)]))
+        loss = fastkd.distill_loss(**sample, backend="cpp", one_pass=one_pass, reuse_teacher_memory=True)
+        sample["teacher_feats"][0].normal_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_what_else_needs_the_teacher_is_told_by_autograd() -> None:
     for one_pass in (False, True):
         sample = fresh(levels(shapes=[(2, 7, 5, 3)]))
@@ -469,17 +511,19 @@ def test_what_else_needs_the_teacher_is_told_by_autograd() -> None:
             (loss + other).backward()
 
 
-def test_under_checkpointing_the_recomputation_says_why_it_cannot_be() -> None:
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_under_checkpointing_the_teacher_stays(one_pass: bool) -> None:
     sample = fresh(levels(shapes=[(2, 7, 5, 3)]))
+    kept = [t.clone() for t in sample["teacher_feats"]]
+    expected = step(sample, one_pass=False, backend="cpp")[1:]
     (student,) = sample.pop("student_feats")
-    for one_pass in (False, True):
-        own = fresh(sample)
 
-        def loss(s: Tensor, own: dict[str, Any] = own, one_pass: bool = one_pass) -> Tensor:
-            return fastkd.distill_loss([s * 2], **own, backend="cpp", one_pass=one_pass, reuse_teacher_memory=True)
+    def loss(s: Tensor) -> Tensor:
+        return fastkd.distill_loss([s], **sample, backend="cpp", one_pass=one_pass, reuse_teacher_memory=True)
 
-        with pytest.raises(ValueError, match="activation checkpointing"):
-            checkpoint(loss, student, use_reentrant=False).backward()
+    checkpoint(loss, student, use_reentrant=False).backward()
+    assert_same_bits([student.grad], expected)
+    assert_same_bits(sample["teacher_feats"], kept)
 
 
 def test_memory_that_is_not_the_teachers_alone_is_refused() -> None:
