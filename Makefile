@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
-# 15 minutes at most on two cores, which should have nothing else to do
+# about 10 minutes on two cores, which must have nothing else to do: threads that wait for each other are not the loss
 bench: setup
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest -q -p no:xdist benchmarks/bench_loss.py benchmarks/bench_training.py --benchmark-quiet \

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastkd import Distiller, DistillLoss
 from fastkd.yolov3 import DetectionLoss, YOLOv3, YOLOv3Tiny
 
-ROUNDS = {1: 5, 4: 5, 16: 3}  # by batch
+ROUNDS = {1: 5, 4: 5}  # by batch
 PROVIDERS = ("no teacher", "fastkd", "eager", "torch.compile")
 CACHES = 1 << 28  # bytes, more than any holds
 

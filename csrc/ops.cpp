@@ -122,7 +122,11 @@ bool dense_gradient(const Level<Acc>& level) {
 // are there already.
 template <class Acc>
 void choose_streams(std::vector<Level<Acc>>& levels) {
+#if defined(__x86_64__)
   const bool large = elements(levels) * int64_t(sizeof(Acc)) > (1 << 20);
+#else
+  const bool large = false;  // kernels.inl has no such stores for other processors
+#endif
   for (auto& level : levels)
     level.streams = large && level.grad.data && level.grad.data != level.teacher.data && dense_gradient(level);
 }

@@ -10,7 +10,7 @@ template <class Acc>
 struct Kernels {
   // Score e of each cell: 1 load an element (entropy: 2).
   void (*score)(const Level<Acc>&, const Options&, int64_t image, int64_t begin, int64_t end);
-  // Score e and penalty sum D of each cell, in one read of student and teacher: 2 loads an element.
+  // Score e and penalty sum D of each cell, in one read of student and teacher: 2 loads an element (entropy: 4).
   void (*measure)(const Level<Acc>&, const Options&, int64_t image, int64_t begin, int64_t end);
   // The map w of one image's cells, their scores normalised times the prior; replaces e, returns the sum of w.
   double (*weigh)(const Level<Acc>&, const Options&, int64_t image);

@@ -362,8 +362,8 @@ struct CellRuns {
   Moments<Acc> moments;
   Plane<E, Acc> student_plane, teacher_plane, grad_plane;
   alignas(64) E student_buffer[kGroup][kRun], teacher_buffer[kGroup][kRun], grad_buffer[kGroup][kRun];
-  const E *student[kGroup], *teacher[kGroup];
-  E* grad[kGroup];
+  const E *student[kGroup] = {}, *teacher[kGroup] = {};
+  E* grad[kGroup] = {};
   Acc mean[kGroup], rstd[kGroup];
 
   CellRuns(const Level<Acc>& level, int64_t image)
@@ -532,10 +532,11 @@ inline void each_channels_run(const Level<Acc>& level, int64_t image, int64_t ce
   alignas(kLine) E student_buffer[kRun], teacher_buffer[kRun];
   for (int64_t c = 0; c < level.channels; c += kRun) {
     const int64_t count = smaller(kRun, level.channels - c);
-    const E *s = nullptr, *t;
+    const E* const t =
+        load<E, Acc>(level.teacher, channels_run(level, level.teacher, image, cell, c, count), teacher_buffer);
+    const E* s = t;  // where nobody asks for the student
     if constexpr (kStudent)
       s = load<E, Acc>(level.student, channels_run(level, level.student, image, cell, c, count), student_buffer);
-    t = load<E, Acc>(level.teacher, channels_run(level, level.teacher, image, cell, c, count), teacher_buffer);
     f(s, t, c, count);
   }
 }
@@ -543,17 +544,17 @@ inline void each_channels_run(const Level<Acc>& level, int64_t image, int64_t ce
 constexpr int kLanes = 32;  // sums side by side, in registers: short chains of additions are faster and more accurate
 
 template <int kParts, Score S, Penalty P, class E, class Acc>
-FASTKD_INLINE void combine_lane(E s, Acc t, Acc beta, Acc slope, Acc& e, Acc& d, E& grad) {
+FASTKD_INLINE void combine_lane(const E* s, Acc t, Acc beta, Acc slope, Acc& e, Acc& d, E* grad) {
   if constexpr (kParts & kScore) e += score_term<S>(t);
-  if constexpr (kParts & kDistance) d += penalty<P>(widen(s) - t, beta);
-  if constexpr (kParts & kGradient) narrow(slope * penalty_slope<P>(widen(s) - t, beta), grad);
+  if constexpr (kParts & kDistance) d += penalty<P>(widen(*s) - t, beta);
+  if constexpr (kParts & kGradient) narrow(slope * penalty_slope<P>(widen(*s) - t, beta), *grad);
 }
 
 template <int kParts, Score S, Penalty P, class E, class Acc, class F>
 FASTKD_INLINE void combine_run(const E* s, const E* t, const F& standardise, int64_t count, Acc beta, Acc slope,
-                               Acc* __restrict e, Acc* __restrict d, E* __restrict grad) {
+                               Acc* __restrict e, Acc* __restrict d, E* grad) {
   const auto combine = [&](int64_t j, int k) {
-    combine_lane<kParts, S, P>(s[j], standardise(j, Acc(widen(t[j]))), beta, slope, e[k], d[k], grad[j]);
+    combine_lane<kParts, S, P>(s + j, standardise(j, Acc(widen(t[j]))), beta, slope, e[k], d[k], grad + j);
   };
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes)
