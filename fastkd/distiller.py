@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from fastkd import health
@@ -45,6 +46,9 @@ class Distiller(nn.Module):
             ``[(student, teacher), ...]``, or a *tuple of two lists* ``([student, ...], [teacher, ...])``, of any
             lengths, which are paired by stride on the first batch; levels without a partner are dropped.
             A name needs no ``module.`` or ``_orig_mod.`` prefix. Levels are counted backbone first.
+        align: ``"interpolate"``: where heights or widths differ, the student's feature is resized to the teacher's,
+            bilinearly (as in PKD, Cao et al., 2022); lists are then paired by nearest stride, up to a factor of
+            sqrt(2). None: sizes must be equal.
         prior: called as ``prior(teacher_output, sizes)`` without grad, sizes being the (height, width) of each level;
             returns one (N, height, width) tensor or None per level.
         criterion: a ``DistillLoss`` made beforehand; or
@@ -68,12 +72,15 @@ class Distiller(nn.Module):
         *,
         backbone: Levels | None = None,
         neck: Levels | None = None,
+        align: str | None = None,
         prior: Prior | None = None,
         criterion: DistillLoss | None = None,
         **loss_options: Any,
     ) -> None:
         super().__init__()
         _refuse_shared_weights(student, teacher)
+        if align not in (None, "interpolate"):
+            raise ValueError(f'align: expected None or "interpolate", got {align!r}')
         given = {name: levels for name, levels in (("backbone", backbone), ("neck", neck)) if levels is not None}
         self._models = (student, teacher)  # in a tuple they are not registered as submodules
         self._groups = [Group(name, levels, student, teacher) for name, levels in given.items()]
@@ -89,7 +96,7 @@ class Distiller(nn.Module):
         self.criterion = criterion or self._first_criterion(most)
         if self._pairs is not None:
             self._settle(len(self._pairs))
-        self.prior = prior
+        self.align, self.prior = align, prior
         self._taps = [tap for x in self._groups for tap in (*x.student, *x.teacher)]
         for tap in self._taps:
             tap.attach()
@@ -125,20 +132,21 @@ class Distiller(nn.Module):
         """(student, teacher) module names of each level; None while strides wait for the first batch."""
         return None if self._pairs is None else [(s.name, t.name) for s, t in self._pairs]
 
-    def forward(self, images: Any, prior: Prior | None = None) -> Tensor:
+    def forward(self, images: Any, prior: Prior | None = None, task_loss: Tensor | float | None = None) -> Tensor:
         """``loss``, so that the distiller can be wrapped (``DistributedDataParallel``)."""
-        return self.loss(images, prior)
+        return self.loss(images, prior, task_loss)
 
-    def loss(self, images: Any, prior: Prior | None = None) -> Tensor:
+    def loss(self, images: Any, prior: Prior | None = None, task_loss: Tensor | float | None = None) -> Tensor:
         """Distillation loss of the student's last forward, which must have been on the same images.
 
         Args:
             images: what the teacher takes: usually the (N, 3, H, W) batch that the student has just seen. The teacher
                 runs on it once, under ``no_grad`` and whatever autocast is on.
             prior: for this call instead of the constructor's, for priors made from this batch's boxes.
+            task_loss: the trainer's own loss, a scalar; ``weight="auto"`` needs it. Nothing flows into it.
 
         Returns:
-            A float32 scalar; (L,) with ``reduction="none"``.
+            A float32 scalar; (L,) with ``reduction="none"``. From ``stop_step`` on zero, and the teacher does not run.
 
         Raises:
             RuntimeError: a hook has not fired since the last call, or ``remove()`` was called.
@@ -146,9 +154,11 @@ class Distiller(nn.Module):
                 ``distill_loss`` raises.
         """
         try:
+            if self.training and self.criterion.loss_weight.stopped:
+                return self.criterion.zero()
             student, teacher, q = self._features(images, prior)
             warn_if_nothing_learns(student)
-            loss: Tensor = self.criterion(student, teacher, q)
+            loss: Tensor = self.criterion(student, teacher, q, task_loss)
             return loss
         finally:
             self._clear()
@@ -212,7 +222,7 @@ class Distiller(nn.Module):
         Args:
             images: a batch, to run both models on: hooks, gradient at every level, loss.
             optimizer: to look for the adapters in.
-            task_loss: the other term of the loss on these images, to compare with (before a factor of your own).
+            task_loss: the other term of the loss on these images, to compare with.
             teacher_fingerprint: ``fastkd.fingerprint`` of the weights that the teacher should have.
 
         Returns:
@@ -225,8 +235,8 @@ class Distiller(nn.Module):
         if images is not None:
             hooks = self._check_hooks(images)
             if hooks.ok:
-                gradient, losses = self._check_gradient(images)
-                share = health.check_share(losses, task_loss)
+                gradient, loss = self._check_gradient(images, task_loss)
+                share = health.check_share(loss, task_loss, self.criterion)
         checks += [
             hooks,
             gradient,
@@ -282,14 +292,8 @@ class Distiller(nn.Module):
                 tap.feature()  # before the teacher runs for nothing
         output = self._run_teacher(images)
         pairs = self._matched(images)
-        student, teacher = [s.feature() for s, _ in pairs], [t.feature() for _, t in pairs]
-        for (s, t), x, y in zip(pairs, student, teacher, strict=True):
-            if x.shape[0] != y.shape[0] or x.shape[2:] != y.shape[2:]:
-                raise ValueError(
-                    f"{s} and {t}: expected equal batch, height and width, got {tuple(x.shape)} and {tuple(y.shape)}; "
-                    "run both on the same images and pair modules of equal stride, or pass two lists, "
-                    "([student, ...], [teacher, ...]), to have them matched"
-                )
+        teacher = [t.feature() for _, t in pairs]
+        student = [self._aligned(s, t, y) for (s, t), y in zip(pairs, teacher, strict=True)]
         self._follow(teacher)
         prior = self.prior if prior is None else prior
         if prior is None:
@@ -297,13 +301,31 @@ class Distiller(nn.Module):
         with torch.no_grad():
             return student, teacher, prior(output, [(x.shape[2], x.shape[3]) for x in teacher])
 
+    def _aligned(self, s: Tap, t: Tap, teacher: Tensor) -> Tensor:
+        """The student's feature in the teacher's height and width."""
+        x = s.feature()
+        if x.shape[0] != teacher.shape[0]:
+            raise ValueError(
+                f"{s} and {t}: expected equal batch sizes, got {tuple(x.shape)} and {tuple(teacher.shape)}; "
+                "run both on the same images"
+            )
+        if x.shape[2:] == teacher.shape[2:]:
+            return x
+        if self.align is None:
+            raise ValueError(
+                f"{s} and {t}: expected equal height and width, got {tuple(x.shape)} and {tuple(teacher.shape)}; "
+                "pair modules of equal stride, or pass two lists, ([student, ...], [teacher, ...]), to have them "
+                'matched, or resize the student\'s: align="interpolate"'
+            )
+        return F.interpolate(x, teacher.shape[2:], mode="bilinear", align_corners=False)
+
     def _require_hooks(self) -> None:
         if not self._taps:
             raise RuntimeError("Distiller: the hooks were removed by remove(); make a new Distiller")
 
     def _follow(self, features: Sequence[Tensor]) -> None:
         """Take the criterion to the features' device; its parameters stay the same objects."""
-        if self.criterion.step.device != features[0].device:
+        if self.criterion.loss_weight.step.device != features[0].device:
             self.criterion.to(features[0].device)
 
     def _freeze(self) -> None:
@@ -328,7 +350,7 @@ class Distiller(nn.Module):
     def _matched(self, images: Any = None) -> list[tuple[Tap, Tap]]:
         """The pairs of hooks; the first time, those of lists are found by stride and the others taken off."""
         if self._pairs is None:
-            pairs = [p for x in self._groups for p in (x.match(images) if x.pairs is None else x.pairs)]
+            pairs = [p for x in self._groups for p in (x.match(images, self.align) if x.pairs is None else x.pairs)]
             self._settle(len(pairs))
             self._pairs = pairs
             used = [tap for pair in pairs for tap in pair]
@@ -354,16 +376,17 @@ class Distiller(nn.Module):
             return Check("hooks", False, f"expected once a forward, fired: {', '.join(often)}; the last output counts")
         return Check("hooks", True, f"each fired once a forward, at {pairs} levels")
 
-    def _check_gradient(self, images: Any) -> tuple[Check, Tensor]:
-        """Pushes each level's own gradient through the student; also the (L,) losses at full weight."""
+    def _check_gradient(self, images: Any, task_loss: float | Tensor | None) -> tuple[Check, float]:
+        """Pushes each level's own gradient through the student; also the loss at full weight."""
         try:
             with torch.enable_grad():
                 student, teacher, prior = self._dry_run(images)
                 self.criterion.prepare(student, teacher)
                 criterion = copy.deepcopy(self.criterion).train()  # so that nothing is counted or calibrated
-                criterion.warmup_steps, criterion.stop_step = 0, None
+                criterion.loss_weight = criterion.loss_weight.full()
                 leaves = [x.detach().requires_grad_() for x in student]  # cut off from the levels that follow
-                gradients = torch.autograd.grad(criterion(leaves, teacher, prior).sum(), leaves)
+                loss = criterion(leaves, teacher, prior, 1.0 if task_loss is None else task_loss).sum()
+                gradients = torch.autograd.grad(loss, leaves)
                 taps = [s for s, _ in self._matched()]
                 norms = {str(s): self._student_gradient(images, s, g) for s, g in zip(taps, gradients, strict=True)}
         finally:
@@ -373,7 +396,7 @@ class Distiller(nn.Module):
         message = f"reaches the student at every level (norm): {listed}"
         if bad:
             message = f"none, or no finite one, reaches the student's weights (norm): {listed}; frozen or detached?"
-        return Check("gradient", not bad, message), criterion.level_losses
+        return Check("gradient", not bad, message), loss.item()
 
     def _student_gradient(self, images: Any, tap: Tap, gradient: Tensor) -> float:
         """Norm of the gradient of the student's weights, from ``gradient`` at this level alone."""

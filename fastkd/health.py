@@ -103,17 +103,19 @@ def check_frozen(teacher: nn.Module) -> Check:
     return Check("teacher frozen", True, "in eval mode, no parameter requires grad")
 
 
-def check_share(losses: Tensor, task_loss: float | Tensor | None) -> Check:
-    loss = losses.sum().item()
+def check_share(loss: float, task_loss: float | Tensor | None, criterion: DistillLoss) -> Check:
     if not math.isfinite(loss):
         return Check("loss share", False, f"expected a finite distillation loss, got {loss}")
+    if task_loss is None and criterion.loss_weight.weight == "auto":
+        message = f'weight="auto" holds it at {criterion.loss_weight.share:g} times the task loss'
+        return Check("loss share", None, f"{message}; pass task_loss to see it")
     if task_loss is None:
         return Check("loss share", None, f"distillation loss {loss:.4g} at full weight; pass task_loss to compare")
     task = float(task_loss.detach() if isinstance(task_loss, Tensor) else task_loss)
     share = loss / (loss + task) if loss + task else math.nan
     ok = SHARE[0] <= share <= SHARE[1]
     message = f"distillation {loss:.4g}, task {task:.4g}: {share:.1%} of the total"
-    way_out = f"; expected {SHARE[0]:.0%} to {SHARE[1]:.0%}: scale weights= or your factor"
+    way_out = f'; expected {SHARE[0]:.0%} to {SHARE[1]:.0%}: choose another weight, or weight="auto"'
     return Check("loss share", ok, message if ok else message + way_out)
 
 
@@ -133,9 +135,10 @@ def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | N
 
 
 def check_schedule(criterion: DistillLoss) -> Check:
-    step = int(criterion.step)
-    if criterion.stop_step is not None and step >= criterion.stop_step:
-        return Check("schedule", False, f"the loss is zero: step {step}, stop_step {criterion.stop_step}")
-    warmup = "" if step >= criterion.warmup_steps else f" of {criterion.warmup_steps} of the warm-up"
+    schedule = criterion.loss_weight
+    step = int(schedule.step)
+    if schedule.stop_step is not None and step >= schedule.stop_step:
+        return Check("schedule", False, f"the loss is zero: step {step}, stop_step {schedule.stop_step}")
+    warmup = "" if step >= schedule.warmup_steps else f" of {schedule.warmup_steps} of the warm-up"
     pending = "" if criterion.calibrated else "; teacher statistics still come from the next training batches"
     return Check("schedule", True, f"step {step}{warmup}{pending}")

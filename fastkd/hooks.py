@@ -135,12 +135,16 @@ class Group:
             f"([student, ...], [teacher, ...]), of module names or modules, got {levels!r}"
         )
 
-    def match(self, images: Any) -> list[tuple[Tap, Tap]]:
-        """Pairs of equal stride; relative to the largest map where the images are not one tensor."""
+    def match(self, images: Any, align: str | None = None) -> list[tuple[Tap, Tap]]:
+        """Pairs of equal stride, or of the nearest where features get aligned.
+
+        Strides are relative to the largest map where the images are not one tensor.
+        """
         heights = [[tap.feature().shape[2] for tap in taps] for taps in (self.student, self.teacher)]
         image = images.shape[-2] if isinstance(images, Tensor) else max(max(x) for x in heights)
         try:
-            pairs = match_by_stride(*([image / max(height, 1) for height in side] for side in heights))
+            strides = [[image / max(height, 1) for height in side] for side in heights]
+            pairs = match_by_stride(*strides, nearest=align is not None)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         return [(self.student[i], self.teacher[j]) for i, j in pairs]

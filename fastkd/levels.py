@@ -201,11 +201,15 @@ def _warn_nothing_learns() -> None:
     )
 
 
-def match_by_stride(student_strides: Sequence[float], teacher_strides: Sequence[float]) -> list[tuple[int, int]]:
+def match_by_stride(
+    student_strides: Sequence[float], teacher_strides: Sequence[float], *, nearest: bool = False
+) -> list[tuple[int, int]]:
     """Pair levels of equal stride.
 
     Args:
         student_strides, teacher_strides: image height over feature height of each level, each list without repeats.
+        nearest: pair each of the student's with the teacher's nearest instead, if they are that of each other and
+            less than a factor of sqrt(2) apart.
 
     Returns:
         (student index, teacher index) of every stride that both have, in the student's order.
@@ -216,11 +220,27 @@ def match_by_stride(student_strides: Sequence[float], teacher_strides: Sequence[
     for name, strides in (("student", student_strides), ("teacher", teacher_strides)):
         if len(set(strides)) != len(strides):
             raise ValueError(f"{name} levels: expected one level a stride to match by, got strides {list(strides)}")
-    where = {stride: j for j, stride in enumerate(teacher_strides)}
-    pairs = [(i, where[stride]) for i, stride in enumerate(student_strides) if stride in where]
+    near = [
+        (i, j)
+        for i, s in enumerate(student_strides)
+        for j, t in enumerate(teacher_strides)
+        if _ratio(s, t) < math.sqrt(2)
+        and _ratio(s, t) == min(_ratio(s, other) for other in teacher_strides)
+        and _ratio(s, t) == min(_ratio(other, t) for other in student_strides)
+    ]
+    pairs = near if nearest else [(i, j) for i, j in near if student_strides[i] == teacher_strides[j]]
     if not pairs:
+        way_out = '; some are near: align="interpolate" pairs and resizes these' if near else ""
         raise ValueError(
-            f"levels: expected a stride that student and teacher share, got {list(student_strides)} "
-            f"and {list(teacher_strides)}"
+            f"levels: expected a stride that student and teacher share, got {_listed(student_strides)} "
+            f"and {_listed(teacher_strides)}{way_out}"
         )
     return pairs
+
+
+def _ratio(a: float, b: float) -> float:
+    return max(a, b) / min(a, b)
+
+
+def _listed(strides: Sequence[float]) -> str:
+    return f"[{', '.join(f'{stride:g}' for stride in strides)}]"

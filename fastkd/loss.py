@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastkd import ops, teacher_memory
 from fastkd.info_map import NORMALIZERS, PENALTIES, InfoMap, require_known, require_positive, resolve
 from fastkd.levels import check, require_features, require_sequence, require_weights, warn_if_nothing_learns
+from fastkd.loss_weight import KeepsPrecision, LossWeight
 from fastkd.one_pass import SHARED, Upstreams
 from fastkd.reference import EPS
 
@@ -143,7 +145,7 @@ def _mean_over_ranks(mass: Tensor, student: Sequence[Tensor]) -> Tensor:
     return channels * mass / ranks + EPS
 
 
-class ChannelStatistics(nn.Module):
+class ChannelStatistics(KeepsPrecision):
     """Running mean and variance of one level's teacher, per channel; empty until the first batch.
 
     Batches are merged as by Chan et al. (1983). ``rstd`` keeps a channel whose variance is under a ten-thousandth
@@ -185,14 +187,6 @@ class ChannelStatistics(nn.Module):
         # a copy, because the next batch changes the mean in place, maybe before this one's backward
         return self.mean.clone(), variance.clamp_min(1e-4 * variance.mean()).clamp_min(1e-12).rsqrt()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> ChannelStatistics:
-        kept = dict(self.named_buffers())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in self.named_buffers():
-            if value.dtype != kept[name].dtype:  # sums over a data set need float32, whatever the model is cast to
-                setattr(self, name, kept[name].to(value.device))
-        return self
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("mean", "square"):
             if prefix + name in state_dict:  # before the first batch the number of channels is unknown
@@ -213,20 +207,25 @@ class DistillLoss(nn.Module):
         standardize: imitate the teacher standardised per channel; None: as the preset of ``info_map`` says.
         calibration_batches: the teacher's statistics are taken from so many first training batches, then fixed; what
             is not finite is left out. Before the first one, in eval mode, the teacher is not standardised.
+        weight: factor of the loss; or ``"auto"``: at each training forward the one that brings the loss to ``share``
+            times the task loss, both as moving averages over some 50 steps (and over all ranks), which the module's
+            state keeps. ``forward`` then needs ``task_loss``. No gradient flows through the factor.
+        share: of the task loss, > 0; for ``weight="auto"``.
         warmup_steps: the loss grows linearly to its full weight over so many training forwards.
-        stop_step: from this training forward on the loss is multiplied by zero.
+        decay: ``"linear"`` or ``"cosine"``: from the end of the warm-up it falls to zero at ``stop_step``.
+        stop_step: from this training forward on the loss is zero.
         info_map, weights, penalty, beta, normalizer, reduction, backend, reuse_teacher_memory, one_pass: as in
             ``distill_loss``.
 
     Attributes:
-        level_losses: (L,) losses of the last forward, detached, before warm-up.
+        level_losses: (L,) losses of the last forward, detached, before ``weight`` and its schedule.
+        loss_weight: what they were multiplied with; its buffer ``step`` counts training forwards.
 
     Raises:
         ValueError, TypeError: as in ``distill_loss``; numbers of levels that do not agree.
     """
 
     level_losses: Tensor
-    step: Tensor
 
     def __init__(
         self,
@@ -242,7 +241,10 @@ class DistillLoss(nn.Module):
         penalty: str = "l2",
         beta: float = 1.0,
         normalizer: str | None = None,
+        weight: float | str = 1.0,
+        share: float = 1.0,
         warmup_steps: int = 0,
+        decay: str | None = None,
         stop_step: int | None = None,
         reduction: str = "sum",
         backend: str | None = None,
@@ -257,7 +259,8 @@ class DistillLoss(nn.Module):
         require_positive("beta", beta)
         if normalizer is not None:
             require_known("normalizer", normalizer, NORMALIZERS)
-        _require_counts(calibration_batches, warmup_steps, stop_step)
+        if isinstance(calibration_batches, bool) or not isinstance(calibration_batches, int) or calibration_batches < 1:
+            raise ValueError(f"calibration_batches: expected an integer >= 1, got {calibration_batches!r}")
         if backend is not None:
             ops.require_backend(backend)
         self.adapters = nn.ModuleList(_adapters(student_channels, teacher_channels, levels, adapters))
@@ -271,9 +274,8 @@ class DistillLoss(nn.Module):
         self.normalizer, self.reduction, self.backend = normalizer, reduction, backend
         self.reuse_teacher_memory, self.one_pass = reuse_teacher_memory, one_pass
         self._upstreams = Upstreams()
-        self.warmup_steps, self.stop_step = warmup_steps, stop_step
+        self.loss_weight = LossWeight(weight, share, warmup_steps, decay, stop_step)
         self._batches_seen = 0
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.level_losses = torch.zeros(count)
 
     def forward(
@@ -281,8 +283,9 @@ class DistillLoss(nn.Module):
         student_feats: Sequence[Tensor],
         teacher_feats: Sequence[Tensor],
         prior: Sequence[Tensor | None] | None = None,
+        task_loss: Tensor | float | None = None,
     ) -> Tensor:
-        """The loss, as ``distill_loss``; in training it also calibrates and counts the step."""
+        """The loss, as ``distill_loss``, times its weight; in training it also calibrates and counts the step."""
         self._require_levels(student_feats, teacher_feats)
         warn_if_nothing_learns(student_feats)  # before the adapters, whose outputs require grad in any case
         if self.training and not self.calibrated:
@@ -305,8 +308,16 @@ class DistillLoss(nn.Module):
             upstreams=self._upstreams,
         )
         self.level_losses = losses.detach()
-        losses = losses * self._ramp().to(losses.dtype)
+        factor: Tensor = self.loss_weight(self.level_losses.sum(), task_loss)
+        losses = losses * factor.to(losses.dtype)
         return losses.sum() if self.reduction == "sum" else losses
+
+    def zero(self) -> Tensor:
+        """What ``forward`` is once the loss has stopped: adapters are part of it, as DDP expects, and get zeros."""
+        self.level_losses = torch.zeros(len(self.adapters), device=self.loss_weight.step.device)
+        learning = [p for p in self.adapters.parameters() if not is_lazy(p)]
+        zero: Tensor = self.level_losses + sum(p.sum() * 0 for p in learning)
+        return zero.sum() if self.reduction == "sum" else zero
 
     def _require_levels(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:
         for name, feats in (("student_feats", student_feats), ("teacher_feats", teacher_feats)):
@@ -321,15 +332,6 @@ class DistillLoss(nn.Module):
                 raise ValueError(
                     f"student_feats[{i}]: expected {takes} channels, as its adapter takes, got {s.shape[1]}"
                 )
-
-    def _ramp(self) -> Tensor:
-        """Warm-up and stop, 0 to 1, computed where the step counter lives: no host sync, no recompilation."""
-        ramp = ((self.step + 1) / max(self.warmup_steps, 1)).clamp(max=1)
-        if self.stop_step is not None:
-            ramp = ramp * (self.step < self.stop_step)
-        if self.training:
-            self.step += 1
-        return ramp
 
     @torch.no_grad()
     def calibrate(self, teacher_feats: Sequence[Tensor]) -> None:
@@ -361,16 +363,6 @@ class DistillLoss(nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         self._batches_seen = state["batches_seen"]
         self.calibrated = not self.standardize or self._batches_seen >= self.calibration_batches
-
-
-def _require_counts(calibration_batches: int, warmup_steps: int, stop_step: int | None) -> None:
-    least = {"calibration_batches": 1, "warmup_steps": 0, "stop_step": 0}
-    given = {"calibration_batches": calibration_batches, "warmup_steps": warmup_steps, "stop_step": stop_step}
-    for name, value in given.items():
-        if name == "stop_step" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least[name]:
-            raise ValueError(f"{name}: expected an integer >= {least[name]}, got {value!r}")
 
 
 def _adapted(adapter: nn.Module, s: Tensor) -> Tensor:

@@ -494,6 +494,109 @@ def test_no_common_stride_names_the_group(images: Tensor, student: Net, teacher:
         distiller.loss(images)
 
 
+class Shrinking(nn.Module):
+    """A network without padding: of 33 pixels its stage keeps 16, where a padded one of stride 2 keeps 17."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.Conv2d(3, 4, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stage(x)
+
+
+def test_sizes_that_nearly_agree_are_aligned_where_asked(teacher: Net) -> None:
+    student, images = Shrinking(), torch.randn(2, 3, 33, 33)
+    for levels in (([student.stage], ["stages.0", "stages.1"]), [("stage", "stages.0")]):
+        refusing = Distiller(student, teacher, backbone=levels)
+        student(images)
+        with pytest.raises(ValueError, match='align="interpolate"'):
+            refusing.loss(images)
+        distiller = Distiller(student, teacher, backbone=levels, align="interpolate")
+        student(images)
+        distiller.loss(images).backward()
+        assert distiller.levels == [("stage", "stages.0")]
+        assert student.stage.weight.grad.any()
+        student.zero_grad()
+    with pytest.raises(ValueError, match="align: expected None or \"interpolate\", got 'crop'"):
+        Distiller(student, teacher, backbone=levels, align="crop")
+
+
+def test_aligned_features_are_the_students_resized(teacher: Net) -> None:
+    student, images = Shrinking(), torch.randn(2, 3, 33, 33)
+    distiller = Distiller(student, teacher, backbone=[("stage", "stages.0")], align="interpolate")
+    caught: list[Any] = []
+    distiller.criterion.register_forward_pre_hook(lambda _, args: caught.append(args))
+    feature = student(images)
+    distiller.loss(images)
+    resized = nn.functional.interpolate(feature, (17, 17), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(caught[0][0][0], resized)
+
+
+def test_a_far_stride_is_not_aligned(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, neck=(["neck.p3"], ["neck.p2"]), align="interpolate")
+    student(images)
+    with pytest.raises(ValueError, match=r"a stride that student and teacher share, got \[8\] and \[4\]$"):
+        distiller.loss(images)
+
+
+def test_the_teacher_rests_once_the_loss_has_stopped(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE, stop_step=2)
+    runs: list[Any] = []
+    teacher.register_forward_hook(lambda *_: runs.append(1))
+    for step in range(4):
+        student(images)
+        loss = distiller.loss(images)
+        assert bool(loss) == (step < 2)
+        distiller.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in distiller.parameters())  # as DDP expects
+    assert len(runs) == 2
+    resumed = Distiller(student, teacher, backbone=BACKBONE, stop_step=2)
+    resumed.load_state_dict(distiller.state_dict())
+    student(images)
+    assert not resumed.loss(images)
+    assert len(runs) == 2
+
+
+def test_auto_weight_holds_the_share_within_a_trainers_loop(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK, weight="auto", share=0.25)
+    for _ in range(3):
+        task = sum(x.square().mean() for x in student(images))
+        assert distiller.loss(images, task_loss=task).item() == pytest.approx(task.item() / 4, rel=0.2)
+    student(images)
+    with pytest.raises(ValueError, match="task_loss: weight="):
+        distiller.loss(images)
+    assert "0.25 times the task loss; pass task_loss" in text(distiller.check(images))
+    assert "20.0% of the total" in text(distiller.check(images, task_loss=3.0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 10_000.0])
+@pytest.mark.parametrize("weight", ["auto", 1.0])
+def test_the_first_steps_in_float16_stay_finite_whatever_the_scale(scale: float, weight: Any, images: Tensor) -> None:
+    student, teacher = Net(4), trained(Net(8))
+    for model in (student, teacher):
+        for stage in model.stages:
+            stage[1].weight.data.mul_(scale)  # features, and what the next stage sees of them, are that much larger
+            stage.register_forward_hook(lambda _, __, x: x.clamp(max=60_000))
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK, weight=weight, calibration_batches=2)
+    distiller.prepare(images)
+    parameters = [*student.parameters(), *distiller.parameters()]
+    optimizer, scaler = torch.optim.AdamW(parameters, lr=1e-3), torch.amp.GradScaler("cpu")
+    before = [p.detach().clone() for p in student.stages.parameters()]
+    for _ in range(32):  # the scaler begins at 65536 and halves where a gradient overflows
+        with torch.autocast("cpu", torch.float16):
+            task = sum(x.float().square().mean() for x in student(images)) / scale**2
+            loss = task + distiller.loss(images, task_loss=task)
+        assert loss.isfinite()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(p.isfinite().all() for p in parameters)
+    assert not all(a.equal(b) for a, b in zip(before, student.stages.parameters(), strict=True))
+
+
 def test_a_criterion_of_another_length_is_refused(student: Net, teacher: Net, images: Tensor) -> None:
     criterion = fastkd.DistillLoss(levels=3)
     with pytest.raises(ValueError, match="criterion: expected 2 levels, as there are pairs of modules, got 3"):
@@ -514,7 +617,7 @@ def test_state_dict_holds_adapters_statistics_and_step_alone(student: Net, teach
     student(images)
     distiller.loss(images)
     parts = {key.split(".")[1] for key in distiller.state_dict() if key.startswith("criterion.")}
-    assert parts == {"adapters", "statistics", "step", "_extra_state"}
+    assert parts == {"adapters", "statistics", "loss_weight", "_extra_state"}
     assert {key.split(".")[0] for key in distiller.state_dict()} == {"criterion", "_extra_state"}
     assert len(list(distiller.parameters())) == 6
 
@@ -608,7 +711,7 @@ def test_prepare_gives_adapters_their_widths_and_leaves_no_other_trace(
     assert fingerprint(student) == before
     assert student.stages[1].training
     assert not student.stages[0].training
-    assert distiller.criterion.step == 0
+    assert distiller.criterion.loss_weight.step == 0
     assert not distiller.criterion.calibrated
     with pytest.raises(RuntimeError, match="has not fired"):
         distiller.loss(images)
@@ -662,7 +765,7 @@ def test_check_is_content_with_a_healthy_set_up_and_changes_nothing(healthy: Hea
     assert "student neck[0] 'neck.p3'" in text(report)
     assert fingerprint(distiller.student) == before
     assert distiller.student.training
-    assert distiller.criterion.step == 0
+    assert distiller.criterion.loss_weight.step == 0
     assert not distiller.criterion.calibrated
     assert all(p.grad is None for p in (*distiller.parameters(), *distiller.student.parameters()))
 

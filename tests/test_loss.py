@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.multiprocessing.spawn import spawn
 
 import fastkd
 from fastkd import DistillLoss, distill_loss, levels
+from fastkd.loss_weight import LossWeight
 
 
 def feats(channels: tuple[int, ...] = (4, 8), seed: int = 0, n: int = 2) -> list[Tensor]:
@@ -68,7 +71,7 @@ def test_evaluation_neither_calibrates_nor_counts() -> None:
     with torch.no_grad():
         criterion(feats(seed=1), feats())
     assert criterion.statistics[0].moments() is None
-    assert criterion.step == 0
+    assert criterion.loss_weight.step == 0
 
 
 def test_warm_up_is_linear_and_stop_is_zero() -> None:
@@ -77,6 +80,73 @@ def test_warm_up_is_linear_and_stop_is_zero() -> None:
     ratios = [(criterion(feats(seed=1), feats()) / full).item() for _ in range(8)]
     assert ratios == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0, 0])
     torch.testing.assert_close(criterion.level_losses.sum(), full)
+
+
+@pytest.mark.parametrize(("decay", "ratios"), [("linear", [0.5, 1, 1, 0.75, 0.5, 0.25, 0]), ("cosine", None)])
+def test_decay_falls_from_the_end_of_the_warm_up_to_zero_at_the_stop(decay: str, ratios: list[float] | None) -> None:
+    weight = LossWeight(warmup_steps=2, decay=decay, stop_step=6)
+    found = [weight(torch.ones(())).item() for _ in range(7)]
+    half = [0.5, 1, *((1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)), 0]
+    assert found == pytest.approx(ratios or half)
+
+
+def test_auto_weight_holds_the_loss_at_its_share_of_the_task_loss() -> None:
+    criterion = DistillLoss([4, 8], [4, 8], weight="auto", share=0.5, calibration_batches=1)
+    for k in range(40):
+        scale = 10 ** (3 - 0.2 * k)  # the distillation loss falls by orders of magnitude, the task loss stays
+        student = [x * scale for x in feats(seed=k)]
+        loss = criterion(student, [x * scale for x in feats(seed=99)], task_loss=torch.tensor(6.0))
+        assert loss.isfinite()
+    criterion = DistillLoss([4, 8], [4, 8], weight="auto", share=0.5)
+    losses = [criterion(feats(seed=k), feats(seed=99), task_loss=torch.tensor(6.0)).item() for k in range(100)]
+    assert sum(losses[50:]) / 50 == pytest.approx(3.0, rel=0.05)
+
+
+def test_auto_weight_is_averaged_and_not_differentiated() -> None:
+    weight = LossWeight("auto", share=2.0)
+    task, distill = torch.tensor(3.0, requires_grad=True), torch.tensor(1.5, requires_grad=True)
+    assert weight(distill, task).item() == pytest.approx(4.0)
+    assert not weight(distill, task).requires_grad
+    assert weight(torch.tensor(3.0), 3.0).item() == pytest.approx(2 * 3 / 2)  # the third of three steps: plain means
+    for _ in range(2000):
+        factor = weight(torch.tensor(1.0), 5.0)
+    assert factor.item() == pytest.approx(10, rel=1e-4)
+
+
+def test_auto_weight_ignores_steps_that_overflowed_and_never_does() -> None:
+    weight = LossWeight("auto")
+    assert weight(torch.tensor(math.inf), 1.0).item() == 0
+    assert weight(torch.tensor(2.0), 1.0).item() == pytest.approx(0.5)
+    for distill, task in ((math.inf, 1.0), (math.nan, 1.0), (2.0, math.nan)):
+        assert weight(torch.tensor(distill), task).item() == pytest.approx(0.5)
+    assert LossWeight("auto")(torch.tensor(0.0), 1.0).isfinite()
+    assert LossWeight("auto")(torch.tensor(1.0), -1.0).item() == 0
+
+
+def test_auto_weight_goes_on_from_its_state_and_looks_only_in_training() -> None:
+    first = LossWeight("auto")
+    for k in range(3):
+        first(torch.tensor(1.0 + k), 2.0)
+    second = LossWeight("auto")
+    second.load_state_dict(first.state_dict())
+    assert second.half().means.dtype == torch.float32
+    before = second.eval().means.clone()
+    second(torch.tensor(9.0), 1.0)
+    assert second.means.equal(before)
+    assert first(torch.tensor(5.0), 2.0) == second.train()(torch.tensor(5.0), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("task_loss", "error", "message"),
+    [
+        (None, ValueError, 'task_loss: weight="auto" holds the distillation loss at a share of the task loss'),
+        (torch.ones(3), ValueError, r"task_loss: expected a scalar, got shape \(3,\); sum its terms"),
+        ("1", TypeError, "task_loss: expected a scalar tensor or a number, got a str"),
+    ],
+)
+def test_auto_weight_wants_a_scalar_task_loss(task_loss: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DistillLoss([4], [4], weight="auto")(feats((4,), seed=1), feats((4,)), task_loss=task_loss)
 
 
 def test_state_returns_into_a_fresh_lazy_loss() -> None:
@@ -98,13 +168,13 @@ def test_state_survives_torch_save_with_weights_only(tmp_path: Path) -> None:
 
 
 def test_a_calibrated_loss_compiles_without_graph_break() -> None:
-    criterion = DistillLoss([3, 5], [4, 8], calibration_batches=1, warmup_steps=3)
+    criterion = DistillLoss([3, 5], [4, 8], calibration_batches=1, warmup_steps=3, weight="auto", share=0.5)
     student, teacher = feats((3, 5), seed=1), feats()
     criterion.calibrate(teacher)
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     for expected in (1 / 3, 2 / 3, 1, 1):
-        loss = compiled(student, teacher)
-        torch.testing.assert_close(loss, criterion.level_losses.sum() * expected)
+        loss = compiled(student, teacher, task_loss=torch.tensor(4.0))
+        torch.testing.assert_close(loss, torch.tensor(2.0 * expected))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +191,11 @@ def test_a_calibrated_loss_compiles_without_graph_break() -> None:
         ({"levels": 1, "calibration_batches": 0}, "calibration_batches: expected an integer >= 1, got 0"),
         ({"levels": 1, "warmup_steps": 2.5}, "warmup_steps: expected an integer >= 0, got 2.5"),
         ({"levels": 1, "stop_step": -1}, "stop_step: expected an integer >= 0, got -1"),
+        ({"levels": 1, "weight": "more"}, "weight: expected a finite number >= 0 or \"auto\", got 'more'"),
+        ({"levels": 1, "weight": -1.0}, "weight: expected a finite number"),
+        ({"levels": 1, "weight": "auto", "share": 0.0}, "share: expected a finite number > 0, of the task loss, got 0"),
+        ({"levels": 1, "decay": "linear"}, "decay: expected a stop_step after the 0 steps of warm-up"),
+        ({"levels": 1, "decay": "fast", "stop_step": 9}, "decay: expected one of linear, cosine or None, got 'fast'"),
         ({"student_channels": [3], "teacher_channels": [4], "adapters": [nn.Identity()]}, "adapters: expected no"),
         ({"levels": 2, "info_map": "nothing"}, "info_map: "),
         ({"levels": 2, "penalty": "nothing"}, "penalty: "),
