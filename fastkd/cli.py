@@ -10,7 +10,6 @@ import platform
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,10 +26,13 @@ if TYPE_CHECKING:
 # what the extra [train] brings: package to module
 EXTRAS = {
     "accelerate": "accelerate",
+    "defusedxml": "defusedxml",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "opencv-python-headless": "cv2",
+    "pillow": "PIL",
     "pycocotools": "pycocotools",
+    "pyyaml": "yaml",
     "scikit-learn": "sklearn",
     "tensorboard": "tensorboard",
     "tqdm": "tqdm",
@@ -57,8 +59,9 @@ with --resume), metrics.jsonl and TensorBoard curves (tensorboard --logdir runs)
 Several GPUs: torchrun --nproc-per-node 4 -m fastkd train ...
 """
 
-DATA_HELP = """folder of a data set in COCO JSON: annotations/NAME.json or annotations/instances_NAME.json, and the
-pictures in images/NAME or NAME"""
+DATA_HELP = """data set: a folder in the layout of COCO (annotations/NAME.json or annotations/instances_NAME.json,
+pictures in images/NAME or NAME) or of Pascal VOC (ImageSets/Main/NAME.txt, Annotations, JPEGImages), or a YOLO
+data.yaml"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -299,6 +302,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig]) -> TrainConfig:
     from fastkd.yolov3.augment import Augmentation
+    from fastkd.yolov3.formats import find_set
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback", "data", "train", "val")}
     changes = {name: options.pop(name) for name in ("flip", "mosaic") if name in options}
@@ -308,29 +312,6 @@ def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig])
         annotations, images = find_set(arguments.data, arguments.val)
         options |= {"val_annotations": str(annotations), "val_images": str(images)}
     return config_type(**options)
-
-
-def find_set(folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
-    """Annotation file and picture folder of one set: the layouts of COCO (``train2017``) and ``fastkd data``.
-
-    ``train_100`` is found to be a part of ``train``: its pictures are in ``images/train``.
-
-    Raises:
-        FileNotFoundError: no such set (lists those that are there).
-    """
-    root = Path(folder)
-    files = [root / "annotations" / f"{prefix}{name}.json" for prefix in ("", "instances_")]
-    images = [root / "images" / name, root / name, root / "images" / name.split("_")[0]]
-    found_file = next((x for x in files if x.is_file()), None)
-    found_images = next((x for x in images if x.is_dir()), None)
-    if found_file is None or found_images is None:
-        missing = files if found_file is None else images
-        known = sorted(x.stem for x in (root / "annotations").glob("*.json"))
-        raise FileNotFoundError(
-            f"set {name!r} in {root}: none of {', '.join(str(x.relative_to(root)) for x in missing)} is there; "
-            f"annotations found: {', '.join(known) or 'none'}"
-        )
-    return found_file, found_images
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
@@ -349,13 +330,14 @@ def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from fastkd.yolov3.data import CocoDetection
+    from fastkd.yolov3.data import DetectionDataset
     from fastkd.yolov3.evaluate import evaluate
     from fastkd.yolov3.files import replacing
+    from fastkd.yolov3.formats import find_set
     from fastkd.yolov3.train import require_classes
 
     found, size = _load(arguments)
-    data = CocoDetection(*find_set(arguments.data, arguments.set), size)
+    data = DetectionDataset(*find_set(arguments.data, arguments.set), size)
     require_classes("MODEL", found, data)
     metrics = evaluate(
         found.model,

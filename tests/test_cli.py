@@ -15,11 +15,12 @@ import torch
 
 import fastkd
 from fastkd import cli
-from fastkd.cli import find_set, main
+from fastkd.cli import main
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, save_weights
 from fastkd.yolov3.checkpoint import save_detector
 from fastkd.yolov3.config import TrainConfig
 from fastkd.yolov3.digits import CLASS_NAMES
+from fastkd.yolov3.formats import find_set
 from fastkd.yolov3.predict import draw, predict
 
 COMMANDS = ("train", "eval", "predict", "data", "demo", "doctor")

@@ -189,7 +189,7 @@ def test_batches_do_not_depend_on_where_a_run_begins_or_on_workers(config):
 def test_an_epoch_shows_every_picture_once_and_the_next_in_another_order(config):
     data = training_set(config)
     seen = [i for batch in batches(data, config, 0, 5) for i in batch.image_ids]  # 20 pictures: two epochs of ten
-    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(image["id"] for image in data.images)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(data.annotations.image_ids.tolist())
     assert seen[:10] != seen[10:]
 
 

@@ -24,7 +24,7 @@ from fastkd import viz
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import TrainConfig
-from fastkd.yolov3.data import CocoDetection, collate
+from fastkd.yolov3.data import DetectionDataset, collate
 from fastkd.yolov3.digits import write_digits
 from fastkd.yolov3.evaluate import Metrics, evaluate
 from fastkd.yolov3.files import replacing
@@ -218,8 +218,8 @@ def _data(root: Path, annotations: str, images: str) -> dict[str, Any]:
     }
 
 
-def _scenes(root: Path, settings: Settings, split: str) -> CocoDetection:
-    return CocoDetection(
+def _scenes(root: Path, settings: Settings, split: str) -> DetectionDataset:
+    return DetectionDataset(
         root / f"digits/annotations/{split}.json", root / f"digits/images/{split}", settings.size, cache=True
     )
 
@@ -411,7 +411,7 @@ def _draw(
     teacher: TrainResult,
     students: Sequence[Student],
     objective: Objective,
-    test: CocoDetection,
+    test: DetectionDataset,
 ) -> None:
     """The three pictures."""
     pair = {s.kind: s for s in students if s.seed == 0}
