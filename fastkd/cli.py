@@ -10,6 +10,7 @@ import platform
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -251,7 +252,7 @@ def _add_predict(commands: Any) -> None:
 
 
 def _add_data(commands: Any) -> None:
-    parser = _command(commands, "data", None, "make a data set")
+    parser = _command(commands, "data", None, "make a data set, or look for faults in one")
     sets = parser.add_subparsers(title="data sets", required=True, metavar="NAME")
     text = "Handwritten digits in scenes, made from images that scikit-learn ships: nothing is downloaded."
     digits = _command(sets, "digits", _data_digits, "handwritten digits in scenes, made on the spot", text)
@@ -260,6 +261,21 @@ def _add_data(commands: Any) -> None:
         digits.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"scenes (default: {count})")
     digits.add_argument("--size", type=int, default=96, metavar="N", help="side of a scene in pixels (default: 96)")
     digits.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+
+    text = (
+        "Count pictures, boxes and classes of each set, and look for faults: pictures that are missing, broken, of\n"
+        "another size or in two sets; boxes that don't fit; classes that differ. Status 1 if there are any."
+    )
+    check = _command(sets, "check", _data_check, "what a data set holds, and what is wrong with it", text)
+    check.add_argument("folder", metavar="DATA", help=DATA_HELP)
+    check.add_argument(
+        "--set", action="append", metavar="NAME", help="look at this set; may be repeated (default: all)"
+    )
+    check.add_argument("--size", type=int, default=416, metavar="N", help="input side of the network (default: 416)")
+    check.add_argument(
+        "--out", default="runs/data-check", metavar="DIR", help="for samples.png (default: runs/data-check)"
+    )
+    check.add_argument("--quick", action="store_true", help="do not read the pictures")
 
 
 def _add_demo(commands: Any) -> None:
@@ -381,6 +397,25 @@ def _data_digits(arguments: argparse.Namespace) -> int:
     out = write_digits(arguments.out, **counts, size=arguments.size, seed=arguments.seed)
     print(f"{', '.join(f'{count} {name}' for name, count in counts.items())} scenes in {out}")
     return 0
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.data_check import check_set, compare_sets, write_samples
+    from fastkd.yolov3.formats import require_sets
+
+    names = arguments.set or require_sets(arguments.folder)
+    reports = []
+    for name in names:
+        reports.append(check_set(arguments.folder, name, size=arguments.size, quick=arguments.quick, progress=True))
+        print("\n".join(reports[-1].lines()) + "\n")
+    between = compare_sets(reports)
+    print("\n".join(between), end="\n" * bool(between))
+    if not arguments.quick:
+        write_samples(reports, Path(arguments.out) / "samples.png")
+        print(f"samples with their boxes: {Path(arguments.out) / 'samples.png'}")
+    faults = len(between) + sum(len(report.faults) for report in reports)
+    print(f"{faults} kinds of fault" if faults else "no fault found")
+    return 1 if faults else 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

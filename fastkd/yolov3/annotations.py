@@ -69,7 +69,7 @@ class Annotations:
         """The first ``count`` pictures, or all, with their boxes."""
         if count is None or count >= len(self):
             return self
-        kept = np.asarray(self.rows < count)
+        kept: Array = np.less(self.rows, count)
         return replace(
             self._keeping(kept),
             file_names=self.file_names[:count],
@@ -86,7 +86,7 @@ class Annotations:
 
     def clean(self) -> Annotations:
         """Boxes clipped to their pictures; those without area there, or not finite, left out; ``problems`` counted."""
-        finite: Array = np.isfinite(self.boxes).all(1)
+        finite: Array = np.isfinite(self.boxes).all(axis=1, keepdims=True)[:, 0]
         boxes = np.where(finite[:, None], self.boxes, 0)
         limit = self.sizes[self.rows].astype(np.float64)
         low, high = boxes[:, :2].clip(0, limit), (boxes[:, :2] + boxes[:, 2:]).clip(0, limit)

@@ -108,6 +108,24 @@ def sets_in(folder: str | os.PathLike[str]) -> list[str]:
     return names + [x.stem for x in lists if (root / "Annotations").is_dir() and "_" not in x.stem]
 
 
+def require_sets(folder: str | os.PathLike[str]) -> list[str]:
+    """As ``sets_in``, of which there must be some.
+
+    Raises:
+        FileNotFoundError: no such folder, or no set in it (says what was looked for, and what is there).
+    """
+    root = Path(folder)
+    _require_there("data", root)
+    found = sets_in(root)
+    if not found:
+        inside = sorted(x.name for x in root.iterdir())
+        raise FileNotFoundError(
+            f"data: no set in {root}, which holds {', '.join(inside[:8]) or 'nothing'}. Looked for\n"
+            + LAYOUTS.format(name="NAME")
+        )
+    return found
+
+
 # ---- COCO
 
 
