@@ -292,11 +292,11 @@ class DistillLoss(nn.Module):
             self.calibrate(teacher_feats)
         self.prepare(student_feats, teacher_feats)
         losses = _distill_loss(
-            [_adapted(adapter, s) for adapter, s in zip(self.adapters, student_feats, strict=True)],
+            self.adapted(student_feats),
             teacher_feats,
             info_map=self.info_map,
             prior=prior,
-            standardize=[x.moments() for x in self.statistics] if self.standardize else None,  # type: ignore[operator]
+            standardize=self.moments(),
             weights=self.weights,
             penalty=self.penalty,
             beta=self.beta,
@@ -311,6 +311,14 @@ class DistillLoss(nn.Module):
         factor: Tensor = self.loss_weight(self.level_losses.sum(), task_loss)
         losses = losses * factor.to(losses.dtype)
         return losses.sum() if self.reduction == "sum" else losses
+
+    def adapted(self, student_feats: Sequence[Tensor]) -> list[Tensor]:
+        """The student's features at the teacher's widths."""
+        return [_adapted(adapter, s) for adapter, s in zip(self.adapters, student_feats, strict=True)]
+
+    def moments(self) -> list[tuple[Tensor, Tensor] | None] | None:
+        """(mean, rstd) of each level's teacher, two (C,) vectors: ``distill_loss``'s ``standardize``."""
+        return [x.moments() for x in self.statistics] if self.standardize else None  # type: ignore[operator]
 
     def zero(self) -> Tensor:
         """What ``forward`` is once the loss has stopped: adapters are part of it, as DDP expects, and get zeros."""
