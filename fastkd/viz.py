@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
 Numbers: TypeAlias = Sequence[float]
@@ -52,7 +53,7 @@ def overlay_maps(
         return f"highest {_ratio(values.max(), values.mean()):.1f} × mean"
 
     label = "weight, relative to the map's highest cell"
-    return _overlay(images, {"": maps}, titles, caption, label, max_images, opacity)
+    return _overlay(images, {"": maps}, titles, caption, label, 1.0, max_images, opacity)
 
 
 def overlay_differences(
@@ -68,7 +69,8 @@ def overlay_differences(
     """How far the student is from the teacher in each cell, as heat over the images, as ``overlay_maps``.
 
     With ``before``, each image has two rows, and what stands one above the other has one scale: what turned dark, the
-    student has learnt. The number below a panel is the mean over its cells.
+    student has learnt. Colours go by the square root, as a few cells outweigh all others; the number below a panel is
+    the mean over its cells.
 
     Args:
         images: (N, 3, H, W), float in [0, 1] or uint8.
@@ -90,7 +92,7 @@ def overlay_differences(
 
     kinds = {"": differences} if before is None else {names[0]: before, names[1]: differences}
     label = "difference, relative to the highest" + ("" if before is None else f" of {names[0]} and {names[1]}")
-    return _overlay(images, kinds, titles, caption, label, max_images, opacity)
+    return _overlay(images, kinds, titles, caption, label, 0.5, max_images, opacity)
 
 
 def plot_level_losses(
@@ -229,16 +231,19 @@ def _overlay(
     titles: Sequence[str],
     caption: Callable[[Tensor, Tensor | None], str],
     label: str,
+    gamma: float,
     max_images: int,
     opacity: float,
 ) -> Figure:
     """The picture and its levels in a row; a row for each of ``kinds``, in one scale for a picture's level.
 
-    ``caption`` gets a panel's values and those above it of the same picture.
+    ``caption`` gets a panel's values and those above it of the same picture; colours go by the value's power ``gamma``.
     """
+
     rows = [(i, kind) for i in range(min(len(images), max_images)) for kind in kinds]
     height, width = images.shape[2:]
     figure = _figure((PANEL * (len(titles) + 1) + 0.8, (PANEL * height / width + 0.12) * len(rows) + 0.3))
+    norm = _power_norm(gamma)
     axes = figure.subplots(len(rows), len(titles) + 1, squeeze=False)
     for axis, title in zip(axes[0], ("image", *titles), strict=True):
         axis.set_title(title, fontsize=9)
@@ -252,7 +257,15 @@ def _overlay(
         for k, axis in enumerate(row[1:]):
             stack = {name: levels[k][i].detach().float().cpu() for name, levels in kinds.items()}
             highest = torch.stack([x.max() for x in stack.values()]).max()
-            _heat(axis, stack[kind] / highest.clamp_min(torch.finfo(torch.float32).tiny), opacity, (height, width))
+            relative = stack[kind] / highest.clamp_min(torch.finfo(torch.float32).tiny)
+            axis.imshow(
+                relative.numpy(),
+                cmap=HEAT,
+                norm=norm,
+                alpha=(opacity * relative.sqrt()).numpy(),
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                interpolation="nearest",
+            )
             first = next(iter(kinds))
             axis.set_xlabel(caption(stack[kind], None if kind == first else stack[first]), fontsize=7, labelpad=2)
     bar = figure.colorbar(axes[0][1].images[1], ax=axes, fraction=0.025, pad=0.015)
@@ -261,17 +274,10 @@ def _overlay(
     return figure
 
 
-def _heat(axis: Axes, relative: Tensor, opacity: float, size: tuple[int, int]) -> None:
-    """Cells in [0, 1] over an image of this height and width; the lower, the more of it shows."""
-    axis.imshow(
-        relative.numpy(),
-        cmap=HEAT,
-        vmin=0,
-        vmax=1,
-        alpha=(opacity * relative.sqrt()).numpy(),
-        extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5),
-        interpolation="nearest",
-    )
+def _power_norm(gamma: float) -> PowerNorm:
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(gamma, vmin=0, vmax=1)
 
 
 def _ratio(a: Tensor, b: Tensor) -> float:
@@ -329,10 +335,13 @@ def _label(axis: Axes, x: str, y: str) -> None:
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    rows = math.ceil(len(labels) / 5)
     figure.legend(
-        *axis.get_legend_handles_labels(),
+        handles,
+        labels,
         loc="outside upper center",
-        ncols=min(5, len(axis.get_legend_handles_labels()[1])),
+        ncols=math.ceil(len(labels) / rows),
         frameon=False,
         fontsize=8,
     )
