@@ -111,7 +111,7 @@ class RunLog:
             self._bar.write(f"step {step}: {text}")
 
     def figures(self, step: int, draw: Callable[[], Mapping[str, Figure]]) -> None:
-        """Figures to TensorBoard; none between the first and the last where they would cost more than FIGURE_SHARE."""
+        """Figures to TensorBoard; where they have cost more than FIGURE_SHARE, only at the last step."""
         began = time.perf_counter()
         costly = self._figure_seconds > FIGURE_SHARE * (began - self._began)
         if self._board is None or (costly and step != self._last):
