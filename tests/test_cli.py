@@ -251,6 +251,10 @@ def test_sets_are_found_in_the_layouts_of_coco_and_of_digits(tmp_path, annotatio
         (["inspect", "{distilled}", "absent.jpg"], "absent.jpg: no such picture or folder"),
         (["inspect", "{distilled}", "{plain}/config.json"], "not a picture that can be read"),
         (["inspect", "{distilled}", "--set", "test"], "set: expected train or val, got 'test'"),
+        (
+            ["inspect", "{distilled}", "a.jpg", "--set", "val"],
+            "set: expected none beside pictures of your own, got 'val'",
+        ),
         (["inspect", "{distilled}", "--count", "0"], "count: expected at least 1 picture, got 0"),
         (["demo", "--out", "{out}", "--seeds", "0"], "seeds: expected at least 1"),
         (["data", "digits", "--out", "{out}", "--train", "-1"], "train: expected a number of scenes >= 0"),

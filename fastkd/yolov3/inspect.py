@@ -86,12 +86,15 @@ def inspect_run(
 
     Raises:
         FileNotFoundError: no run, checkpoint, log or picture there.
-        ValueError: a run without a teacher; a picture that cannot be read; ``split`` or ``count`` out of range.
+        ValueError: a run without a teacher; a picture that cannot be read; a ``split`` unknown or beside ``pictures``;
+            ``count`` < 1.
     """
     import matplotlib  # noqa: F401  # before models are built for nothing
 
     if count < 1:
         raise ValueError(f"count: expected at least 1 picture, got {count}")
+    if pictures and split is not None:
+        raise ValueError(f"set: expected none beside pictures of your own, got {split!r}")
     config = replace(read_config(run), out=os.fspath(run), augmentation=None)
     if config.teacher is None:
         raise ValueError(f"{os.fspath(run)}: this run has no teacher, so no distillation to look at; see --teacher")
