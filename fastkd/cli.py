@@ -1,4 +1,4 @@
-"""The command ``fastkd``: train, eval, predict, data, demo, doctor. Heavy imports stay inside the commands."""
+"""The command ``fastkd``: train, eval, predict, inspect, data, demo, doctor. Heavy imports stay inside the commands."""
 
 from __future__ import annotations
 
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_predict(commands)
+    _add_inspect(commands)
     _add_data(commands)
     _add_demo(commands)
     _add_doctor(commands)
@@ -251,6 +252,28 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
 
 
+def _add_inspect(commands: Any) -> None:
+    text = """\
+Draw what the distillation of a run looks at: the information maps of backbone and neck, where the student differs from
+the teacher (initially and now), each level's loss over the training; and tell it in a table.
+
+  fastkd inspect runs/student
+  fastkd inspect runs/student photo.jpg holiday/ --count 6 --out runs/seen
+"""
+    parser = _command(commands, "inspect", _inspect, "draw what a run's distillation looks at", text)
+    parser.add_argument("run", metavar="RUN", help="folder of a run of fastkd train --teacher")
+    parser.add_argument(
+        "pictures", nargs="*", metavar="PICTURE", help="files, or folders of pictures (default: the run's own)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for the three drawings (default: RUN/inspect)")
+    parser.add_argument(
+        "--set", metavar="NAME", help="whose pictures, train or val, without PICTURE (default: val, if the run has one)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=4, metavar="N", help="at most N pictures, evenly spaced among all (default: 4)"
+    )
+
+
 def _add_data(commands: Any) -> None:
     parser = _command(commands, "data", None, "make a data set, or look for faults in one")
     sets = parser.add_subparsers(title="data sets", required=True, metavar="NAME")
@@ -387,6 +410,17 @@ def _predict(arguments: argparse.Namespace) -> int:
         progress=True,
     )
     print(f"{len(written)} pictures in {arguments.out}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.inspect import inspect_run
+
+    found = inspect_run(
+        arguments.run, arguments.pictures, out=arguments.out, split=arguments.set, count=arguments.count
+    )
+    print(found)
+    print("drawn: " + ", ".join(map(str, found.files)))
     return 0
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from fastkd import health
+from fastkd import health, level_maps
 from fastkd.health import Check, Report
-from fastkd.hooks import Group, Levels, Tap
+from fastkd.hooks import Group, Levels, Tap, image_height, unwrapped
+from fastkd.level_maps import DistillMaps
 from fastkd.levels import require_sequence, warn_if_nothing_learns
 from fastkd.loss import DistillLoss
 
@@ -204,6 +205,35 @@ class Distiller(nn.Module):
                 self.criterion.calibrate(features)
             finally:
                 self._clear()
+
+    @torch.no_grad()
+    def maps(self, images: Any, prior: Prior | None = None) -> DistillMaps:
+        """What the loss looks at on these images, for looking at: ``fastkd.viz`` draws it.
+
+        Runs both models once in eval mode and leaves no other trace than ``prepare``: nothing is counted or calibrated.
+        No other process is needed, so that of several only one may call it. Where a teacher is standardised, that
+        happens by the statistics so far: without any, before the first training batch, not at all.
+
+        Args:
+            images: what both models take.
+            prior: for this call instead of the constructor's.
+
+        Returns:
+            Per matched level names, stride, information map, difference of student and teacher, and loss.
+
+        Raises:
+            As ``loss``.
+        """
+        try:
+            with _evaluating(self.student):
+                unwrapped(self.student)(images)  # DistributedDataParallel would wait for all ranks
+            student, teacher, q = self._features(images, prior)
+            self.criterion.prepare(student, teacher)
+            height = image_height(images, [x.shape[2] for x in teacher])
+            with _evaluating(self.criterion):
+                return level_maps.measure(self.criterion, self._matched(), student, teacher, q, height)
+        finally:
+            self._clear()
 
     def check(
         self,

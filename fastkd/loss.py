@@ -293,11 +293,11 @@ class DistillLoss(nn.Module):
             self.calibrate(teacher_feats)
         self.prepare(student_feats, teacher_feats)
         losses = _distill_loss(
-            [_adapted(adapter, s) for adapter, s in zip(self.adapters, student_feats, strict=True)],
+            self.adapted(student_feats),
             teacher_feats,
             info_map=self.info_map,
             prior=prior,
-            standardize=[x.moments() for x in self.statistics] if self.standardize else None,  # type: ignore[operator]
+            standardize=self.moments(),
             weights=self.weights,
             penalty=self.penalty,
             beta=self.beta,
@@ -320,6 +320,14 @@ class DistillLoss(nn.Module):
         z = copied.normalizer or copied.info_map.normalizer
         copied.normalizer = "map" if z == "map_all_ranks" else z
         return copied
+
+    def adapted(self, student_feats: Sequence[Tensor]) -> list[Tensor]:
+        """The student's features at the teacher's widths."""
+        return [_adapted(adapter, s) for adapter, s in zip(self.adapters, student_feats, strict=True)]
+
+    def moments(self) -> list[tuple[Tensor, Tensor] | None] | None:
+        """(mean, rstd) of each level's teacher, two (C,) vectors: ``distill_loss``'s ``standardize``."""
+        return [x.moments() for x in self.statistics] if self.standardize else None  # type: ignore[operator]
 
     def zero(self) -> Tensor:
         """What ``forward`` is once the loss has stopped: adapters are part of it, as DDP expects, and get zeros."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
+from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, run_log
 from fastkd.yolov3.checkpoint import load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.digits import CLASS_NAMES, write_digits
@@ -371,6 +371,25 @@ def test_configuration_can_be_read_back(config, tmp_path):
 def test_tensorboard_curves_are_written(config, tmp_path):
     train(replace(config, steps=2, tensorboard=True))
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_tensorboard_shows_what_distillation_looks_at(config, teacher, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(replace(config, steps=2, tensorboard=True, teacher=str(teacher)))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert set(events.Tags()["images"]) == {"distillation/maps", "distillation/differences"}
+    assert [x.step for x in events.Images("distillation/maps")] == [2]
+
+
+def test_figures_that_cost_too_much_wait_for_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log, "FIGURE_SHARE", 0.0)
+    log = RunLog(tmp_path, ["loss"], first=0, last=3, batch=1, every=1)
+    drawn = []
+    for step in (1, 2, 3):
+        log.figures(step, lambda step=step: drawn.append(step) or {})
+    log.close()
+    assert drawn == [1, 3]
 
 
 # ---- errors

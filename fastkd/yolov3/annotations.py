@@ -86,7 +86,7 @@ class Annotations:
 
     def clean(self) -> Annotations:
         """Boxes clipped to their pictures; those without area there, or not finite, left out; ``problems`` counted."""
-        finite: Array = np.isfinite(self.boxes).all(axis=1, keepdims=True)[:, 0]
+        finite: Array = np.logical_and.reduce(np.isfinite(self.boxes), axis=1)
         boxes = np.where(finite[:, None], self.boxes, 0)
         limit = self.sizes[self.rows].astype(np.float64)
         low, high = boxes[:, :2].clip(0, limit), (boxes[:, :2] + boxes[:, 2:]).clip(0, limit)

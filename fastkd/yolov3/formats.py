@@ -33,10 +33,10 @@ from PIL import Image
 from fastkd.yolov3.annotations import Annotations, from_rows, refuse_outside
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-LAYOUTS = """\
-  COCO  annotations/{name}.json or annotations/instances_{name}.json, pictures in images/{name} or {name}
-  VOC   ImageSets/Main/{name}.txt, Annotations/*.xml, JPEGImages/
-  YOLO  data.yaml with {name}: and names:"""
+LAYOUTS = (
+    "looked for annotations/[instances_]{name}.json with pictures in images/{name} or {name} (COCO), "
+    "ImageSets/Main/{name}.txt with Annotations and JPEGImages (VOC), data.yaml with {name}: and names: (YOLO)"
+)
 
 
 def read_set(annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> Annotations:
@@ -92,7 +92,7 @@ def find_set(folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
             f"set {name!r} in {root}: {found_file.name} is there, but none of the folders {missing}"
         )
     raise FileNotFoundError(
-        f"set {name!r} in {root}: not found; sets found: {', '.join(sets_in(root)) or 'none'}. Looked for\n"
+        f"set {name!r} in {root}: not found; sets found: {', '.join(sets_in(root)) or 'none'}; "
         + LAYOUTS.format(name=name)
     )
 
@@ -120,8 +120,7 @@ def require_sets(folder: str | os.PathLike[str]) -> list[str]:
     if not found:
         inside = sorted(x.name for x in root.iterdir())
         raise FileNotFoundError(
-            f"data: no set in {root}, which holds {', '.join(inside[:8]) or 'nothing'}. Looked for\n"
-            + LAYOUTS.format(name="NAME")
+            f"data: no set in {root}, which holds {', '.join(inside[:8]) or 'nothing'}; " + LAYOUTS.format(name="NAME")
         )
     return found
 

@@ -56,7 +56,7 @@ def predict(
         FileNotFoundError: no such picture or folder, or a folder without pictures.
         ValueError: a file that is no picture, two pictures of one name, or a threshold out of range.
     """
-    files = _listed(pictures)
+    files = listed(pictures)
     targets = [_named(Path(out) / file.name) for file in files]
     if len(set(targets)) != len(targets):
         raise ValueError("pictures: expected different file names, got two alike; predict one folder at a time")
@@ -111,7 +111,7 @@ def _label(canvas: Image, text: str, corner: tuple[int, int], colour: tuple[int,
     cv2.putText(canvas, text, (x, y - descent // 2), font, scale, ink, 1, cv2.LINE_AA)
 
 
-def _listed(pictures: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def listed(pictures: Sequence[str | os.PathLike[str]]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, pictures):
         if path.is_dir():

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import numpy as np
@@ -32,7 +32,13 @@ from fastkd.yolov3.data import Batch, DetectionDataset, Sample, collate
 from fastkd.yolov3.evaluate import Metrics, evaluate
 from fastkd.yolov3.files import replacing
 from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.overlays import map_figures, some_images
 from fastkd.yolov3.run_log import RunLog
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURE_IMAGES = 2  # pictures whose maps TensorBoard gets at every evaluation
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,14 @@ class _Run:
                 self.metrics = evaluate(self.average, self.val, batch_size=self.config.batch, workers=workers)
             save_detector(self.average, self.out / "model.pt", self.data.class_names, self.config.size)
             save_detector(self.average, self.out / "model.weights")
+            if self.distiller is not None:  # alone: its maps ask no other process
+                self.log.figures(self.step, self._figures)
         self.accelerator.wait_for_everyone()
+
+    def _figures(self) -> dict[str, Figure]:
+        """What distillation looks at, on a few pictures, always the same."""
+        images = self._moved(some_images(self.val or self.data, FIGURE_IMAGES))
+        return map_figures(images, cast(Distiller, self.distiller).maps(images))
 
     def _update_average(self) -> None:
         """Moving average of weights and batch norm statistics; its memory grows with the run, up to ``ema``.
