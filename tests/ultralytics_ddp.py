@@ -13,9 +13,9 @@ import torch
 import ultralytics_offline  # noqa: F401  # before Ultralytics
 import yaml
 from torch import distributed, nn
+from ultralytics.utils import RANK
 
 from fastkd.integrations.ultralytics import DistillationTrainer, Trainer
-from ultralytics.utils import RANK
 
 
 class TwoCpus(Trainer):
@@ -49,7 +49,9 @@ def main() -> None:
         both = [torch.empty_like(tensor) for _ in range(2)]
         distributed.all_gather(both, tensor.detach())
         assert torch.equal(*both), RANK
-    print("alike")
+    print("alike", flush=True)
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Ultralytics without network and with a torch that has no torchvision of its own: for tests and benchmarks only.
 
-``import ultralytics_offline`` before ultralytics. The environment needs the packages of
-``tests/ultralytics-requirements.txt`` (``make setup`` puts them where no other test sees them), ``YOLO_OFFLINE=1`` and
-a ``YOLO_CONFIG_DIR`` to write to: see ``environment``.
+In a process with the variables of ``environment``, ``import ultralytics_offline`` before Ultralytics. The packages are
+those of ``tests/ultralytics-requirements.txt``; ``make setup`` puts them where no other test sees them.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,23 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ROOT / ".venv" / "ultralytics"  # of `make setup`
 
 
-def environment(packages: Path, config: Path) -> dict[str, str]:
-    """The environment of a process that uses Ultralytics."""
-    paths = [str(ROOT), str(ROOT / "tests"), str(packages)]
+def packages() -> Path | None:
+    """The folder of the packages, or None where they are not installed."""
+    folder = Path(os.environ.get("FASTKD_ULTRALYTICS", Path(sys.prefix) / "ultralytics"))
+    return folder if (folder / "ultralytics").is_dir() else None
+
+
+def environment(scratch: Path) -> dict[str, str]:
+    """The environment of a process that uses Ultralytics, which writes its settings to ``scratch``."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", packages()))),
+        "YOLO_CONFIG_DIR": str(scratch),
         "YOLO_OFFLINE": "1",
-        "YOLO_CONFIG_DIR": str(config),
         "YOLO_AUTOINSTALL": "False",
+        "OMP_NUM_THREADS": "1",  # tiny models, beside other tests
     }
 
 
@@ -87,8 +93,5 @@ def _stub_torchvision() -> None:
     torchvision.extension._has_ops = lambda: True
 
 
-if not torch.cuda.is_available():
-    try:
-        _stub_torchvision()
-    except ImportError:
-        pass  # another process writes the environment
+if importlib.util.find_spec("torchvision") and not torch.cuda.is_available():
+    _stub_torchvision()

@@ -395,7 +395,8 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
         without_taps(self.ema.ema)
         with self._student_alone():
             saved = super().save_model()
-        self._drop_states(keep=self.epoch)
+        if saved is not False:  # it is where weights are not finite
+            self._drop_states(keep=self.epoch)
         return saved
 
     def final_eval(self) -> None:
