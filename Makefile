@@ -5,7 +5,7 @@ SOURCES := setup.py pyproject.toml constraints.txt tests/ultralytics-requirement
 CSRC := $(shell find csrc -type f)
 RESULTS := benchmarks/results
 
-.PHONY: setup demo test lint format bench kernels-report gpu-check clean
+.PHONY: setup demo test lint docs format bench kernels-report gpu-check clean
 
 setup: $(VENV)/installed
 
@@ -29,6 +29,11 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(MAKE) docs
+
+# every warning is an error: a link or a name that leads nowhere fails
+docs: setup
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky -b html docs build/docs
 
 # about 10 minutes on two cores, which must have nothing else to do: threads that wait for each other are not the loss
 bench: setup

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastkd
+from fastkd.loss_weight import DECAYS
 from fastkd.ops import choose
 
 if TYPE_CHECKING:
@@ -151,7 +153,15 @@ def _add_train(commands: Any) -> None:
     kd = parser.add_argument_group("distillation")
     add(kd, "--teacher", "model.pt of a trained teacher, or Darknet .weights (default: no distillation)")
     add(kd, "--teacher-model", "what a .weights teacher is (default: yolov3)", choices=names)
-    add(kd, "--distill-weight", "factor of the feature loss (default: 40.0)", type=float)
+    add(
+        kd,
+        "--unlabelled",
+        "folder of pictures without labels, which the teacher explains (default: none)",
+        metavar="DIR",
+    )
+    add(kd, "--unlabelled-batch", "how many of them a step (default: as --batch)", type=int)
+    add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=_weight, metavar="N")
+    add(kd, "--distill-share", "auto: hold it at so many times the detection loss (default: 1.0)", type=float)
     add(kd, "--info-map", "where in the features to look (default: self_information)", metavar="NAME")
     add(
         kd,
@@ -161,6 +171,8 @@ def _add_train(commands: Any) -> None:
     )
     add(kd, "--logit-weight", "factor of the loss on the heads' outputs (default: 0.0)", type=float)
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
+    add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
+    add(kd, "--distill-decay", "fall to zero until then (default: no decay)", choices=DECAYS)
 
     how = parser.add_argument_group("optimisation")
     add(how, "--epochs", "passes over the training set (default: 100)", type=int)
@@ -171,6 +183,8 @@ def _add_train(commands: Any) -> None:
     add(how, "--warmup", "steps until the learning rate is reached (default: 100)", type=int)
     add(how, "--weight-decay", "of convolutions (default: 0.01)", type=float)
     add(how, "--clip", "largest norm of the gradient, 0 for any (default: 10.0)", type=float)
+    add(how, "--freeze-batchnorm", "keep the statistics of --init's batch norms", action="store_true")
+    add(how, "--sync-batchnorm", "batch norm statistics over all GPUs", action="store_true")
     add(how, "--ema", "decay of the averaged weights, 0 for none (default: 0.999)", type=float)
     add(how, "--mixed-precision", "(default: no)", choices=("no", "bf16", "fp16"))
     add(how, "--seed", "of weights, order and augmentation (default: 0)", type=int)
@@ -181,6 +195,10 @@ def _add_train(commands: Any) -> None:
     add(run, "--resume", "go on from --out's checkpoint, if there is one", action="store_true")
     add(run, "--eval-every", "epochs between evaluations, 0 for only at the end (default: 10)", type=int)
     add(run, "--save-every", "epochs between checkpoints (default: 1)", type=int)
+
+
+def _weight(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -271,6 +289,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from fastkd.yolov3.train import train
 
     config = _train_config(arguments, TrainConfig)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what torchrun and job queues send: stop as by Ctrl-C
     result = train(config)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{result.steps} steps in {result.seconds:.0f} s" + (f": {result.metrics}" if result.metrics else ""))

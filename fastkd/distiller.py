@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -382,8 +381,7 @@ class Distiller(nn.Module):
             with torch.enable_grad():
                 student, teacher, prior = self._dry_run(images)
                 self.criterion.prepare(student, teacher)
-                criterion = copy.deepcopy(self.criterion).train()  # so that nothing is counted or calibrated
-                criterion.loss_weight = criterion.loss_weight.full()
+                criterion = self.criterion.alone()
                 leaves = [x.detach().requires_grad_() for x in student]  # cut off from the levels that follow
                 loss = criterion(leaves, teacher, prior, 1.0 if task_loss is None else task_loss).sum()
                 gradients = torch.autograd.grad(loss, leaves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -311,6 +312,14 @@ class DistillLoss(nn.Module):
         factor: Tensor = self.loss_weight(self.level_losses.sum(), task_loss)
         losses = losses * factor.to(losses.dtype)
         return losses.sum() if self.reduction == "sum" else losses
+
+    def alone(self) -> DistillLoss:
+        """A copy in training, to try: at full weight, and waiting for no other process."""
+        copied = copy.deepcopy(self).train()
+        copied.loss_weight = self.loss_weight.full()
+        z = copied.normalizer or copied.info_map.normalizer
+        copied.normalizer = "map" if z == "map_all_ranks" else z
+        return copied
 
     def zero(self) -> Tensor:
         """What ``forward`` is once the loss has stopped: adapters are part of it, as DDP expects, and get zeros."""

@@ -90,7 +90,8 @@ def test_defaults_in_the_help_of_train_are_those_of_the_configuration():
         if action.default is not argparse.SUPPRESS or stated is None or action.dest not in fields:
             continue
         default = fields[action.dest]
-        in_words = {"None": {"all", "no distillation", "random weights"}, "True": {"on"}}
+        in_words = {"None": {"all", "no distillation", "random weights", "none", "as --batch", "never", "no decay"}}
+        in_words["True"] = {"on"}
         assert stated[1] in in_words.get(str(default), {str(default)}), action.dest
         compared += 1
     assert compared >= 20
@@ -125,21 +126,6 @@ def test_train_resumes(digits, tmp_path, capsys):
     assert main(arguments) == 2
     assert "--resume" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
-
-
-@pytest.mark.filterwarnings("ignore:distillation may not work")
-def test_two_processes_train_and_calibrate_as_one(digits, student, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastkd"]
-    arguments = train_arguments(digits, tmp_path / "run", "--teacher", str(student))
-    done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 steps in") == 1
-    assert main(train_arguments(digits, tmp_path / "alone", "--teacher", str(student))) == 0
-    states = [torch.load(tmp_path / run / "checkpoint.pt")["distiller"] for run in ("run", "alone")]
-    statistics = [name for name in states[0] if name.endswith((".mean", ".square"))]
-    assert len(statistics) == 10
-    for name in statistics:  # convolutions round by their number of threads; other images would differ by percents
-        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=1e-5)
 
 
 def test_eval_reads_darknet_weights(digits, tmp_path, capsys):

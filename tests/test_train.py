@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
 from fastkd.yolov3.checkpoint import load_detector, save_detector
@@ -21,6 +22,7 @@ from fastkd.yolov3.train import (
     check_distillation,
     train,
     training_set,
+    unlabelled_images,
     validation_set,
 )
 
@@ -253,7 +255,7 @@ def test_distillation_moves_student_and_adapters_but_not_the_teacher(config, tea
 
 
 def test_reported_terms_add_up_to_the_loss(config, teacher):
-    config = replace(config, teacher=str(teacher), logit_weight=0.5)
+    config = replace(config, teacher=str(teacher), logit_weight=0.5, distill_weight=40.0)
     data = training_set(config)
     objective = build_objective(config, data).train()
     batch = next(batches(data, config, 0, 1))
@@ -264,7 +266,7 @@ def test_reported_terms_add_up_to_the_loss(config, teacher):
     assert sum(parts) == pytest.approx(loss.item(), rel=1e-5)
     levels = [value for name, value in terms.items() if name.startswith("distill/")]
     assert len(levels) == 5
-    assert config.distill_weight * sum(levels) == pytest.approx(terms["distill"], rel=1e-5)
+    assert 40 * sum(levels) == pytest.approx(terms["distill"], rel=1e-5)
 
 
 def test_check_of_a_run_finds_distillation_on(config, teacher):
@@ -422,7 +424,7 @@ def test_a_teacher_of_other_classes_is_refused(config, tmp_path):
         ({"batch": 0}, "batch: expected a number >= 1, got 0"),
         ({"lr": -1.0}, "lr: expected a finite number > 0"),
         ({"ema": 1.0}, r"ema: expected a number in \[0, 1\)"),
-        ({"distill_weight": math.nan}, "distill_weight: expected a finite number >= 0"),
+        ({"distill_stop": 0}, "distill_stop: expected None or an epoch >= 1"),
         ({"val_annotations": "val.json"}, "val_images"),
         ({"mixed_precision": "fp8"}, "mixed_precision: expected one of no, bf16, fp16"),
     ],
@@ -438,7 +440,9 @@ def test_a_wrong_value_is_named(config, options, message):
         ("absent.pt", None, FileNotFoundError, "no such file"),
         ("model.onnx", b"", ValueError, "ends in .pt or .weights"),
         ("broken.pt", b"PK not a zip", ValueError, "is it whole"),
-        ("other.pt", {"weights": 1}, ValueError, "not a detector's file"),
+        ("other.pt", {"weights": 1}, ValueError, "not a detector's file.*got a dict with weights"),
+        ("code.pt", {"model": print}, ValueError, "carries code and not only weights.*weights_only=True"),
+        ("module.pt", nn.Linear(1, 1), ValueError, "carries code and not only weights"),
     ],
 )
 def test_a_file_that_is_no_detector_is_refused(tmp_path, name, content, error, message):
@@ -449,6 +453,68 @@ def test_a_file_that_is_no_detector_is_refused(tmp_path, name, content, error, m
         torch.save(content, path)
     with pytest.raises(error, match=message):
         load_detector(path)
+
+
+def test_a_teacher_file_that_is_cut_off_or_of_another_model_is_refused(teacher, tmp_path):
+    content = teacher.read_bytes()
+    (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"half\.pt: not readable as a detector's file.*is it whole"):
+        load_detector(tmp_path / "half.pt")
+    other = torch.load(teacher) | {"width": 0.25}
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: its weights do not fit the yolov3 that it names"):
+        load_detector(tmp_path / "other.pt")
+
+
+def test_unlabelled_pictures_are_explained_by_the_teacher_alone(config, digits, teacher):
+    config = replace(config, teacher=str(teacher), unlabelled=str(digits / "images/train"), unlabelled_batch=3)
+    data = training_set(config)
+    batch, more = next(batches(data, config, 0, 1)), next(unlabelled_images(config, 0, 1))
+    assert more.shape == (3, 3, config.size, config.size)
+    objective = build_objective(config, data).eval()  # batch norm would mix the pictures
+
+    def terms(unlabelled):
+        return dict(zip(objective.terms, objective(batch.images, batch.targets, unlabelled)[1].tolist(), strict=True))
+
+    alone, together = terms(None), terms(more)
+    for name in ("box", "objectness", "class"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-5)
+    assert together["distill/conv16"] != pytest.approx(alone["distill/conv16"], rel=1e-5)
+
+
+def test_a_run_with_unlabelled_pictures_resumes_to_the_same_bits(config, digits, teacher, tmp_path, monkeypatch):
+    options = {"teacher": str(teacher), "unlabelled": str(digits / "images/train"), "unlabelled_batch": 2}
+    config = replace(config, **options)
+    whole = train(replace(config, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as killed:
+        kill_at(killed, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    resumed = train(replace(config, resume=True))
+    assert same(weights(whole.model_file), weights(resumed.model_file))
+
+
+def test_unlabelled_pictures_want_a_teacher(config):
+    with pytest.raises(ValueError, match="unlabelled: expected a teacher beside it"):
+        replace(config, unlabelled="pictures")
+
+
+def test_distillation_decays_and_stops_at_its_epoch(config, teacher, tmp_path):
+    run = replace(config, teacher=str(teacher), distill_stop=2, distill_decay="linear", log_every=1, warmup=0)
+    train(run)
+    shares = [x["distill"] / x["box"] for x in read_log(Path(run.out) / "metrics.jsonl") if "distill" in x]
+    assert all(shares[:6])  # an epoch has three steps
+    assert shares[6:] == [0, 0, 0]
+
+
+def test_frozen_batch_norms_keep_the_statistics_of_the_initial_weights(config, teacher, tmp_path):
+    first = train(config)
+    again = replace(config, init=str(first.model_file), out=str(tmp_path / "tuned"), freeze_batchnorm=True, ema=0.0)
+    tuned, before = weights(train(again).model_file), weights(first.model_file)
+    for name, value in before.items():
+        if "running" in name:
+            assert tuned[name].equal(value), name
+    assert not tuned["conv8.norm.weight"].equal(before["conv8.norm.weight"])
 
 
 def test_a_validation_set_is_not_augmented(config, digits):

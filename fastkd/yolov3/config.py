@@ -18,7 +18,7 @@ FREE_TO_CHANGE = {
     *("out", "resume", "workers", "cache", "eval_every", "save_every", "log_every", "tensorboard", "cpu"),
     *("val_annotations", "val_images"),
 }
-PATHS = {"annotations", "images", "teacher", "init"}
+PATHS = {"annotations", "images", "teacher", "init", "unlabelled"}
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,24 @@ class TrainConfig:
         anchors: ``"data"``: k-means on the training set; ``"default"``: the model's own (those of ``init``, if given).
         teacher: ``.pt`` file of the teacher (or ``.weights``: ``teacher_model`` at width 1 with its own anchors);
             None: train without distillation.
+        unlabelled: folder of pictures, with its sub-folders, that only the teacher explains; None: none.
+        unlabelled_batch: how many of these a step has, over all processes; None: as many as ``batch``.
         match_threshold: IoU of sizes above which a box trains an anchor; 1: the best anchor alone, as in the paper.
         distill_weight, info_map, confidence_prior, logit_weight: see ``Objective`` and ``fastkd.DistillLoss``.
+        distill_share: where ``distill_weight`` is ``"auto"``: the distillation loss is held at so many times the
+            detection loss.
         distill_warmup: steps over which the distillation loss grows to its weight.
+        distill_stop: epoch from which on there is no distillation; None: it lasts to the end.
+        distill_decay: ``"linear"`` or ``"cosine"``: fall from the end of the warm-up to zero at ``distill_stop`` (or
+            the end); None: stay.
         steps, epochs: how long; ``steps`` wins where both are given.
         batch: pictures a step, over all processes.
         optimizer: ``"adamw"`` or ``"sgd"`` (momentum 0.9). Biases and batch norms have no weight decay.
         lr: highest learning rate, reached after ``warmup`` steps, then falling as a cosine to ``final_lr * lr``.
         clip: largest norm of the gradient; 0: do not clip.
+        freeze_batchnorm: batch norms keep the statistics that they begin with, those of ``init``: for fine-tuning with
+            few pictures a process.
+        sync_batchnorm: batch norm statistics over all processes (GPUs only); else each has those of its own pictures.
         ema: decay of the moving average of the weights, which is what gets evaluated and exported; 0: no average.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
         seed: of initial weights, order and augmentation.
@@ -77,12 +87,17 @@ class TrainConfig:
     anchors: str = "data"
     teacher: str | None = None
     teacher_model: str = "yolov3"
-    distill_weight: float = 40.0
+    unlabelled: str | None = None
+    unlabelled_batch: int | None = None
+    distill_weight: float | str = "auto"
+    distill_share: float = 1.0
     info_map: str = "self_information"
     confidence_prior: bool = True
     match_threshold: float = 0.5
     logit_weight: float = 0.0
     distill_warmup: int = 0
+    distill_stop: int | None = None
+    distill_decay: str | None = None
     steps: int | None = None
     epochs: int = 100
     batch: int = 16
@@ -92,6 +107,8 @@ class TrainConfig:
     warmup: int = 100
     weight_decay: float = 0.01
     clip: float = 10.0
+    freeze_batchnorm: bool = False
+    sync_batchnorm: bool = False
     ema: float = 0.999
     mixed_precision: str = "no"
     seed: int = 0
@@ -119,9 +136,13 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}")
         for name, least in (("epochs", 1), ("batch", 1), ("save_every", 1), ("log_every", 1), ("eval_every", 0)):
             self._require(name, getattr(self, name) >= least, f"a number >= {least}")
+        self._require("unlabelled_batch", self.unlabelled_batch is None or self.unlabelled_batch >= 1, "a number >= 1")
+        if self.unlabelled is not None and self.teacher is None:
+            raise ValueError("unlabelled: expected a teacher beside it, which explains these pictures, got None")
+        self._require("distill_stop", self.distill_stop is None or self.distill_stop >= 1, "None or an epoch >= 1")
         self._require("steps", self.steps is None or self.steps >= 1, "None or a number >= 1")
         self._require("lr", 0 < self.lr < math.inf, "a finite number > 0")
-        for name in ("distill_weight", "logit_weight", "weight_decay", "clip", "warmup", "distill_warmup", "final_lr"):
+        for name in ("logit_weight", "weight_decay", "clip", "warmup", "distill_warmup", "final_lr"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
         self._require("ema", 0 <= self.ema < 1, "a number in [0, 1)")
         self._require("val_images", (self.val_annotations is None) == (self.val_images is None), "it with the other")

@@ -21,7 +21,7 @@ class Objective(nn.Module):
     Args:
         student: trained in place.
         teacher: frozen; None to train without distillation.
-        distill_weight: factor of the feature term.
+        distill_weight: factor of the feature term, or ``"auto"``: see ``fastkd.DistillLoss``, ``weight``.
         logit_weight: factor of the term on the heads' outputs (``logit_distill_loss``).
         match_threshold: see ``DetectionLoss``.
         confidence_prior: weight cells by the teacher's own confidence (``fastkd.priors.confidence``).
@@ -36,7 +36,7 @@ class Objective(nn.Module):
         student: Detector,
         teacher: Detector | None = None,
         *,
-        distill_weight: float = 40.0,
+        distill_weight: float | str = "auto",
         logit_weight: float = 0.0,
         match_threshold: float = 0.5,
         confidence_prior: bool = True,
@@ -45,7 +45,7 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.detection = DetectionLoss(student, match_threshold=match_threshold)
-        self.distill_weight, self.logit_weight = distill_weight, logit_weight
+        self.logit_weight = logit_weight
         self.confidence_prior = confidence_prior
         self.distiller: Distiller | None = None
         if teacher is None:
@@ -61,6 +61,7 @@ class Objective(nn.Module):
             backbone=(list(student.backbone_levels), list(teacher.backbone_levels)),
             neck=(list(student.neck_levels), list(teacher.neck_levels)),
             prior=self._prior,
+            weight=distill_weight,
             **{"reuse_teacher_memory": True, **loss_options},  # nobody reads the teacher's features after the loss
         )
         self._teacher = (teacher,)  # in a tuple it is not registered as a submodule
@@ -75,23 +76,26 @@ class Objective(nn.Module):
             names += [f"distill/{student}" for student, _ in self.distiller.levels or []]
         return names
 
-    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, targets: Tensor, unlabelled: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss of a batch.
 
         Args:
             images: (N, 3, H, W) float, 0..1.
             targets: (M, 6) as ``DetectionLoss`` takes them.
+            unlabelled: (U, 3, H, W) float, 0..1: images that only the teacher explains, in one forward with the others.
 
         Returns:
             The scalar to differentiate, and ``terms`` as one detached vector, without a host sync. Terms are weighted
             as they stand in the sum, except those of single levels.
         """
+        labelled = len(images)
+        images = images if unlabelled is None else torch.cat([images, unlabelled])
         outputs = self.student(images)
-        loss, parts = self.detection(outputs, targets)
+        loss, parts = self.detection([x[:labelled] for x in outputs], targets)
         report = list(parts.values())
         levels = loss.new_zeros(0)
         if self.distiller is not None:
-            distill = self.distill_weight * self.distiller.loss(images)
+            distill = self.distiller.loss(images, task_loss=loss)
             loss, report = loss + distill, [*report, distill.detach()]
             levels = self.distiller.criterion.level_losses
             if self.logit_weight:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class RunLog:
         every: steps between two lines.
         show: whether this process prints and writes at all (one in a distributed run does).
         tensorboard: also write curves to ``out``.
+        reduce: mean of a tensor over all processes, which all log the same steps.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class RunLog:
         every: int,
         show: bool = True,
         tensorboard: bool = True,
+        reduce: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
         self.terms, self.batch, self.every, self.show = list(terms), batch, every, show
         self.file = out / "metrics.jsonl"
-        self._last = last
+        self._last, self._reduce = last, reduce
         self._pending: list[Tensor] = []
         self._step, self._epoch, self._lr = first, 0, 0.0
         self._since = time.perf_counter()
@@ -79,7 +81,7 @@ class RunLog:
         if not self._pending:
             return
         count = len(self._pending)
-        rows = torch.stack(self._pending).double().cpu()
+        rows = self._reduce(torch.stack(self._pending)).double().cpu()
         self._pending = []
         _require_finite(rows, self.terms, self._step - count + 1)
         now = time.perf_counter()

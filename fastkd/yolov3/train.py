@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastkd.distiller import Distiller
 from fastkd.health import Report
+from fastkd.info_map import resolve
 from fastkd.yolov3.anchors import dataset_anchors
 from fastkd.yolov3.checkpoint import MODELS, Detector, Trained, build_detector, load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, require_same_run
@@ -56,18 +58,23 @@ def train(config: TrainConfig) -> TrainResult:
         FileExistsError: ``out`` holds a run already and ``resume`` is off.
         ValueError: a configuration that does not fit the data, the teacher or the run to be resumed.
         FloatingPointError: a loss is not finite (names it).
+        ConnectionError: of several processes another one is gone (says what is left, and how to go on).
     """
     run = _Run(config)
     try:
         while run.step < run.steps:
             run.go_on()
         return run.result()
+    except RuntimeError as error:
+        if run.accelerator.num_processes == 1 or not _is_of_distributed(error):
+            raise
+        raise ConnectionError(run.broken(error)) from error
     finally:
         run.close()
 
 
-def build_objective(config: TrainConfig, data: CocoDetection) -> Objective:
-    """Student with the run's initial weights, teacher, adapters and losses, on the CPU.
+def build_objective(config: TrainConfig, data: CocoDetection, *, ranks: int = 1) -> Objective:
+    """Student with the run's initial weights, teacher, adapters and losses, on the CPU; for one of ``ranks`` processes.
 
     Raises:
         ValueError: ``init`` or teacher do not fit the data set's classes or each other.
@@ -86,13 +93,38 @@ def build_objective(config: TrainConfig, data: CocoDetection) -> Objective:
         logit_weight=config.logit_weight,
         confidence_prior=config.confidence_prior,
         match_threshold=config.match_threshold,
-        **({"info_map": config.info_map, "warmup_steps": config.distill_warmup} if teacher is not None else {}),
+        **(_loss_options(config, data, ranks) if teacher is not None else {}),
     )
     if objective.distiller is not None:  # adapters must exist before optimiser and DDP look for parameters
         objective.distiller.prepare(torch.zeros(1, 3, config.size, config.size))
         _to_channels_last(objective.distiller.teacher)
     _to_channels_last(objective)
     return objective
+
+
+def _loss_options(config: TrainConfig, data: CocoDetection, ranks: int) -> dict[str, Any]:
+    """The feature term's part of the configuration, epochs as steps."""
+    stop = None if config.distill_stop is None else config.distill_stop * epoch_steps(config, data)
+    if stop is None and config.distill_decay is not None:
+        stop = total_steps(config, data)
+    options = {
+        "info_map": config.info_map,
+        "share": config.distill_share,
+        "warmup_steps": config.distill_warmup,
+        "decay": config.distill_decay,
+        "stop_step": stop,
+    }
+    if ranks > 1 and resolve(config.info_map).normalizer == "map":
+        options["normalizer"] = "map_all_ranks"  # DDP's averaged gradient is then that of one process
+    return options
+
+
+def epoch_steps(config: TrainConfig, data: CocoDetection) -> int:
+    return math.ceil(len(data) / config.batch)
+
+
+def total_steps(config: TrainConfig, data: CocoDetection) -> int:
+    return config.steps or config.epochs * epoch_steps(config, data)
 
 
 class _Run:
@@ -107,15 +139,15 @@ class _Run:
         AcceleratorState._reset_state()  # one process may train more than once, with other precisions
         self.accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu)
         ranks = self.accelerator.num_processes
-        if config.batch % ranks:
-            raise ValueError(f"batch: expected a multiple of the {ranks} processes, got {config.batch}")
-        self.epoch_steps = math.ceil(len(self.data) / config.batch)
-        self.steps = config.steps or config.epochs * self.epoch_steps
+        for name, count in (("batch", config.batch), ("unlabelled_batch", config.unlabelled_batch or 0)):
+            if count % ranks:
+                raise ValueError(f"{name}: expected a multiple of the {ranks} processes, got {count}")
+        self.epoch_steps, self.steps = epoch_steps(config, self.data), total_steps(config, self.data)
         self.step, self.seconds = 0, 0.0
         self.evaluated, self.metrics = False, cast(Metrics | None, None)
         saved = self._saved()
 
-        objective = build_objective(config, self.data).to(self.accelerator.device)
+        objective = build_objective(config, self.data, ranks=ranks).to(self.accelerator.device)
         self.student, self.distiller = objective.student, objective.distiller
         if self.distiller is not None:  # the teacher is no submodule
             self.distiller.teacher.to(self.accelerator.device)
@@ -133,15 +165,19 @@ class _Run:
             # now, and from the same batches on every rank; under DDP a buffer can no longer change its size
             count = self.distiller.criterion.calibration_batches
             self.distiller.calibrate(b.images for b in batches(self.data, config, 0, count))
+        if config.sync_batchnorm and ranks > 1:
+            if self.accelerator.device.type == "cpu":
+                raise ValueError("sync_batchnorm: expected GPUs, as PyTorch has it for no CPU; leave it off")
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.student)  # type: ignore[no-untyped-call]  # in place
         self.terms = objective.terms
         self.parameters = list(objective.parameters())
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         if saved is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.log = self._open_log()
-        self.batches = batches(
-            self.data, config, self.step, self.steps, rank=self.accelerator.process_index, ranks=ranks
-        )
+        rank = self.accelerator.process_index
+        self.batches = batches(self.data, config, self.step, self.steps, rank=rank, ranks=ranks)
+        self.unlabelled = unlabelled_images(config, self.step, self.steps, rank=rank, ranks=ranks)
 
     def go_on(self) -> None:
         """Train to the next epoch with a checkpoint or an evaluation, or to the end."""
@@ -149,6 +185,10 @@ class _Run:
         self.log.resume_clock()
         self.objective.train()
         config = self.config
+        if config.freeze_batchnorm:
+            for module in self.student.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         while True:
             self._train_step(next(self.batches))
             epoch, rest = divmod(self.step, self.epoch_steps)
@@ -168,9 +208,13 @@ class _Run:
             self._save()
 
     def _train_step(self, batch: Batch) -> None:
-        device, lr = self.accelerator.device, float(self.scheduler.get_last_lr()[0])
-        images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        loss, terms = self.objective(images, batch.targets.to(device, non_blocking=True))
+        lr = float(self.scheduler.get_last_lr()[0])
+        unlabelled = next(self.unlabelled)
+        loss, terms = self.objective(
+            self._moved(batch.images),
+            batch.targets.to(self.accelerator.device, non_blocking=True),
+            None if unlabelled is None else self._moved(unlabelled),
+        )
         self.accelerator.backward(loss)
         if self.config.clip:
             self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
@@ -182,6 +226,9 @@ class _Run:
         self.step += 1
         self.log.step(self.step, self.step // self.epoch_steps, terms, lr)
 
+    def _moved(self, images: Tensor) -> Tensor:
+        return images.to(self.accelerator.device, non_blocking=True, memory_format=torch.channels_last)
+
     def result(self) -> TrainResult:
         """Of a finished run, also where nothing was left to train."""
         if not self.evaluated:
@@ -189,6 +236,16 @@ class _Run:
         model = self.average.eval()
         return TrainResult(
             model, tuple(self.data.class_names), self.metrics, self.step, self.seconds, self.out / "model.pt"
+        )
+
+    def broken(self, error: RuntimeError) -> str:
+        """What to say where the other processes are not heard any more."""
+        file = self.out / "checkpoint.pt"
+        left = f"{file} is whole: the same command with --resume goes on from it"
+        return (
+            f"process {self.accelerator.process_index} of {self.accelerator.num_processes}: another process is gone, "
+            f"after step {self.step} ({str(error).strip().splitlines()[0]}); what ended it is in its own output. "
+            + (left if file.is_file() else f"No checkpoint had been written to {self.out} yet")
         )
 
     def close(self) -> None:
@@ -277,7 +334,16 @@ class _Run:
             every=self.config.log_every,
             show=main,
             tensorboard=self.config.tensorboard,
+            reduce=self._mean_over_ranks,
         )
+
+    def _mean_over_ranks(self, values: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(values, "mean"))
+
+
+def _is_of_distributed(error: RuntimeError) -> bool:
+    """Whether an error is one of a communication that broke; those of gloo are plain RuntimeErrors."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 # ---- data
@@ -305,6 +371,19 @@ def validation_set(config: TrainConfig) -> CocoDetection | None:
     if config.val_annotations is None or config.val_images is None:
         return None
     return CocoDetection(config.val_annotations, config.val_images, config.size, cache=config.cache)
+
+
+def unlabelled_images(
+    config: TrainConfig, first: int, last: int, *, rank: int = 0, ranks: int = 1
+) -> Iterator[Tensor | None]:
+    """Pictures that only the teacher explains, augmented as the others, for each of these steps; None without any."""
+    if config.unlabelled is None:
+        return itertools.repeat(None)
+    data = CocoDetection.of_pictures(
+        config.unlabelled, config.size, augmentation=config.augmentation, seed=config.seed, cache=config.cache
+    )
+    batch = config.unlabelled_batch or config.batch
+    return (x.images for x in batches(data, replace(config, batch=batch), first, last, rank=rank, ranks=ranks))
 
 
 def batches(
@@ -478,5 +557,4 @@ def _report(
     with torch.no_grad():
         task, _ = objective.detection(objective.student.eval()(images), targets)
     objective.train()
-    # the distiller does not know our factor: its share of the sum is the same if the other term is divided by it
-    return distiller.check(images, optimizer, task / max(objective.distill_weight, 1e-9))
+    return distiller.check(images, optimizer, task)
