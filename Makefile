@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml constraints.txt tests/ultralytics-requirements.txt $(shell find csrc -type f)
 CSRC := $(shell find csrc -type f)
 RESULTS := benchmarks/results
 
@@ -14,6 +14,7 @@ $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/ultralytics --requirement tests/ultralytics-requirements.txt
 	touch $@
 
 demo: setup

@@ -160,6 +160,16 @@ def image_height(images: Any, heights: Sequence[int]) -> int:
     return images.shape[-2] if isinstance(images, Tensor) else max(heights)
 
 
+def without_taps(model: nn.Module) -> nn.Module:
+    """The same model, a copy of one that is listened to, without the deaf taps that it carries: plain to pickle."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", hook), Tap):
+                    del hooks[key]
+    return model
+
+
 def bare_name(name: str) -> str:
     """A module's or tensor's name without what wrappers put into it."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
