@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -147,10 +148,10 @@ def from_rows(
     file_names: Sequence[str],
     sizes: Sequence[tuple[int, int]],
     class_names: Sequence[str],
-    objects: Sequence[tuple[float, ...]],
+    objects: array[float],
 ) -> Annotations:
-    """Of formats without ids: ``objects`` are (picture's row, class index, x, y, width, height, crowd), in order."""
-    table = np.array(objects, dtype=np.float64).reshape(-1, 7)
+    """Of formats without ids. ``objects``: seven doubles each, picture's row, class, x, y, width, height, crowd."""
+    table = np.frombuffer(objects).reshape(-1, 7)
     return Annotations(
         source=source,
         image_dir=image_dir,

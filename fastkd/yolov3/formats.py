@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import sys
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,22 +275,23 @@ def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
             f"{path}: {len(absent)} of {len(listed)} names have no file in {folder}: {', '.join(absent[:5])}"
         )
     parsed = {name: _read_xml(file) for name, file in files.items()}
-    class_names = sorted({label for picture in parsed.values() for label, *_ in picture[2]})
+    class_names = sorted({label for _, _, labels, _ in parsed.values() for label in labels})
     index = {name: i for i, name in enumerate(class_names)}
     names, sizes = [], []
-    objects: list[tuple[float, ...]] = []
+    objects = array("d")
     for row, name in enumerate(listed):
-        file_name, size, found = parsed[name]
+        file_name, size, labels, boxes = parsed[name]
         file_name = _voc_picture(Path(images), name, file_name, str(files[name]))
         names.append(file_name)
         sizes.append(size or picture_size(Path(images) / file_name))
-        objects += [(row, index[label], *box, difficult) for label, box, difficult in found]
+        for i, label in enumerate(labels):
+            objects.extend((row, index[label], *boxes[5 * i : 5 * i + 5]))
     return from_rows(str(path), Path(images), names, sizes, class_names, objects)
 
 
-def _read_xml(path: Path) -> tuple[str, tuple[int, int] | None, list[tuple[str, tuple[float, ...], bool]]]:
-    """File name, (width, height) if it is there, and (class, (x, y, width, height), difficult) of each object."""
-    objects: list[tuple[str, tuple[float, ...], bool]] = []
+def _read_xml(path: Path) -> tuple[str, tuple[int, int] | None, list[str], array[float]]:
+    """File name, (width, height) if there, and of each object the class, and x, y, width, height and difficult."""
+    labels, boxes = [], array("d")
     try:
         root: Any = XmlTree.parse(path).getroot()
         width, height = (int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
@@ -300,13 +302,15 @@ def _read_xml(path: Path) -> tuple[str, tuple[int, int] | None, list[tuple[str, 
             label = entry.findtext("name", "").strip()
             if not label:
                 raise ValueError("an object without a name")
-            box = (left - 1, top - 1, right - left + 1, bottom - top + 1)
-            objects.append((label, box, entry.findtext("difficult", "0").strip() == "1"))
+            labels.append(sys.intern(label))
+            difficult = entry.findtext("difficult", "0").strip() == "1"
+            boxes.extend((left - 1, top - 1, right - left + 1, bottom - top + 1, difficult))
     except DefusedXmlException as error:
         raise ValueError(f"{path}: refused, as it declares entities, which no annotation needs ({error})") from None
     except (XmlTree.ParseError, ValueError) as error:
         raise ValueError(f"{path}: not Pascal VOC XML: {error}") from None
-    return root.findtext("filename", "").strip(), (width, height) if width > 0 and height > 0 else None, objects
+    size = (width, height) if width > 0 and height > 0 else None
+    return root.findtext("filename", "").strip(), size, labels, boxes
 
 
 def _voc_picture(folder: Path, stem: str, file_name: str, source: str) -> str:
@@ -336,12 +340,12 @@ def read_yolo(path: Path, images: str | os.PathLike[str]) -> Annotations:
     class_names = _class_names(_read_yaml(path), path)
     pictures = _listed_pictures(Path(images))
     sizes = []
-    objects: list[tuple[float, ...]] = []
+    objects = array("d")
     for row, picture in enumerate(pictures):
         sizes.append(picture_size(picture))
         width, height = sizes[-1]
         for index, x, y, w, h in _read_labels(_label_file(picture), len(class_names)):
-            objects.append((row, index, (x - w / 2) * width, (y - h / 2) * height, w * width, h * height, False))
+            objects.extend((row, index, (x - w / 2) * width, (y - h / 2) * height, w * width, h * height, False))
     root = Path(images) if Path(images).is_dir() else Path(images).parent
     names = [str(x.relative_to(root)) if x.is_relative_to(root) else str(x.absolute()) for x in pictures]
     return from_rows(str(path), root, names, sizes, class_names, objects)
@@ -458,7 +462,7 @@ def read_pictures(folder: str | os.PathLike[str]) -> Annotations:
     _require_there("folder", root)
     pictures = list(_pictures(root))
     sizes = [picture_size(picture) for picture in pictures]
-    return from_rows(str(root), root, [str(x.relative_to(root)) for x in pictures], sizes, [], [])
+    return from_rows(str(root), root, [str(x.relative_to(root)) for x in pictures], sizes, [], array("d"))
 
 
 def picture_size(path: Path) -> tuple[int, int]:
