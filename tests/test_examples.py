@@ -97,8 +97,14 @@ def test_two_processes_train_as_one_with_the_whole_batch(options: str, files: Pa
     if os.environ.get("FASTKD_REPORT"):
         loss = max(abs(a["distill"] - b["distill"]) for a, b in zip(two, one, strict=True))
         weight = max(
-            (states[0][n] - v).abs().max().item() for n, v in states[1].items() if n.startswith("model.") and v.is_floating_point()
+            (states[0][n] - v).abs().max().item()
+            for n, v in states[1].items()
+            if n.startswith("model.") and v.is_floating_point()
         )
         start = load_detector(files / "student.pt").model.state_dict()
-        moved = max((v - start[n[6:]]).abs().max().item() for n, v in states[1].items() if n.startswith("model.") and v.is_floating_point())
+        moved = max(
+            (v - start[n[6:]]).abs().max().item()
+            for n, v in states[1].items()
+            if n.startswith("model.") and v.is_floating_point()
+        )
         print(f"loss {loss:.3g} weights {weight:.3g} moved {moved:.3g}")

@@ -52,10 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_arguments()
-    if "RANK" in os.environ:  # started by torchrun
-        distributed.init_process_group()
+def train(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -119,9 +116,11 @@ def main() -> None:
             save_detector(model, args.out / "model.pt", data.class_names, args.size)
             states = {name: part.state_dict() for name, part in kept.items()}
             torch.save({"epochs": epoch + 1, **states}, args.out / "training.pt")
-    if world > 1:
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    if "RANK" in os.environ:  # started by torchrun
+        distributed.init_process_group()
+    train(parse_arguments())
+    if distributed.is_initialized():
+        distributed.destroy_process_group()  # after train, because DistributedDataParallel must be gone by then

@@ -1,0 +1,1 @@
+"""fastkd in trainers of others, one module each, which imports that trainer."""
