@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from fastkd import health, level_maps
 from fastkd.health import Check, Report
-from fastkd.hooks import Group, Levels, Tap, image_height, unwrapped
+from fastkd.hooks import Group, Levels, Tap, image_height, unwrapped, without_ddp
 from fastkd.level_maps import DistillMaps
 from fastkd.levels import require_sequence, warn_if_nothing_learns
 from fastkd.loss import DistillLoss
+from fastkd.ranks import alone
 
 Prior: TypeAlias = Callable[[Any, list[tuple[int, int]]], Sequence[Tensor | None]]
 
@@ -164,22 +166,25 @@ class Distiller(nn.Module):
             self._clear()
 
     @torch.no_grad()
-    def prepare(self, images: Any) -> None:
+    def prepare(self, images: Any) -> Distiller:
         """Match levels and give the adapters their widths now: before DDP, an EMA or a count of parameters.
 
-        Runs both models once on ``images`` in eval mode and leaves no other trace. Raises as ``loss``.
+        Runs both models once on ``images`` in eval mode and leaves no other trace. Returns the distiller itself.
+        Raises as ``loss``.
         """
         try:
             student, teacher, _ = self._dry_run(images)
             self.criterion.prepare(student, teacher)
         finally:
             self._clear()
+        return self
 
     @torch.no_grad()
     def calibrate(self, loader: Iterable[Any]) -> None:
         """Take the teacher's per-channel statistics from a loader now, not from the first training batches.
 
-        Stops after ``calibration_batches`` batches; after a shorter loader the first training batches fill up.
+        Stops after ``calibration_batches`` batches; after a shorter loader the first training batches fill up. Of
+        several ranks any may call it, with whatever batches: the first training forward brings them together.
 
         Args:
             loader: batches, each what the teacher takes or a tuple or list that starts with it.
@@ -245,8 +250,8 @@ class Distiller(nn.Module):
     ) -> Report:
         """Is distillation really on? Looks at what silently switches it off, and says so in plain words.
 
-        Nothing is trained or counted; the models run in eval mode. What an argument is missing for is reported as
-        unknown. ``print(distiller.check(images, optimizer, task_loss))`` shows a table.
+        Nothing is trained or counted; the models run in eval mode; no other rank is waited for. What an argument is
+        missing for is reported as unknown. ``print(distiller.check(images, optimizer, task_loss))`` shows a table.
 
         Args:
             images: a batch, to run both models on: hooks, gradient at every level, loss.
@@ -373,7 +378,7 @@ class Distiller(nn.Module):
     def _dry_run(self, images: Any) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None]:
         """As ``_features``, after a forward of the student in eval mode."""
         with _evaluating(self.student):
-            self.student(images)
+            without_ddp(self.student)(images)
         return self._features(images)
 
     def _matched(self, images: Any = None) -> list[tuple[Tap, Tap]]:
@@ -408,10 +413,11 @@ class Distiller(nn.Module):
     def _check_gradient(self, images: Any, task_loss: float | Tensor | None) -> tuple[Check, float]:
         """Pushes each level's own gradient through the student; also the loss at full weight."""
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), alone():
                 student, teacher, prior = self._dry_run(images)
                 self.criterion.prepare(student, teacher)
-                criterion = self.criterion.alone()
+                criterion = copy.deepcopy(self.criterion).train()  # so that nothing is counted or calibrated
+                criterion.loss_weight = criterion.loss_weight.full()
                 leaves = [x.detach().requires_grad_() for x in student]  # cut off from the levels that follow
                 loss = criterion(leaves, teacher, prior, 1.0 if task_loss is None else task_loss).sum()
                 gradients = torch.autograd.grad(loss, leaves)
@@ -430,7 +436,7 @@ class Distiller(nn.Module):
         """Norm of the gradient of the student's weights, from ``gradient`` at this level alone."""
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         with _evaluating(self.student):
-            self.student(images)  # anew for each level: a compiled graph can't always be walked twice
+            without_ddp(self.student)(images)  # anew for each level: a compiled graph can't always be walked twice
         feature = tap.feature()
         if not feature.requires_grad or not parameters:
             return 0.0

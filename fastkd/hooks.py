@@ -189,6 +189,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The model itself where it is in DistributedDataParallel, whose forward waits for the other ranks."""
+    inner = model
+    while hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod  # type: ignore[assignment]
+    return unwrapped(inner) if isinstance(inner, nn.parallel.DistributedDataParallel) else model
+
+
 def _find(role: str, label: str, model: nn.Module, place: Place) -> tuple[str, nn.Module]:
     """Bare name and module of one level."""
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from fastkd.info_map import NORMALIZERS, PENALTIES, InfoMap, require_known, requ
 from fastkd.levels import check, require_features, require_sequence, require_weights, warn_if_nothing_learns
 from fastkd.loss_weight import KeepsPrecision, LossWeight
 from fastkd.one_pass import SHARED, Upstreams
+from fastkd.ranks import sum_over_ranks, world_size
 from fastkd.reference import EPS
 
 REDUCTIONS = ("sum", "none")
@@ -138,10 +138,7 @@ def _distill_loss(
 def _mean_over_ranks(mass: Tensor, student: Sequence[Tensor]) -> Tensor:
     """Z of ``map_all_ranks``: C times the map's mass, averaged over the ranks of the default process group."""
     mass = mass.detach().clone()
-    ranks = 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        torch.distributed.all_reduce(mass)
+    ranks = sum_over_ranks(mass)
     channels = torch.tensor([x.shape[1] for x in student], dtype=mass.dtype).to(mass.device, non_blocking=True)
     return channels * mass / ranks + EPS
 
@@ -163,22 +160,37 @@ class ChannelStatistics(KeepsPrecision):
         self.register_buffer("mean", torch.zeros(0))
         self.register_buffer("square", torch.zeros(0))  # sum of squared distances from the mean
 
-    @torch.no_grad()
-    def update(self, feature: Tensor) -> None:
-        """Add an (N, C, H, W) batch."""
-        if feature.numel() == 0:
-            return
+    def prepare(self, channels: int) -> None:
+        """Give the buffers their size, which DDP wants to stay as it is."""
         if self.mean.numel() == 0:
-            self.mean, self.square = (x.new_zeros(feature.shape[1]) for x in (self.mean, self.square))
+            self.mean, self.square = (x.new_zeros(channels) for x in (self.mean, self.square))
+
+    @torch.no_grad()
+    def update(self, feature: Tensor, *, all_ranks: bool = False) -> None:
+        """Add an (N, C, H, W) batch; or those of all ranks, which then have to call this together."""
+        all_ranks = all_ranks and world_size() > 1
+        if feature.numel() == 0 and not all_ranks:
+            return
+        self.prepare(feature.shape[1])
         variance, mean = torch.var_mean(feature.to(self.mean.dtype), dim=(0, 2, 3), correction=0)
         finite = variance.isfinite().all()  # a batch that overflowed counts for nothing
         cells = finite * (feature.numel() // feature.shape[1])
         variance, mean = (torch.where(finite, x, 0) for x in (variance, mean))
+        if all_ranks:
+            cells, mean, variance = _over_ranks(cells, mean, variance)
         share = cells / (self.count + cells).clamp_min(1)
         distance = mean - self.mean
         self.square.add_(variance * cells + distance.square() * self.count * share)
         self.mean.add_(distance * share)
         self.count.add_(cells)
+
+    @torch.no_grad()
+    def pool(self) -> None:
+        """Take what each rank has seen by itself as seen by all, which have to call this together."""
+        count, mean, variance = _over_ranks(self.count, self.mean, self.square / self.count.clamp_min(1))
+        self.count.copy_(count)
+        self.mean.copy_(mean)
+        self.square.copy_(variance * count)
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
         """(mean, rstd), each (C,), or None before the first batch."""
@@ -195,6 +207,17 @@ class ChannelStatistics(KeepsPrecision):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def _over_ranks(count: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of what all ranks have seen together; in float64, where the difference of squares costs nothing."""
+    m, n = mean.double(), count.double()
+    sums = torch.cat([n.reshape(1), n * m, n * (variance.double() + m.square())])
+    sum_over_ranks(sums)
+    n, first, second = sums[0], *sums[1:].chunk(2)
+    m = first / n.clamp_min(1)
+    v = (second / n.clamp_min(1) - m.square()).clamp_min(0)
+    return n.to(mean.dtype), m.to(mean.dtype), v.to(mean.dtype)
+
+
 class DistillLoss(nn.Module):
     """``distill_loss`` with what it needs to keep: 1x1 adapters, the teacher's statistics, level weights, warm-up.
 
@@ -206,8 +229,9 @@ class DistillLoss(nn.Module):
         levels: number of levels, where no channels and no adapters are given.
         adapters: one module per level instead (``nn.Identity()`` for none), student feature to teacher's shape.
         standardize: imitate the teacher standardised per channel; None: as the preset of ``info_map`` says.
-        calibration_batches: the teacher's statistics are taken from so many first training batches, then fixed; what
-            is not finite is left out. Before the first one, in eval mode, the teacher is not standardised.
+        calibration_batches: the teacher's statistics are taken from so many first training batches, each of all ranks
+            together, then fixed; what is not finite is left out. Before the first one, in eval mode, the teacher is
+            not standardised.
         weight: factor of the loss; or ``"auto"``: at each training forward the one that brings the loss to ``share``
             times the task loss, both as moving averages over some 50 steps (and over all ranks), which the module's
             state keeps. ``forward`` then needs ``task_loss``. No gradient flows through the factor.
@@ -277,6 +301,7 @@ class DistillLoss(nn.Module):
         self._upstreams = Upstreams()
         self.loss_weight = LossWeight(weight, share, warmup_steps, decay, stop_step)
         self._batches_seen = 0
+        self._pooled = False
         self.level_losses = torch.zeros(count)
 
     def forward(
@@ -289,9 +314,11 @@ class DistillLoss(nn.Module):
         """The loss, as ``distill_loss``, times its weight; in training it also calibrates and counts the step."""
         self._require_levels(student_feats, teacher_feats)
         warn_if_nothing_learns(student_feats)  # before the adapters, whose outputs require grad in any case
-        if self.training and not self.calibrated:
-            self.calibrate(teacher_feats)
         self.prepare(student_feats, teacher_feats)
+        if self.training:
+            self._pool()
+            if not self.calibrated:
+                self.calibrate(teacher_feats, all_ranks=True)
         losses = _distill_loss(
             self.adapted(student_feats),
             teacher_feats,
@@ -312,14 +339,6 @@ class DistillLoss(nn.Module):
         factor: Tensor = self.loss_weight(self.level_losses.sum(), task_loss)
         losses = losses * factor.to(losses.dtype)
         return losses.sum() if self.reduction == "sum" else losses
-
-    def alone(self) -> DistillLoss:
-        """A copy in training, to try: at full weight, and waiting for no other process."""
-        copied = copy.deepcopy(self).train()
-        copied.loss_weight = self.loss_weight.full()
-        z = copied.normalizer or copied.info_map.normalizer
-        copied.normalizer = "map" if z == "map_all_ranks" else z
-        return copied
 
     def adapted(self, student_feats: Sequence[Tensor]) -> list[Tensor]:
         """The student's features at the teacher's widths."""
@@ -351,16 +370,37 @@ class DistillLoss(nn.Module):
                 )
 
     @torch.no_grad()
-    def calibrate(self, teacher_feats: Sequence[Tensor]) -> None:
-        """Add one batch of teacher features to the statistics; after ``calibration_batches`` they stay fixed."""
+    def calibrate(self, teacher_feats: Sequence[Tensor], *, all_ranks: bool = False) -> None:
+        """Add one batch of teacher features to the statistics; after ``calibration_batches`` they stay fixed.
+
+        Args:
+            teacher_feats: one (N, C, H, W) tensor per level.
+            all_ranks: add the batches of all ranks, which have to call this together; else this rank's own.
+        """
         for statistics, feature in zip(self.statistics, teacher_feats, strict=True):
-            statistics.update(feature)  # type: ignore[operator]
-        self._batches_seen += all(feature.numel() for feature in teacher_feats)
+            statistics.update(feature, all_ranks=all_ranks)  # type: ignore[operator]
+        shared = all_ranks and world_size() > 1  # an empty batch of one rank counts for none, but for all as a step
+        self._batches_seen += shared or all(feature.numel() for feature in teacher_feats)
+        self.calibrated = self._batches_seen >= self.calibration_batches
+
+    @torch.no_grad()
+    def _pool(self) -> None:
+        """Once, in the first training forward of several ranks: all go on from what any of them was calibrated with."""
+        if self._pooled or not self.standardize or world_size() == 1 or torch.compiler.is_compiling():
+            return
+        self._pooled = True
+        seen = torch.tensor(self._batches_seen, device=self.loss_weight.step.device)
+        torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+        for statistics in self.statistics:
+            statistics.pool()  # type: ignore[operator]
+        self._batches_seen = int(seen)
         self.calibrated = self._batches_seen >= self.calibration_batches
 
     @torch.no_grad()
     def prepare(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:
-        """Give adapters that wait for their first batch their widths; nothing to do once they have them."""
+        """Give adapters and statistics that wait for their first batch their widths; else there is nothing to do."""
+        for statistics, t in zip(self.statistics, teacher_feats, strict=True):
+            statistics.prepare(t.shape[1])  # type: ignore[operator]
         for adapter, s, t in zip(self.adapters, student_feats, teacher_feats, strict=True):
             if isinstance(adapter, nn.LazyConv2d):
                 adapter.out_channels = t.shape[1]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.ranks import sum_over_ranks
+
 DECAYS = ("linear", "cosine")
 MEMORY = 0.98  # share that the moving averages keep of themselves: they look back over some 50 steps
 
@@ -75,8 +77,8 @@ class LossWeight(KeepsPrecision):
         return ramp * self.weight
 
     def full(self) -> LossWeight:
-        """One without schedule and memory, for a look at the loss as it is at its full weight, by one process."""
-        return LossWeight(self.weight, self.share).to(self.means.device).eval()
+        """One without schedule and memory, for a look at the loss as it is at its full weight."""
+        return LossWeight(self.weight, self.share).to(self.means.device)
 
     def _ramp(self) -> Tensor:
         """Warm-up, decay and stop, 1 to 0."""
@@ -92,9 +94,8 @@ class LossWeight(KeepsPrecision):
     @torch.no_grad()
     def _balance(self, distill_loss: Tensor, task_loss: Tensor | float | None) -> Tensor:
         values = torch.stack([_task(task_loss, distill_loss), distill_loss.detach().to(self.means.dtype)])
-        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(values)  # one factor for all ranks
-            values = values / torch.distributed.get_world_size()
+        if self.training:
+            values = values / sum_over_ranks(values)  # one factor for all ranks
         finite = values.isfinite().all()  # a step that overflowed counts for nothing
         keep = torch.where(finite, (self.count / (self.count + 1)).clamp(max=MEMORY), 1)  # a plain mean at first
         means = torch.where(finite, self.means * keep + values * (1 - keep), self.means)

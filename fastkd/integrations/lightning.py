@@ -1,0 +1,164 @@
+"""``DistillationCallback``: distillation in a Lightning trainer, around a LightningModule that knows nothing of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastkd.distiller import Distiller
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+else:
+    try:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+        from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+    except ImportError:  # the same library under its older name
+        from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+
+
+def _first(batch: Any) -> Any:
+    return batch[0]
+
+
+class DistillationCallback(Callback):
+    """Adds the distillation loss to what ``training_step`` returns::
+
+        distillation = DistillationCallback(teacher, student="detector", backbone=[("layer4", "layer6")], neck=[...])
+        Trainer(callbacks=[distillation, ...]).fit(module, loader)
+
+    The module stays as it is, and its ``state_dict`` has the student alone. Adapters and the teacher's statistics are
+    in the callback's part of Lightning's checkpoint, so ``fit(ckpt_path=...)`` goes on where it stopped. Adapters train
+    with the first parameter group's options of the module's optimiser. Logged are ``distill_loss``, weighted as it
+    stands in the sum, and for each level ``distill_loss/NAME``, unweighted, by the student's module name.
+
+    For one process, or several under the ``ddp`` strategies, in any precision and with accumulated gradients (with
+    these, ``weight="auto"`` and schedules count batches, not optimiser steps).
+
+    Args:
+        teacher: trained; moved to the trainer's device.
+        student: attribute of the module that is the student: a name as in ``named_modules()``; "" is the module itself.
+        images: takes a batch of the loader, gives what teacher and student see.
+        **options: of ``fastkd.Distiller``: ``backbone``, ``neck``, ``prior``, ... and of ``DistillLoss``. ``weight`` is
+            ``"auto"`` where nothing is given.
+
+    Attributes:
+        distiller: the ``Distiller``, from the first training batch on.
+
+    Raises:
+        TypeError: the module optimises by hand, or its ``training_step`` returns something without a loss.
+        ValueError: a strategy that shards the model, or as ``fastkd.Distiller``.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        student: str = "",
+        images: Callable[[Any], Any] = _first,
+        **options: Any,
+    ) -> None:
+        self.teacher, self.student, self.images = teacher, student, images
+        self.options = {"weight": "auto", **options}
+        self.distiller: Distiller | None = None
+        self._call: nn.Module | None = None  # the distiller, within DDP where there are several processes
+        self._ready = False  # the adapters have their widths
+        self._saved: dict[str, Any] | None = None
+
+    # ---- Lightning's hooks, in the order that it calls them
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise TypeError(
+                "DistillationCallback: expected automatic optimisation, as it adds to the loss that training_step "
+                f"returns, got a {type(pl_module).__name__} that optimises by hand; there keep a fastkd.Distiller of "
+                "your own, and add distiller.loss(images) before manual_backward"
+            )
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ValueError(
+                "DistillationCallback: expected one device or a ddp strategy, which leave modules whole, got "
+                f"{type(trainer.strategy).__name__}"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict["distiller"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        student = pl_module.get_submodule(self.student)
+        self.teacher = trainer.precision_plugin.convert_module(self.teacher).to(pl_module.device)
+        if self.distiller is None or self.distiller.student is not student:
+            self.distiller, self._ready = Distiller(student, self.teacher, **self.options), False
+        self.distiller.to(pl_module.device).train()
+        if self._saved is not None:
+            self.distiller.load_state_dict(self._saved)
+            self._saved, self._ready = None, True
+        if self._ready:  # now, so that the state of the optimiser, which is restored next, fits
+            self._train_adapters(trainer)
+        self._call = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = pl_module.training_step
+
+        @functools.wraps(step)
+        def distilled(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._add_loss(trainer, pl_module, batch, step(batch, *args, **kwargs))
+
+        # for this instance, and only while it trains; within DDP's forward and autocast, as the module's own
+        pl_module.training_step = distilled  # type: ignore[method-assign]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._call is not None or self.distiller is None:
+            return
+        self.distiller.prepare(self.images(batch))
+        if not self._ready:
+            self._ready = True
+            self._train_adapters(trainer)
+        parallel = isinstance(trainer.strategy.model, DistributedDataParallel)
+        self._call = DistributedDataParallel(self.distiller) if parallel else self.distiller
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"distiller": self.distiller.state_dict()} if self.distiller is not None and self._ready else {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.__dict__.pop("training_step", None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    # ---- what they share
+
+    def _train_adapters(self, trainer: Trainer) -> None:
+        """Join the optimiser's first group: schedulers know it, as they would not know a new one."""
+        assert self.distiller is not None
+        trainer.optimizers[0].param_groups[0]["params"].extend(self.distiller.parameters())
+
+    def _add_loss(self, trainer: Trainer, pl_module: LightningModule, batch: Any, output: Any) -> Any:
+        """What ``training_step`` returned, with the distillation loss in it."""
+        if output is None:  # the step is skipped
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                "DistillationCallback: expected training_step to return a tensor or a dict with one under 'loss', got "
+                f"{type(output).__name__}"
+            )
+        assert self.distiller is not None
+        assert self._call is not None
+        if isinstance(self._call, DistributedDataParallel):  # gradients that accumulate are averaged at the last batch
+            model = cast(DistributedDataParallel, trainer.strategy.model)
+            self._call.require_backward_grad_sync = model.require_backward_grad_sync
+        distill = self._call(self.images(batch), task_loss=loss)
+        pl_module.log("distill_loss", distill.detach())
+        names = (student for student, _ in self.distiller.levels or [])
+        for name, value in zip(names, self.distiller.criterion.level_losses, strict=True):
+            pl_module.log(f"distill_loss/{name}", value)
+        total = loss + distill
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
