@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fastkd import health
 from fastkd.health import Check, Report
 from fastkd.hooks import Group, Levels, Tap, without_ddp
-from fastkd.levels import require_sequence, warn_if_nothing_learns
+from fastkd.levels import require_sequence, require_weights, warn_if_nothing_learns
 from fastkd.loss import DistillLoss
 from fastkd.ranks import alone
 
@@ -235,15 +235,20 @@ class Distiller(nn.Module):
         checks = [health.check_trained(self.teacher, teacher_fingerprint), health.check_frozen(self.teacher)]
         hooks = Check("hooks", None, "not known: pass images")
         gradient = Check("gradient", None, "not known: pass images")
+        weight = health.check_weight(self.criterion)
         share = Check("loss share", None, "not known: pass images and task_loss")
         if images is not None:
             hooks = self._check_hooks(images)
-            if hooks.ok:
+            if not weight.ok:
+                gradient = Check("gradient", None, "not known: the loss is zero")
+                share = Check("loss share", None, "not known: the loss is zero")
+            elif hooks.ok:
                 gradient, loss = self._check_gradient(images, task_loss)
                 share = health.check_share(loss, task_loss, self.criterion)
         checks += [
             hooks,
             gradient,
+            weight,
             share,
             health.check_optimizer(self.criterion, optimizer),
             health.check_schedule(self.criterion),
@@ -392,7 +397,12 @@ class Distiller(nn.Module):
                 loss = criterion(leaves, teacher, prior, 1.0 if task_loss is None else task_loss).sum()
                 gradients = torch.autograd.grad(loss, leaves)
                 taps = [s for s, _ in self._matched()]
-                norms = {str(s): self._student_gradient(images, s, g) for s, g in zip(taps, gradients, strict=True)}
+                on = require_weights(criterion.weights, len(taps))  # a level that was switched off gets no gradient
+                norms = {
+                    str(s): self._student_gradient(images, s, g)
+                    for s, g, weight in zip(taps, gradients, on, strict=True)
+                    if weight
+                }
         finally:
             self._clear()
         bad = {name: norm for name, norm in norms.items() if not 0 < norm < math.inf}

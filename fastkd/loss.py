@@ -186,11 +186,16 @@ class ChannelStatistics(KeepsPrecision):
 
     @torch.no_grad()
     def pool(self) -> None:
-        """Take what each rank has seen by itself as seen by all, which have to call this together."""
+        """Take what each rank has seen by itself as seen by all, which have to call this together.
+
+        Ranks may have the same from DDP or a checkpoint, so it counts as much as one of them has on average.
+        """
+        holders = (self.count > 0).to(self.count.dtype)
+        sum_over_ranks(holders)
         count, mean, variance = _over_ranks(self.count, self.mean, self.square / self.count.clamp_min(1))
-        self.count.copy_(count)
+        self.count.copy_(count / holders.clamp_min(1))
         self.mean.copy_(mean)
-        self.square.copy_(variance * count)
+        self.square.copy_(variance * self.count)
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
         """(mean, rstd), each (C,), or None before the first batch."""
