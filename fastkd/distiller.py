@@ -239,10 +239,9 @@ class Distiller(nn.Module):
         share = Check("loss share", None, "not known: pass images and task_loss")
         if images is not None:
             hooks = self._check_hooks(images)
-            if not weight.ok:
-                gradient = Check("gradient", None, "not known: the loss is zero")
-                share = Check("loss share", None, "not known: the loss is zero")
-            elif hooks.ok:
+            missing = "the hooks do not work" if not hooks.ok else "the loss is zero"
+            gradient, share = (Check(name, None, f"not known: {missing}") for name in ("gradient", "loss share"))
+            if hooks.ok and weight.ok:
                 gradient, loss = self._check_gradient(images, task_loss)
                 share = health.check_share(loss, task_loss, self.criterion)
         checks += [

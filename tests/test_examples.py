@@ -94,20 +94,6 @@ def test_two_processes_train_as_one_with_the_whole_batch(options: str, files: Pa
     for name, value in states[1].items():  # the student, the adapters, the teacher's statistics, the averages of "auto"
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(states[0][name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    if os.environ.get("FASTKD_REPORT"):
-        loss = max(abs(a["distill"] - b["distill"]) for a, b in zip(two, one, strict=True))
-        weight = max(
-            (states[0][n] - v).abs().max().item()
-            for n, v in states[1].items()
-            if n.startswith("model.") and v.is_floating_point()
-        )
-        start = load_detector(files / "student.pt").model.state_dict()
-        moved = max(
-            (v - start[n[6:]]).abs().max().item()
-            for n, v in states[1].items()
-            if n.startswith("model.") and v.is_floating_point()
-        )
-        print(f"loss {loss:.3g} weights {weight:.3g} moved {moved:.3g}")
 
 
 def test_the_accelerate_loop_resumes_and_trains_in_two_processes(files: Path, tmp_path: Path) -> None:
