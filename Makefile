@@ -1,11 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml constraints.txt tests/ultralytics-requirements.txt $(shell find csrc -type f)
 CSRC := $(shell find csrc -type f)
 RESULTS := benchmarks/results
 
-.PHONY: setup demo test lint format bench kernels-report gpu-check clean
+.PHONY: setup demo test lint docs format bench kernels-report gpu-check clean
 
 setup: $(VENV)/installed
 
@@ -14,6 +14,7 @@ $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/ultralytics --requirement tests/ultralytics-requirements.txt
 	touch $@
 
 demo: setup
@@ -28,6 +29,11 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(MAKE) docs
+
+# every warning is an error: a link or a name that leads nowhere fails
+docs: setup
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky -b html docs build/docs
 
 # about 10 minutes on two cores, which must have nothing else to do: threads that wait for each other are not the loss
 bench: setup

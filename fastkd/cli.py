@@ -1,4 +1,4 @@
-"""The command ``fastkd``: train, eval, predict, data, demo, doctor. Heavy imports stay inside the commands."""
+"""The command ``fastkd``: train, eval, predict, inspect, data, demo, doctor. Heavy imports stay inside the commands."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 # what the extra [train] brings: package to module
 EXTRAS = {
     "accelerate": "accelerate",
+    "defusedxml": "defusedxml",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "opencv-python-headless": "cv2",
+    "pillow": "PIL",
     "pycocotools": "pycocotools",
+    "pyyaml": "yaml",
     "scikit-learn": "sklearn",
     "tensorboard": "tensorboard",
     "tqdm": "tqdm",
@@ -57,8 +60,9 @@ with --resume), metrics.jsonl and TensorBoard curves (tensorboard --logdir runs)
 Several GPUs: torchrun --nproc-per-node 4 -m fastkd train ...
 """
 
-DATA_HELP = """folder of a data set in COCO JSON: annotations/NAME.json or annotations/instances_NAME.json, and the
-pictures in images/NAME or NAME"""
+DATA_HELP = """data set: a folder in the layout of COCO (annotations/NAME.json or annotations/instances_NAME.json,
+pictures in images/NAME or NAME) or of Pascal VOC (ImageSets/Main/NAME.txt, Annotations, JPEGImages), or a YOLO
+data.yaml"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_predict(commands)
+    _add_inspect(commands)
     _add_data(commands)
     _add_demo(commands)
     _add_doctor(commands)
@@ -247,8 +252,30 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
 
 
+def _add_inspect(commands: Any) -> None:
+    text = """\
+Draw what the distillation of a run looks at: the information maps of backbone and neck, where the student differs from
+the teacher (initially and now), each level's loss over the training; and tell it in a table.
+
+  fastkd inspect runs/student
+  fastkd inspect runs/student photo.jpg holiday/ --count 6 --out runs/seen
+"""
+    parser = _command(commands, "inspect", _inspect, "draw what a run's distillation looks at", text)
+    parser.add_argument("run", metavar="RUN", help="folder of a run of fastkd train --teacher")
+    parser.add_argument(
+        "pictures", nargs="*", metavar="PICTURE", help="files, or folders of pictures (default: the run's own)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for the three drawings (default: RUN/inspect)")
+    parser.add_argument(
+        "--set", metavar="NAME", help="whose pictures, train or val, without PICTURE (default: val, if the run has one)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=4, metavar="N", help="at most N pictures, evenly spaced among all (default: 4)"
+    )
+
+
 def _add_data(commands: Any) -> None:
-    parser = _command(commands, "data", None, "make a data set")
+    parser = _command(commands, "data", None, "make a data set, or look for faults in one")
     sets = parser.add_subparsers(title="data sets", required=True, metavar="NAME")
     text = "Handwritten digits in scenes, made from images that scikit-learn ships: nothing is downloaded."
     digits = _command(sets, "digits", _data_digits, "handwritten digits in scenes, made on the spot", text)
@@ -257,6 +284,21 @@ def _add_data(commands: Any) -> None:
         digits.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"scenes (default: {count})")
     digits.add_argument("--size", type=int, default=96, metavar="N", help="side of a scene in pixels (default: 96)")
     digits.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+
+    text = (
+        "Count pictures, boxes and classes of each set, and look for faults: pictures that are missing, broken, of\n"
+        "another size or in two sets; boxes that don't fit; classes that differ. Status 1 if there are any."
+    )
+    check = _command(sets, "check", _data_check, "what a data set holds, and what is wrong with it", text)
+    check.add_argument("folder", metavar="DATA", help=DATA_HELP)
+    check.add_argument(
+        "--set", action="append", metavar="NAME", help="look at this set; may be repeated (default: all)"
+    )
+    check.add_argument("--size", type=int, default=416, metavar="N", help="input side of the network (default: 416)")
+    check.add_argument(
+        "--out", default="runs/data-check", metavar="DIR", help="for samples.png (default: runs/data-check)"
+    )
+    check.add_argument("--quick", action="store_true", help="do not read the pictures")
 
 
 def _add_demo(commands: Any) -> None:
@@ -299,6 +341,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig]) -> TrainConfig:
     from fastkd.yolov3.augment import Augmentation
+    from fastkd.yolov3.formats import find_set
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback", "data", "train", "val")}
     changes = {name: options.pop(name) for name in ("flip", "mosaic") if name in options}
@@ -308,29 +351,6 @@ def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig])
         annotations, images = find_set(arguments.data, arguments.val)
         options |= {"val_annotations": str(annotations), "val_images": str(images)}
     return config_type(**options)
-
-
-def find_set(folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
-    """Annotation file and picture folder of one set: the layouts of COCO (``train2017``) and ``fastkd data``.
-
-    ``train_100`` is found to be a part of ``train``: its pictures are in ``images/train``.
-
-    Raises:
-        FileNotFoundError: no such set (lists those that are there).
-    """
-    root = Path(folder)
-    files = [root / "annotations" / f"{prefix}{name}.json" for prefix in ("", "instances_")]
-    images = [root / "images" / name, root / name, root / "images" / name.split("_")[0]]
-    found_file = next((x for x in files if x.is_file()), None)
-    found_images = next((x for x in images if x.is_dir()), None)
-    if found_file is None or found_images is None:
-        missing = files if found_file is None else images
-        known = sorted(x.stem for x in (root / "annotations").glob("*.json"))
-        raise FileNotFoundError(
-            f"set {name!r} in {root}: none of {', '.join(str(x.relative_to(root)) for x in missing)} is there; "
-            f"annotations found: {', '.join(known) or 'none'}"
-        )
-    return found_file, found_images
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
@@ -349,13 +369,14 @@ def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from fastkd.yolov3.data import CocoDetection
+    from fastkd.yolov3.data import DetectionDataset
     from fastkd.yolov3.evaluate import evaluate
     from fastkd.yolov3.files import replacing
+    from fastkd.yolov3.formats import find_set
     from fastkd.yolov3.train import require_classes
 
     found, size = _load(arguments)
-    data = CocoDetection(*find_set(arguments.data, arguments.set), size)
+    data = DetectionDataset(*find_set(arguments.data, arguments.set), size)
     require_classes("MODEL", found, data)
     metrics = evaluate(
         found.model,
@@ -392,6 +413,17 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.inspect import inspect_run
+
+    found = inspect_run(
+        arguments.run, arguments.pictures, out=arguments.out, split=arguments.set, count=arguments.count
+    )
+    print(found)
+    print("drawn: " + ", ".join(map(str, found.files)))
+    return 0
+
+
 def _data_digits(arguments: argparse.Namespace) -> int:
     from fastkd.yolov3.digits import write_digits
 
@@ -399,6 +431,25 @@ def _data_digits(arguments: argparse.Namespace) -> int:
     out = write_digits(arguments.out, **counts, size=arguments.size, seed=arguments.seed)
     print(f"{', '.join(f'{count} {name}' for name, count in counts.items())} scenes in {out}")
     return 0
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.data_check import check_set, compare_sets, write_samples
+    from fastkd.yolov3.formats import require_sets
+
+    names = arguments.set or require_sets(arguments.folder)
+    reports = []
+    for name in names:
+        reports.append(check_set(arguments.folder, name, size=arguments.size, quick=arguments.quick, progress=True))
+        print("\n".join(reports[-1].lines()) + "\n")
+    between = compare_sets(reports)
+    print("\n".join(between), end="\n" * bool(between))
+    if not arguments.quick:
+        write_samples(reports, Path(arguments.out) / "samples.png")
+        print(f"samples with their boxes: {Path(arguments.out) / 'samples.png'}")
+    faults = len(between) + sum(len(report.faults) for report in reports)
+    print(f"{faults} kinds of fault" if faults else "no fault found")
+    return 1 if faults else 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from fastkd import health
+from fastkd import health, level_maps
 from fastkd.health import Check, Report
-from fastkd.hooks import Group, Levels, Tap, without_ddp
+from fastkd.hooks import Group, Levels, Tap, image_height, unwrapped, without_ddp
+from fastkd.level_maps import DistillMaps
 from fastkd.levels import require_sequence, require_weights, warn_if_nothing_learns
 from fastkd.loss import DistillLoss
-from fastkd.ranks import alone
 
 Prior: TypeAlias = Callable[[Any, list[tuple[int, int]]], Sequence[Tensor | None]]
 
@@ -210,6 +209,35 @@ class Distiller(nn.Module):
             finally:
                 self._clear()
 
+    @torch.no_grad()
+    def maps(self, images: Any, prior: Prior | None = None) -> DistillMaps:
+        """What the loss looks at on these images, for looking at: ``fastkd.viz`` draws it.
+
+        Runs both models once in eval mode and leaves no other trace than ``prepare``: nothing is counted or calibrated.
+        No other process is needed, so that of several only one may call it. Where a teacher is standardised, that
+        happens by the statistics so far: without any, before the first training batch, not at all.
+
+        Args:
+            images: what both models take.
+            prior: for this call instead of the constructor's.
+
+        Returns:
+            Per matched level names, stride, information map, difference of student and teacher, and loss.
+
+        Raises:
+            As ``loss``.
+        """
+        try:
+            with _evaluating(self.student):
+                unwrapped(self.student)(images)  # DistributedDataParallel would wait for all ranks
+            student, teacher, q = self._features(images, prior)
+            self.criterion.prepare(student, teacher)
+            height = image_height(images, [x.shape[2] for x in teacher])
+            with _evaluating(self.criterion):
+                return level_maps.measure(self.criterion, self._matched(), student, teacher, q, height)
+        finally:
+            self._clear()
+
     def check(
         self,
         images: Any = None,
@@ -387,11 +415,10 @@ class Distiller(nn.Module):
     def _check_gradient(self, images: Any, task_loss: float | Tensor | None) -> tuple[Check, float]:
         """Pushes each level's own gradient through the student; also the loss at full weight."""
         try:
-            with torch.enable_grad(), alone():
+            with torch.enable_grad():
                 student, teacher, prior = self._dry_run(images)
                 self.criterion.prepare(student, teacher)
-                criterion = copy.deepcopy(self.criterion).train()  # so that nothing is counted or calibrated
-                criterion.loss_weight = criterion.loss_weight.full()
+                criterion = self.criterion.alone()
                 leaves = [x.detach().requires_grad_() for x in student]  # cut off from the levels that follow
                 loss = criterion(leaves, teacher, prior, 1.0 if task_loss is None else task_loss).sum()
                 gradients = torch.autograd.grad(loss, leaves)

@@ -30,7 +30,7 @@ class Tap:
 
     def __init__(self, role: str, label: str, model: nn.Module, place: Place) -> None:
         self.role, self.label = role, label
-        self.root = _unwrapped(model)
+        self.root = unwrapped(model)
         self.name, self.module = _find(role, label, model, place)
         self.output: Any = None
         self.version = 0  # of the output, as the module left it
@@ -40,6 +40,11 @@ class Tap:
 
     def __str__(self) -> str:
         return f"{self.role} {self.label} {self.name!r}"
+
+    @property
+    def group(self) -> str:
+        """``"backbone"`` or ``"neck"``."""
+        return self.label.partition("[")[0]
 
     def attach(self) -> None:
         # what an earlier forward left behind, a validation's say, is dropped as the model's next one begins
@@ -141,13 +146,28 @@ class Group:
         Strides are relative to the largest map where the images are not one tensor.
         """
         heights = [[tap.feature().shape[2] for tap in taps] for taps in (self.student, self.teacher)]
-        image = images.shape[-2] if isinstance(images, Tensor) else max(max(x) for x in heights)
+        image = image_height(images, [height for side in heights for height in side])
         try:
             strides = [[image / max(height, 1) for height in side] for side in heights]
             pairs = match_by_stride(*strides, nearest=align is not None)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         return [(self.student[i], self.teacher[j]) for i, j in pairs]
+
+
+def image_height(images: Any, heights: Sequence[int]) -> int:
+    """What strides are relative to: the images' height, or the largest map's where they are not one tensor."""
+    return images.shape[-2] if isinstance(images, Tensor) else max(heights)
+
+
+def without_taps(model: nn.Module) -> nn.Module:
+    """The same model, a copy of one that is listened to, without the deaf taps that it carries: plain to pickle."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", hook), Tap):
+                    del hooks[key]
+    return model
 
 
 def bare_name(name: str) -> str:
@@ -158,7 +178,7 @@ def bare_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile and DistributedDataParallel, whose forward every wrapper ends in."""
     while True:
         if hasattr(model, "_orig_mod"):
@@ -174,7 +194,7 @@ def without_ddp(model: nn.Module) -> nn.Module:
     inner = model
     while hasattr(inner, "_orig_mod"):
         inner = inner._orig_mod  # type: ignore[assignment]
-    return _unwrapped(inner) if isinstance(inner, nn.parallel.DistributedDataParallel) else model
+    return unwrapped(inner) if isinstance(inner, nn.parallel.DistributedDataParallel) else model
 
 
 def _find(role: str, label: str, model: nn.Module, place: Place) -> tuple[str, nn.Module]:

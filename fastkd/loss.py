@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -306,7 +307,7 @@ class DistillLoss(nn.Module):
         self._upstreams = Upstreams()
         self.loss_weight = LossWeight(weight, share, warmup_steps, decay, stop_step)
         self._batches_seen = 0
-        self._pooled = False
+        self._pooled = self._alone = False
         self.level_losses = torch.zeros(count)
 
     def forward(
@@ -323,13 +324,13 @@ class DistillLoss(nn.Module):
         if self.training:
             self._pool()
             if not self.calibrated:
-                self.calibrate(teacher_feats, all_ranks=True)
+                self.calibrate(teacher_feats, all_ranks=not self._alone)
         losses = _distill_loss(
-            [_adapted(adapter, s) for adapter, s in zip(self.adapters, student_feats, strict=True)],
+            self.adapted(student_feats),
             teacher_feats,
             info_map=self.info_map,
             prior=prior,
-            standardize=[x.moments() for x in self.statistics] if self.standardize else None,  # type: ignore[operator]
+            standardize=self.moments(),
             weights=self.weights,
             penalty=self.penalty,
             beta=self.beta,
@@ -344,6 +345,22 @@ class DistillLoss(nn.Module):
         factor: Tensor = self.loss_weight(self.level_losses.sum(), task_loss)
         losses = losses * factor.to(losses.dtype)
         return losses.sum() if self.reduction == "sum" else losses
+
+    def alone(self) -> DistillLoss:
+        """A copy in training, to try: at full weight, and waiting for no other process."""
+        copied = copy.deepcopy(self).train()
+        copied.loss_weight, copied._alone = self.loss_weight.full(), True
+        z = copied.normalizer or copied.info_map.normalizer
+        copied.normalizer = "map" if z == "map_all_ranks" else z
+        return copied
+
+    def adapted(self, student_feats: Sequence[Tensor]) -> list[Tensor]:
+        """The student's features at the teacher's widths."""
+        return [_adapted(adapter, s) for adapter, s in zip(self.adapters, student_feats, strict=True)]
+
+    def moments(self) -> list[tuple[Tensor, Tensor] | None] | None:
+        """(mean, rstd) of each level's teacher, two (C,) vectors: ``distill_loss``'s ``standardize``."""
+        return [x.moments() for x in self.statistics] if self.standardize else None  # type: ignore[operator]
 
     def zero(self) -> Tensor:
         """What ``forward`` is once the loss has stopped: adapters are part of it, as DDP expects, and get zeros."""
@@ -383,7 +400,7 @@ class DistillLoss(nn.Module):
     @torch.no_grad()
     def _pool(self) -> None:
         """Once, in the first training forward of several ranks: all go on from what any of them was calibrated with."""
-        if self._pooled or not self.standardize or world_size() == 1 or torch.compiler.is_compiling():
+        if self._pooled or self._alone or not self.standardize or world_size() == 1 or torch.compiler.is_compiling():
             return
         self._pooled = True
         seen = torch.tensor(self._batches_seen, device=self.loss_weight.step.device)

@@ -7,7 +7,7 @@ Each function returns a ``matplotlib.figure.Figure`` of its own, outside pyplot'
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
 Numbers: TypeAlias = Sequence[float]
@@ -46,45 +47,68 @@ def overlay_maps(
         ImportError: no matplotlib.
         ValueError: no image; lengths or shapes that do not fit.
     """
-    _check_overlay(images, maps, titles)
-    rows, height, width = min(len(images), max_images), images.shape[2], images.shape[3]
-    figure = _figure((PANEL * (len(maps) + 1) + 0.8, (PANEL * height / width + 0.12) * rows + 0.3))
-    axes = figure.subplots(rows, len(maps) + 1, squeeze=False)
-    for i in range(rows):
-        picture = _pixels(images[i])
-        grey = 0.7 * picture.mean(2, keepdim=True).expand(-1, -1, 3)  # so that colour and light mean weight
-        for k, axis in enumerate(axes[i]):
-            axis.set(xticks=[], yticks=[])
-            axis.imshow((grey if k else picture).numpy())
-            if i == 0:
-                axis.set_title(titles[k - 1] if k else "image", fontsize=9)
-        for axis, level in zip(axes[i][1:], maps, strict=True):
-            values = level[i].detach().float().cpu()
-            relative = values / values.max().clamp_min(torch.finfo(torch.float32).tiny)
-            axis.imshow(
-                relative.numpy(),
-                cmap=HEAT,
-                vmin=0,
-                vmax=1,
-                alpha=(opacity * relative.sqrt()).numpy(),
-                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-                interpolation="nearest",
-            )
-            peak = float(values.max() / values.mean()) if values.mean() else 0.0
-            axis.set_xlabel(f"highest {peak:.1f} × mean", fontsize=7, labelpad=2)
-    bar = figure.colorbar(axes[0][1].images[1], ax=axes, fraction=0.025, pad=0.015)
-    bar.set_label("weight, relative to the map's highest cell", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    return figure
+    _check_overlay(images, titles, maps=maps)
+
+    def caption(values: Tensor, _: Tensor | None) -> str:
+        return f"highest {_ratio(values.max(), values.mean()):.1f} × mean"
+
+    label = "weight, relative to the map's highest cell"
+    return _overlay(images, {"": maps}, titles, caption, label, 1.0, max_images, opacity)
 
 
-def plot_level_losses(history: Mapping[str, Numbers], *, steps: Numbers | None = None, smooth: float = 0.9) -> Figure:
+def overlay_differences(
+    images: Tensor,
+    differences: Sequence[Tensor],
+    titles: Sequence[str],
+    *,
+    before: Sequence[Tensor] | None = None,
+    names: tuple[str, str] = ("before", "now"),
+    max_images: int = 4,
+    opacity: float = 0.75,
+) -> Figure:
+    """How far the student is from the teacher in each cell, as heat over the images, as ``overlay_maps``.
+
+    With ``before``, each image has two rows, and what stands one above the other has one scale: what turned dark, the
+    student has learnt. Colours go by the square root, as a few cells outweigh all others; the number below a panel is
+    the mean over its cells.
+
+    Args:
+        images: (N, 3, H, W), float in [0, 1] or uint8.
+        differences: per level (N, h, w), not negative, as ``DistillMaps.differences``.
+        titles: one name a level.
+        before: the same of an earlier student.
+        names: of the two rows.
+        max_images, opacity: as for ``overlay_maps``.
+
+    Raises:
+        ImportError: no matplotlib.
+        ValueError: no image; lengths or shapes that do not fit.
+    """
+    _check_overlay(images, titles, differences=differences, **({} if before is None else {"before": before}))
+
+    def caption(values: Tensor, earlier: Tensor | None) -> str:
+        change = f", {_ratio(values.mean(), earlier.mean()) - 1:+.0%}" if earlier is not None and earlier.any() else ""
+        return f"mean {float(values.mean()):.2g}{change}"
+
+    kinds = {"": differences} if before is None else {names[0]: before, names[1]: differences}
+    label = "difference, relative to the highest" + ("" if before is None else f" of {names[0]} and {names[1]}")
+    return _overlay(images, kinds, titles, caption, label, 0.5, max_images, opacity)
+
+
+def plot_level_losses(
+    history: Mapping[str, Numbers],
+    *,
+    steps: Numbers | None = None,
+    smooth: float = 0.9,
+    share_of_total: Numbers | None = None,
+) -> Figure:
     """Distillation loss of each level over training, on a logarithmic scale; and each level's share of their sum.
 
     Args:
         history: level name to its loss at every logged step, all of one length (``criterion.level_losses`` collected).
         steps: training step of each entry; by default 0, 1, 2, ...
         smooth: share that the running mean keeps of itself per entry, in [0, 1); the raw values stay faintly visible.
+        share_of_total: also draw what the whole distillation loss, weighted, is of the total loss, in [0, 1].
 
     Raises:
         ImportError: no matplotlib.
@@ -94,26 +118,52 @@ def plot_level_losses(history: Mapping[str, Numbers], *, steps: Numbers | None =
         raise ValueError(f"history, smooth: expected a level or more and 0 <= smooth < 1, got {len(history)}, {smooth}")
     count = len(next(iter(history.values())))
     x = list(range(count)) if steps is None else list(steps)
-    for name, values in history.items():
+    series = {f"history[{name!r}]": values for name, values in history.items()}
+    for name, values in (series | ({} if share_of_total is None else {"share_of_total": share_of_total})).items():
         if len(values) != len(x):
-            raise ValueError(f"history[{name!r}]: expected {len(x)} values, one per step, got {len(values)}")
+            raise ValueError(f"{name}: expected {len(x)} values, one per step, got {len(values)}")
     figure = _figure((9, 3.6))
     left, right = figure.subplots(1, 2)
     means = [_running_mean(values, smooth) for values in history.values()]
     for i, (name, values) in enumerate(history.items()):
         left.plot(x, values, color=_look(i)["color"], linewidth=0.8, alpha=0.25)
         left.plot(x, means[i], label=name, **_look(i))
-    totals = [sum(m[k] for m in means) or 1.0 for k in range(len(x))]
-    shares = [[value / total for value, total in zip(mean, totals, strict=True)] for mean in means]
-    right.stackplot(x, shares, colors=[_look(i)["color"] for i in range(len(shares))], edgecolor="white", linewidth=0.6)
     if any(value > 0 for values in history.values() for value in values):
         left.set_yscale("log")
     _label(left, "step", "loss of the level")
-    _label(right, "step", "share of the sum")
-    right.set(ylim=(0, 1), xlim=(x[0], x[-1]) if len(x) > 1 else None)
-    right.grid(visible=False)
+    _stack_shares(right, x, means)
+    if share_of_total is not None:
+        line = {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 1.6}
+        line["path_effects"] = _outlined()
+        right.plot(x, _running_mean(share_of_total, smooth), **line)
+        left.plot([], [], label="distillation, of the total loss (right)", **line)
     _legend(figure, left)
     return figure
+
+
+def _stack_shares(axis: Axes, x: Sequence[float], means: Sequence[Numbers]) -> None:
+    """Each level's share of the sum as a band, with its last value at the right edge."""
+    totals = [sum(m[k] for m in means) or 1.0 for k in range(len(x))]
+    shares = [[value / total for value, total in zip(mean, totals, strict=True)] for mean in means]
+    axis.stackplot(x, shares, colors=[_look(i)["color"] for i in range(len(shares))], edgecolor="white", linewidth=0.6)
+    _label(axis, "step", "share of the sum")
+    axis.set(ylim=(0, 1), xlim=(x[0], x[-1]) if len(x) > 1 else None)
+    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.grid(visible=False)
+    below = 0.0
+    for i, share in enumerate(s[-1] for s in shares if len(x)):
+        if share >= 0.03:  # a thinner band has no room for it
+            axis.annotate(
+                f"{share:.0%}",
+                (1, below + share / 2),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=_look(i)["color"],
+            )
+        below += share if math.isfinite(share) else 0.0
 
 
 def plot_curves(
@@ -175,14 +225,84 @@ def _figure(size: tuple[float, float]) -> Figure:
     return Figure(figsize=size, dpi=150, layout="constrained")
 
 
-def _check_overlay(images: Tensor, maps: Sequence[Tensor], titles: Sequence[str]) -> None:
+def _overlay(
+    images: Tensor,
+    kinds: Mapping[str, Sequence[Tensor]],
+    titles: Sequence[str],
+    caption: Callable[[Tensor, Tensor | None], str],
+    label: str,
+    gamma: float,
+    max_images: int,
+    opacity: float,
+) -> Figure:
+    """The picture and its levels in a row; a row for each of ``kinds``, in one scale for a picture's level.
+
+    ``caption`` gets a panel's values and those above it of the same picture; colours go by the value's power ``gamma``.
+    """
+
+    rows = [(i, kind) for i in range(min(len(images), max_images)) for kind in kinds]
+    height, width = images.shape[2:]
+    figure = _figure((PANEL * (len(titles) + 1) + 0.8, (PANEL * height / width + 0.12) * len(rows) + 0.3))
+    norm = _power_norm(gamma)
+    axes = figure.subplots(len(rows), len(titles) + 1, squeeze=False)
+    for axis, title in zip(axes[0], ("image", *titles), strict=True):
+        axis.set_title(title, fontsize=9)
+    for (i, kind), row in zip(rows, axes, strict=True):
+        picture = _pixels(images[i])
+        grey = 0.7 * picture.mean(2, keepdim=True).expand(-1, -1, 3)  # so that colour and light mean weight
+        row[0].set_ylabel(kind, fontsize=9)
+        for k, axis in enumerate(row):
+            axis.set(xticks=[], yticks=[])
+            axis.imshow((grey if k else picture).numpy())
+        for k, axis in enumerate(row[1:]):
+            stack = {name: levels[k][i].detach().float().cpu() for name, levels in kinds.items()}
+            highest = torch.stack([x.max() for x in stack.values()]).max()
+            relative = stack[kind] / highest.clamp_min(torch.finfo(torch.float32).tiny)
+            axis.imshow(
+                relative.numpy(),
+                cmap=HEAT,
+                norm=norm,
+                alpha=(opacity * relative.sqrt()).numpy(),
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                interpolation="nearest",
+            )
+            first = next(iter(kinds))
+            axis.set_xlabel(caption(stack[kind], None if kind == first else stack[first]), fontsize=7, labelpad=2)
+    bar = figure.colorbar(axes[0][1].images[1], ax=axes, fraction=0.025, pad=0.015)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def _power_norm(gamma: float) -> PowerNorm:
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(gamma, vmin=0, vmax=1)
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    return float(a / b) if b else 0.0
+
+
+def _outlined() -> list[Any]:
+    """Path effects that keep a dark line visible on dark colours."""
+    from matplotlib.patheffects import Normal, Stroke
+
+    return [Stroke(linewidth=3, foreground="white"), Normal()]
+
+
+def _check_overlay(images: Tensor, titles: Sequence[str], **named: Sequence[Tensor]) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"images: expected (N, 3, H, W) with N > 0, got {tuple(images.shape)}")
-    if not maps or len(maps) != len(titles):
-        raise ValueError(f"titles: expected one per map and at least one map, got {len(titles)} for {len(maps)} maps")
-    for i, level in enumerate(maps):
-        if level.ndim != 3 or len(level) != len(images):
-            raise ValueError(f"maps[{i}]: expected shape ({len(images)}, h, w), as images, got {tuple(level.shape)}")
+    for name, maps in named.items():
+        if not maps or len(maps) != len(titles):
+            raise ValueError(
+                f"titles: expected one per map and at least one map, got {len(titles)} for {len(maps)} {name}"
+            )
+        for i, level in enumerate(maps):
+            if level.ndim != 3 or len(level) != len(images):
+                shape = tuple(level.shape)
+                raise ValueError(f"{name}[{i}]: expected shape ({len(images)}, h, w), as images, got {shape}")
 
 
 def _pixels(image: Tensor) -> Tensor:
@@ -215,10 +335,13 @@ def _label(axis: Axes, x: str, y: str) -> None:
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    rows = math.ceil(len(labels) / 5)
     figure.legend(
-        *axis.get_legend_handles_labels(),
+        handles,
+        labels,
         loc="outside upper center",
-        ncols=min(5, len(axis.get_legend_handles_labels()[1])),
+        ncols=math.ceil(len(labels) / rows),
         frameon=False,
         fontsize=8,
     )

@@ -15,14 +15,15 @@ import torch
 
 import fastkd
 from fastkd import cli
-from fastkd.cli import find_set, main
+from fastkd.cli import main
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, save_weights
 from fastkd.yolov3.checkpoint import save_detector
 from fastkd.yolov3.config import TrainConfig
 from fastkd.yolov3.digits import CLASS_NAMES
+from fastkd.yolov3.formats import find_set
 from fastkd.yolov3.predict import draw, predict
 
-COMMANDS = ("train", "eval", "predict", "data", "demo", "doctor")
+COMMANDS = ("train", "eval", "predict", "inspect", "data", "demo", "doctor")
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +31,16 @@ def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "digits"
     assert main(["data", "digits", "--out", str(out), "--train", "8", "--val", "3", "--test", "2"]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def runs(digits, tmp_path_factory):
+    """A teacher's run without a teacher of its own, and a run distilled from it."""
+    out = tmp_path_factory.mktemp("runs")
+    assert main(train_arguments(digits, out / "teacher", "--model", "yolov3")) == 0
+    teacher = str(out / "teacher" / "model.pt")
+    assert main(train_arguments(digits, out / "student", "--teacher", teacher)) == 0
+    return {"plain": out / "teacher", "distilled": out / "student"}
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +101,8 @@ def test_defaults_in_the_help_of_train_are_those_of_the_configuration():
         if action.default is not argparse.SUPPRESS or stated is None or action.dest not in fields:
             continue
         default = fields[action.dest]
-        in_words = {"None": {"all", "no distillation", "random weights"}, "True": {"on"}}
+        in_words = {"None": {"all", "no distillation", "random weights", "none", "as --batch", "never", "no decay"}}
+        in_words["True"] = {"on"}
         assert stated[1] in in_words.get(str(default), {str(default)}), action.dest
         compared += 1
     assert compared >= 20
@@ -99,12 +111,8 @@ def test_defaults_in_the_help_of_train_are_those_of_the_configuration():
 # ---- commands
 
 
-def test_train_then_eval_then_predict(digits, tmp_path, capsys):
-    assert main(train_arguments(digits, tmp_path / "teacher", "--model", "yolov3")) == 0
-    teacher = tmp_path / "teacher" / "model.pt"
-    assert main(train_arguments(digits, tmp_path / "student", "--teacher", str(teacher))) == 0
-    model = str(tmp_path / "student" / "model.pt")
-    assert "model: " in capsys.readouterr().out
+def test_train_then_eval_then_predict(digits, runs, tmp_path, capsys):
+    model = str(runs["distilled"] / "model.pt")
 
     options = ["--json", str(tmp_path / "m.json"), "--detections", str(tmp_path / "d.json"), "--cpu"]
     assert main(["eval", model, "--data", str(digits), "--set", "test", *options]) == 0
@@ -117,6 +125,40 @@ def test_train_then_eval_then_predict(digits, tmp_path, capsys):
     drawn = sorted((tmp_path / "found").iterdir())
     assert [x.name for x in drawn] == ["000001.png", "000002.png"]
     assert (cv2.imread(str(drawn[0])) != cv2.imread(str(pictures / "000001.png"))).any()
+
+
+def test_inspect_draws_a_run_and_tells_its_levels(runs, tmp_path, capsys):
+    assert main(["inspect", str(runs["distilled"]), "--count", "1", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "on 1 picture\n" in said
+    row = r"^(backbone|neck): \S+ <- \S+ +(\d+) +(\d+)% +([\d.]+) +([\d.]+) +(\d+)%$"
+    rows = re.findall(row, said, re.MULTILINE)
+    levels = [("backbone", "8"), ("backbone", "16"), ("backbone", "32"), ("neck", "16"), ("neck", "32")]
+    assert [(group, stride) for group, stride, *_ in rows] == levels
+    assert sum(int(share) for _, _, share, *_ in rows) == pytest.approx(100, abs=3)
+    for name in ("maps", "differences", "level_losses"):
+        assert cv2.imread(str(tmp_path / f"{name}.png")).std() > 10, name
+
+
+def test_inspect_compares_with_the_student_that_the_run_began_with(digits, runs):
+    from fastkd.yolov3.config import read_config
+    from fastkd.yolov3.data import collate
+    from fastkd.yolov3.inspect import inspect_run
+    from fastkd.yolov3.train import build_objective, training_set
+
+    found = inspect_run(runs["distilled"], [digits / "images/train/000001.png"])
+    assert found.files[0] == runs["distilled"] / "inspect" / "maps.png"
+    config = dataclasses.replace(read_config(runs["distilled"]), augmentation=None)
+    data = training_set(config)
+    objective = build_objective(config, data)
+    saved = torch.load(runs["distilled"] / "checkpoint.pt", weights_only=True)["distiller"]
+    statistics = {k.removeprefix("criterion."): v for k, v in saved.items() if ".statistics." in k}
+    objective.distiller.criterion.load_state_dict(statistics, strict=False)
+    first = objective.distiller.maps(collate([data[0]]).images)
+    for a, b, now in zip(found.before.levels, first.levels, found.now.levels, strict=True):
+        torch.testing.assert_close(a.difference, b.difference)
+        torch.testing.assert_close(a.information, now.information)
+        assert not torch.equal(a.difference, now.difference)
 
 
 def test_train_resumes(digits, tmp_path, capsys):
@@ -197,7 +239,7 @@ def test_sets_are_found_in_the_layouts_of_coco_and_of_digits(tmp_path, annotatio
     [
         (["train", "--data", "{digits}", "--out", "{out}", "--teacher", "{student}", "--info-map", "x"], "info_map"),
         (["eval", "absent.pt", "--data", "{digits}"], "absent.pt: no such file"),
-        (["eval", "{student}", "--data", "{digits}", "--set", "tset"], "annotations found: test, train, val"),
+        (["eval", "{student}", "--data", "{digits}", "--set", "tset"], "sets found: test, train, val"),
         (["predict", "{student}", "absent.jpg", "--out", "{out}"], "absent.jpg: no such picture or folder"),
         (["predict", "{student}", "{digits}", "--out", "{out}"], "no pictures in this folder"),
         (["train", "--data", "{digits}", "--out", "{out}", "--lr", "-1"], "lr: expected a finite number > 0"),
@@ -206,12 +248,22 @@ def test_sets_are_found_in_the_layouts_of_coco_and_of_digits(tmp_path, annotatio
             "info_map",
         ),
         (["doctor", "--run", "{out}"], "no run of fastkd train there"),
+        (["inspect", "{out}"], "no run of fastkd train there"),
+        (["inspect", "{plain}"], "this run has no teacher"),
+        (["inspect", "{distilled}", "absent.jpg"], "absent.jpg: no such picture or folder"),
+        (["inspect", "{distilled}", "{plain}/config.json"], "not a picture that can be read"),
+        (["inspect", "{distilled}", "--set", "test"], "set: expected train or val, got 'test'"),
+        (
+            ["inspect", "{distilled}", "a.jpg", "--set", "val"],
+            "set: expected none beside pictures of your own, got 'val'",
+        ),
+        (["inspect", "{distilled}", "--count", "0"], "count: expected at least 1 picture, got 0"),
         (["demo", "--out", "{out}", "--seeds", "0"], "seeds: expected at least 1"),
         (["data", "digits", "--out", "{out}", "--train", "-1"], "train: expected a number of scenes >= 0"),
     ],
 )
-def test_wrong_input_is_one_line_and_status_2(digits, student, tmp_path, capsys, arguments, message):
-    places = {"digits": digits, "student": student, "out": tmp_path / "out"}
+def test_wrong_input_is_one_line_and_status_2(digits, student, runs, tmp_path, capsys, arguments, message):
+    places = {"digits": digits, "student": student, "out": tmp_path / "out", **runs}
     assert main([x.format(**places) for x in arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("fastkd: error: ")

@@ -1,4 +1,4 @@
-"""CocoDetection: what is wrong in a file has a defined end, and samples depend on (seed, epoch, index) only."""
+"""DetectionDataset: what is wrong in a file has a defined end, and samples depend on (seed, epoch, index) only."""
 
 import json
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastkd.yolov3.augment import FILL, Augmentation
-from fastkd.yolov3.data import CocoDetection, collate, fit, letterbox_of, read_image
+from fastkd.yolov3.data import DetectionDataset, collate, fit, letterbox_of, read_image
 
 
 def annotation(number, bbox, *, image_id=1, category_id=7, **more):
@@ -34,7 +34,7 @@ def make(tmp_path):
             edit(coco, folder)
         path = tmp_path / "annotations.json"
         path.write_text(json.dumps(coco) if content is None else content)
-        return CocoDetection(path, folder, size, **options)
+        return DetectionDataset(path, folder, size, **options)
 
     return make
 
@@ -55,7 +55,7 @@ def test_sample_holds_rgb_pixels_and_boxes_of_the_input(make):
     assert sample.image.shape == (3, 64, 64)
     assert sample.image.dtype == torch.uint8
     assert sample.image_id == 1
-    stored = cv2.imread(str(make(BOXES).image_dir / "1.png"))  # BGR
+    stored = cv2.imread(str(make(BOXES).annotations.path(0)))  # BGR
     assert np.array_equal(sample.image[0, 8:56].numpy(), stored[:, :, 2])
     assert (sample.image[:, :8] == FILL).all()
     assert sample.targets.dtype == torch.float32
@@ -64,7 +64,7 @@ def test_sample_holds_rgb_pixels_and_boxes_of_the_input(make):
 
 def test_classes_are_numbered_by_category_id(make):
     dataset = make(BOXES)
-    assert (dataset.class_names, dataset.category_ids, dataset.num_classes) == (["cat", "dog"], [7, 9], 2)
+    assert (dataset.class_names, dataset.annotations.category_ids, dataset.num_classes) == (["cat", "dog"], [7, 9], 2)
 
 
 def test_batch_packs_targets_and_scales_pixels(make):
@@ -88,7 +88,7 @@ def test_batch_without_any_box_has_empty_targets(make):
 def test_limit_keeps_the_first_pictures(make):
     dataset = make(BOXES, limit=2)
     assert len(dataset) == 2
-    assert [a["image_id"] for a in dataset.annotations] == [1, 2]
+    assert dataset.annotations.rows.tolist() == [0, 1]
     assert len(make(BOXES, limit=50)) == 3
 
 
@@ -188,7 +188,7 @@ def test_missing_pictures_are_an_error_with_count_and_names(make):
         (folder / "1.png").unlink()
         (folder / "3.png").unlink()
 
-    with pytest.raises(FileNotFoundError, match=r"image_dir: 2 of 3 pictures not in .*: 1\.png, 3\.png"):
+    with pytest.raises(FileNotFoundError, match=r"images: 2 of 3 pictures not in .*: 1\.png, 3\.png"):
         make(BOXES, edit=remove)
 
 
@@ -223,17 +223,17 @@ def test_boxes_outside_are_clipped_with_one_counted_warning(make):
     with pytest.warns(UserWarning, match="2 boxes clipped to their picture") as caught:
         dataset = make([annotation(1, [-10, 10, 30, 10]), annotation(2, [50, 40, 30, 30]), BOXES[2]])
     assert len(caught) == 1
-    assert [a["bbox"] for a in dataset.annotations[:2]] == [[0, 10, 20, 10], [50, 40, 14, 8]]
-    assert [a["area"] for a in dataset.annotations[:2]] == [200, 112]
+    assert dataset.annotations.boxes[:2].tolist() == [[0, 10, 20, 10], [50, 40, 14, 8]]
+    assert dataset.annotations.areas[:2].tolist() == [200, 112]
 
 
 @pytest.mark.parametrize("bbox", [[5, 5, 0, 10], [5, 5, 10, -3], [100, 100, 10, 10], [-20, 0, 20, 20]])
 def test_boxes_without_area_are_dropped_with_a_counted_warning(make, bbox):
     with pytest.warns(UserWarning, match="1 boxes without area in the picture dropped"):
         dataset = make([annotation(1, bbox), annotation(2, [1, 1, 5, 5])])
-    assert [a["id"] for a in dataset.annotations] == [2]
+    assert len(dataset.annotations.boxes) == 1
     assert len(dataset[0].targets) == 1
-    assert sum(dataset.problems.values()) == 1
+    assert sum(dataset.annotations.problems.values()) == 1
 
 
 def test_boxes_that_are_not_finite_are_dropped_with_a_counted_warning(make):
@@ -243,14 +243,14 @@ def test_boxes_that_are_not_finite_are_dropped_with_a_counted_warning(make):
 
 def test_rounding_at_the_border_is_not_worth_a_warning(make, recwarn):
     dataset = make([annotation(1, [40, 20, 24.3, 28.01])])
-    assert dataset.annotations[0]["bbox"] == [40, 20, 24, 28]
+    assert dataset.annotations.boxes[0].tolist() == [40, 20, 24, 28]
     assert not recwarn.list
 
 
 def test_crowds_are_kept_for_evaluation_but_not_trained_on(make):
     dataset = make([annotation(1, [1, 1, 40, 40], iscrowd=1), BOXES[0] | {"id": 2}])
     assert len(dataset[0].targets) == 1
-    assert [a["iscrowd"] for a in dataset.annotations] == [1, 0]
+    assert dataset.annotations.crowd.tolist() == [True, False]
 
 
 def test_picture_without_boxes_is_kept(make):
@@ -305,7 +305,7 @@ def test_file_that_is_not_coco_is_an_error_that_says_why(make, content, message)
 
 @pytest.mark.parametrize("bbox", [[1, 2, 3], [1, 2, 3, "4"], None])
 def test_box_that_is_not_four_numbers_is_an_error(make, bbox):
-    with pytest.raises(ValueError, match=r"annotations\[0\]: expected 4 numbers in bbox, got"):
+    with pytest.raises(ValueError, match=r"annotations\[0\]: .* and 4 numbers in bbox, got"):
         make([annotation(1, bbox)])
 
 
@@ -321,7 +321,7 @@ def test_duplicate_ids_are_an_error(make):
 
 def test_missing_annotation_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="annotation_file: no such file"):
-        CocoDetection(tmp_path / "absent.json", tmp_path, 64)
+        DetectionDataset(tmp_path / "absent.json", tmp_path, 64)
 
 
 @pytest.mark.parametrize(("option", "value"), [("size", 100), ("size", 0), ("limit", 0)])

@@ -6,7 +6,7 @@ import statistics
 import cv2
 import pytest
 
-from fastkd.yolov3.demo import DISTILLED, PLAIN, Settings, run_demo
+from fastkd.yolov3.demo import DISTILLED, DRAWN, PLAIN, Settings, run_demo
 
 TINY = Settings(
     scenes=104,
@@ -70,7 +70,7 @@ def test_the_report_says_what_only_the_teacher_had(demo):
 
 def test_pictures_are_there_and_not_blank(demo):
     out, _ = demo
-    for name in ("curves", "predictions", "maps"):
+    for name in DRAWN:
         picture = cv2.imread(str(out / f"{name}.png"))
         assert picture is not None, name
         assert picture.std() > 10, name

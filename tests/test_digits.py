@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastkd.yolov3 import digits
-from fastkd.yolov3.data import CocoDetection, read_image
+from fastkd.yolov3.data import DetectionDataset, read_image
 from fastkd.yolov3.digits import load_sources, make_scene, scene_rng, write_digits
 
 
@@ -110,7 +110,7 @@ def test_files_hold_the_scenes_exactly(small_set):
 
 def test_the_data_set_reads_every_split_without_a_warning(small_set, recwarn):
     for name, split, count in [("train", "train", 120), ("train_100", "train", 100), ("val", "val", 6)]:
-        dataset = CocoDetection(small_set / f"annotations/{name}.json", small_set / "images" / split, 96)
+        dataset = DetectionDataset(small_set / f"annotations/{name}.json", small_set / "images" / split, 96)
         assert len(dataset) == count
         assert dataset.class_names == list("0123456789")
     assert not recwarn.list

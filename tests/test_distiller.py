@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import io
 import itertools
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fastkd
 from fastkd.distiller import Distiller
 from fastkd.health import fingerprint
+from fastkd.level_maps import LevelMaps
 
 
 def block(cin: int, cout: int) -> nn.Module:
@@ -869,3 +871,111 @@ def test_check_works_on_a_compiled_student(student: Net, teacher: Net, images: T
     report = distiller.check(images, torch.optim.SGD(distiller.parameters(), 0.1), 1.0)
     assert report.ok, str(report)
     assert student.training
+
+
+# --- maps
+
+
+def halves(outputs: Any, sizes: list[tuple[int, int]]) -> list[Tensor | None]:
+    """A prior that ignores the lower half of every image, and leaves the last level out."""
+    priors: list[Tensor | None] = []
+    for height, width in sizes:
+        prior = torch.ones(len(outputs[0]), height, width)
+        prior[:, height // 2 :] = 0
+        priors.append(prior)
+    return [*priors[:-1], None]
+
+
+@pytest.mark.parametrize("normalizer", ["elements", "map", "map_all_ranks", "batch"])
+@pytest.mark.parametrize(
+    ("info_map", "penalty", "prior"),
+    [
+        ("self_information", "l2", None),
+        ("self_information", "smooth_l1", halves),
+        ("attention", "l1", halves),
+        ("uniform", "l2", halves),
+        (fastkd.InfoMap("entropy", "minmax"), "l2", None),
+    ],
+)
+def test_maps_are_those_that_make_the_loss(
+    student: Net, teacher: Net, images: Tensor, normalizer: str, info_map: Any, penalty: str, prior: Any
+) -> None:
+    options = {"info_map": info_map, "penalty": penalty, "normalizer": normalizer, "weights": [1.0, 0.5, 2.0]}
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK, prior=prior, **options)
+    distiller.calibrate([images, images + 1])
+    found = distiller.maps(images)
+    with torch.no_grad():
+        student.eval()(images)
+        distiller.eval().loss(images)
+    for level, loss, weight in zip(
+        found.levels, distiller.criterion.level_losses.tolist(), options["weights"], strict=True
+    ):
+        n, h, w = level.information.shape
+        mass = level.information.sum()
+        z = {"elements": n * level.channels * h * w, "batch": n}.get(normalizer, level.channels * mass)
+        total = (level.information * level.difference).sum() * level.channels / z
+        assert float(weight * total) == pytest.approx(loss, rel=1e-4)
+        assert level.loss == pytest.approx(loss, rel=1e-4)
+    assert sum(found.shares) == pytest.approx(1)
+    if prior is halves:
+        assert not found.information[0][:, 4:].any()
+        assert found.information[0][:, :4].any()
+
+
+def test_maps_name_their_levels(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(
+        student, teacher, backbone=(["stages.1", "stages.2"], ["stages.2", "stages.1"]), neck=NECK, align="interpolate"
+    )
+    found = distiller.maps(images)
+    assert found.names == ["backbone, stride 4", "backbone, stride 8", "neck, stride 8"]
+    assert [(x.student, x.teacher) for x in found.levels] == distiller.levels
+    assert [x.shape for x in found.information] == [x.shape for x in found.differences] == [(2, 8, 8), *[(2, 4, 4)] * 2]
+
+
+def test_maps_leave_no_trace(student: Net, teacher: Net, images: Tensor) -> None:
+    adapter = nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16))
+    distiller = Distiller(
+        student, teacher, backbone=[("stages.1", "stages.1")], adapters=[adapter], weight="auto", warmup_steps=3
+    )
+    student(images)
+    distiller.loss(images, task_loss=1.0)
+    student.stages[0].eval()
+    losses = distiller.criterion.level_losses
+    before = copy.deepcopy((student.state_dict(), teacher.state_dict(), distiller.state_dict()))
+    modes = [m.training for m in (*student.modules(), *distiller.modules())]
+    found = distiller.maps(images)
+    assert torch.equal(found.information[0], distiller.maps(images).information[0])
+    after = (student.state_dict(), teacher.state_dict(), distiller.state_dict())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert modes == [m.training for m in (*student.modules(), *distiller.modules())]
+    assert distiller.criterion.level_losses is losses
+    assert not any(x.requires_grad for x in (*found.information, *found.differences))
+    with pytest.raises(RuntimeError, match="its hook has not fired"):
+        distiller.loss(images, task_loss=1.0)  # the maps' own forward does not count as the student's
+
+
+def test_maps_ask_no_other_process(student: Net, teacher: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a collective")
+
+    distiller = Distiller(student, teacher, backbone=BACKBONE, normalizer="map_all_ranks", weight="auto")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
+    assert all(x.loss > 0 for x in distiller.maps(images).levels)
+    student(images)
+    with pytest.raises(AssertionError, match="a collective"):
+        distiller.loss(images, task_loss=1.0)
+
+
+def test_concentration_is_the_share_of_the_heaviest_cells() -> None:
+    level = LevelMaps("s", "t", "neck", 8.0, torch.ones(2, 3, 5), torch.zeros(2, 3, 5), 4, 0.0)
+    assert level.concentration() == pytest.approx(0.1)  # 1.5 of 15 cells
+    peaked = torch.zeros(1, 4, 5)
+    peaked[0, 1, 2], peaked[0, 0, 0] = 3, 1
+    level = dataclasses.replace(level, information=peaked)
+    assert level.concentration(0.05) == pytest.approx(0.75)
+    assert level.concentration(0.1) == pytest.approx(1)
+    assert dataclasses.replace(level, information=peaked * 0).concentration() == 0
+    with pytest.raises(ValueError, match=r"part: expected a share in \[0, 1\], got 10"):
+        level.concentration(10)

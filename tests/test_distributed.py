@@ -44,13 +44,10 @@ def log(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-# warm-up and a clipped gradient as in any training; the map's mass is the divisor, so ranks need each other's
-@pytest.mark.parametrize("info_map", ["score", "self_information"])
-def test_two_processes_train_as_one_with_the_whole_batch(
-    info_map: str, digits: Path, teacher: Path, tmp_path: Path
-) -> None:
+def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, teacher: Path, tmp_path: Path) -> None:
     def run(name: str) -> list[str]:
-        options = ["--teacher", str(teacher), "--info-map", info_map, "--steps", "4", "--freeze-batchnorm"]
+        # of this map the mass is the divisor, so ranks need each other's; and so they do for weight="auto"
+        options = ["--teacher", str(teacher), "--info-map", "score", "--steps", "4", "--freeze-batchnorm"]
         return arguments(digits, tmp_path / name, *options)
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -64,7 +61,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(
         for name, value in one[part].items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(
-                    two[part][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+                    two[part][name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
                 )
     for a, b in zip(log(tmp_path / "two"), log(tmp_path / "one"), strict=True):
         assert {name: a[name] for name in b if name != "images_per_second"} == pytest.approx(

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
+from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, run_log
 from fastkd.yolov3.checkpoint import load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.digits import CLASS_NAMES, write_digits
@@ -21,6 +22,7 @@ from fastkd.yolov3.train import (
     check_distillation,
     train,
     training_set,
+    unlabelled_images,
     validation_set,
 )
 
@@ -187,7 +189,7 @@ def test_batches_do_not_depend_on_where_a_run_begins_or_on_workers(config):
 def test_an_epoch_shows_every_picture_once_and_the_next_in_another_order(config):
     data = training_set(config)
     seen = [i for batch in batches(data, config, 0, 5) for i in batch.image_ids]  # 20 pictures: two epochs of ten
-    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(image["id"] for image in data.images)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(data.annotations.image_ids.tolist())
     assert seen[:10] != seen[10:]
 
 
@@ -371,6 +373,25 @@ def test_tensorboard_curves_are_written(config, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
+def test_tensorboard_shows_what_distillation_looks_at(config, teacher, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(replace(config, steps=2, tensorboard=True, teacher=str(teacher)))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert set(events.Tags()["images"]) == {"distillation/maps", "distillation/differences"}
+    assert [x.step for x in events.Images("distillation/maps")] == [2]
+
+
+def test_figures_that_cost_too_much_wait_for_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log, "FIGURE_SHARE", 0.0)
+    log = RunLog(tmp_path, ["loss"], first=0, last=3, batch=1, every=1)
+    drawn = []
+    for step in (1, 2, 3):
+        log.figures(step, lambda step=step: drawn.append(step) or {})
+    log.close()
+    assert drawn == [1, 3]
+
+
 # ---- errors
 
 
@@ -438,7 +459,9 @@ def test_a_wrong_value_is_named(config, options, message):
         ("absent.pt", None, FileNotFoundError, "no such file"),
         ("model.onnx", b"", ValueError, "ends in .pt or .weights"),
         ("broken.pt", b"PK not a zip", ValueError, "is it whole"),
-        ("other.pt", {"weights": 1}, ValueError, "not a detector's file"),
+        ("other.pt", {"weights": 1}, ValueError, "not a detector's file.*got a dict with weights"),
+        ("code.pt", {"model": print}, ValueError, "carries code and not only weights.*weights_only=True"),
+        ("module.pt", nn.Linear(1, 1), ValueError, "carries code and not only weights"),
     ],
 )
 def test_a_file_that_is_no_detector_is_refused(tmp_path, name, content, error, message):
@@ -449,6 +472,68 @@ def test_a_file_that_is_no_detector_is_refused(tmp_path, name, content, error, m
         torch.save(content, path)
     with pytest.raises(error, match=message):
         load_detector(path)
+
+
+def test_a_teacher_file_that_is_cut_off_or_of_another_model_is_refused(teacher, tmp_path):
+    content = teacher.read_bytes()
+    (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"half\.pt: not readable as a detector's file.*is it whole"):
+        load_detector(tmp_path / "half.pt")
+    other = torch.load(teacher) | {"width": 0.25}
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: its weights do not fit the yolov3 that it names"):
+        load_detector(tmp_path / "other.pt")
+
+
+def test_unlabelled_pictures_are_explained_by_the_teacher_alone(config, digits, teacher):
+    config = replace(config, teacher=str(teacher), unlabelled=str(digits / "images/train"), unlabelled_batch=3)
+    data = training_set(config)
+    batch, more = next(batches(data, config, 0, 1)), next(unlabelled_images(config, 0, 1))
+    assert more.shape == (3, 3, config.size, config.size)
+    objective = build_objective(config, data).eval()  # batch norm would mix the pictures
+
+    def terms(unlabelled):
+        return dict(zip(objective.terms, objective(batch.images, batch.targets, unlabelled)[1].tolist(), strict=True))
+
+    alone, together = terms(None), terms(more)
+    for name in ("box", "objectness", "class"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-5)
+    assert together["distill/conv16"] != pytest.approx(alone["distill/conv16"], rel=1e-5)
+
+
+def test_a_run_with_unlabelled_pictures_resumes_to_the_same_bits(config, digits, teacher, tmp_path, monkeypatch):
+    options = {"teacher": str(teacher), "unlabelled": str(digits / "images/train"), "unlabelled_batch": 2}
+    config = replace(config, **options)
+    whole = train(replace(config, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as killed:
+        kill_at(killed, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    resumed = train(replace(config, resume=True))
+    assert same(weights(whole.model_file), weights(resumed.model_file))
+
+
+def test_unlabelled_pictures_want_a_teacher(config):
+    with pytest.raises(ValueError, match="unlabelled: expected a teacher beside it"):
+        replace(config, unlabelled="pictures")
+
+
+def test_distillation_decays_and_stops_at_its_epoch(config, teacher, tmp_path):
+    run = replace(config, teacher=str(teacher), distill_stop=2, distill_decay="linear", log_every=1, warmup=0)
+    train(run)
+    shares = [x["distill"] / x["box"] for x in read_log(Path(run.out) / "metrics.jsonl") if "distill" in x]
+    assert all(shares[:6])  # an epoch has three steps
+    assert shares[6:] == [0, 0, 0]
+
+
+def test_frozen_batch_norms_keep_the_statistics_of_the_initial_weights(config, teacher, tmp_path):
+    first = train(config)
+    again = replace(config, init=str(first.model_file), out=str(tmp_path / "tuned"), freeze_batchnorm=True, ema=0.0)
+    tuned, before = weights(train(again).model_file), weights(first.model_file)
+    for name, value in before.items():
+        if "running" in name:
+            assert tuned[name].equal(value), name
+    assert not tuned["conv8.norm.weight"].equal(before["conv8.norm.weight"])
 
 
 def test_a_validation_set_is_not_augmented(config, digits):

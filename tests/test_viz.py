@@ -58,6 +58,33 @@ def test_overlay_names_what_does_not_fit(
         viz.overlay_maps(torch.zeros(shape), [torch.zeros(x) for x in maps], titles)
 
 
+def test_differences_before_and_now_share_one_scale_per_picture_and_level(images: Tensor) -> None:
+    before, now = torch.full((3, 2, 3), 4.0), torch.ones(3, 2, 3)
+    now[1] = 8
+    figure = viz.overlay_differences(images, [now], ["level"], before=[before], names=("untrained", "trained"))
+    panels = figure.axes[:-1]
+    assert [x.get_ylabel() for x in panels[::2]] == ["untrained", "trained"] * 3
+    heat = [float(x.images[1].get_array().max()) for x in panels[1::2]]
+    assert heat[:4] == [1, 0.25, 0.5, 1]
+    assert [x.get_xlabel() for x in panels[1:8:2]] == ["mean 4", "mean 1, -75%", "mean 4", "mean 8, +100%"]
+
+
+def test_differences_alone_are_relative_to_their_highest_cell(images: Tensor) -> None:
+    level = torch.ones(3, 2, 3)
+    level[0, 1, 2] = 4
+    figure = viz.overlay_differences(images, [level], ["level"], max_images=1)
+    assert len(figure.axes) == 3
+    torch.testing.assert_close(torch.as_tensor(figure.axes[1].images[1].get_array().data), level[0] / 4)
+    assert figure.axes[1].get_xlabel() == "mean 1.5"
+
+
+def test_differences_of_another_shape_are_refused_by_name(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"before\[0\]: expected shape \(3, h, w\).*got \(2, 2, 2\)"):
+        viz.overlay_differences(images, [torch.ones(3, 2, 2)], ["a"], before=[torch.ones(2, 2, 2)])
+    with pytest.raises(ValueError, match="got 1 for 0 differences"):
+        viz.overlay_differences(images, [], ["a"])
+
+
 def test_level_losses_are_drawn_with_their_shares() -> None:
     figure = viz.plot_level_losses({"stride 8": [3.0, 3.0], "stride 16": [1.0, 1.0]}, steps=[10, 20], smooth=0.5)
     left, right = figure.axes
@@ -66,6 +93,15 @@ def test_level_losses_are_drawn_with_their_shares() -> None:
     first = right.collections[0].get_paths()[0].vertices
     assert first[:, 1].max() == pytest.approx(0.75)
     assert [x.get_text() for x in figure.legends[0].get_texts()] == ["stride 8", "stride 16"]
+    assert [x.get_text() for x in right.texts] == ["75%", "25%"]
+
+
+def test_the_share_of_the_total_loss_is_drawn_over_the_shares() -> None:
+    figure = viz.plot_level_losses({"a": [3.0, 1.0]}, smooth=0, share_of_total=[0.5, 0.25])
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [0.5, 0.25]
+    assert "of the total loss" in figure.legends[0].get_texts()[1].get_text()
+    with pytest.raises(ValueError, match="share_of_total: expected 2 values, one per step, got 1"):
+        viz.plot_level_losses({"a": [3.0, 1.0]}, share_of_total=[0.5])
 
 
 def test_level_losses_survive_zeros_and_nan(tmp_path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import fastkd
 from fastkd.yolov3 import DetectionLoss, YOLOv3Tiny
 from fastkd.yolov3.checkpoint import load_detector, save_detector
-from fastkd.yolov3.data import CocoDetection, collate
+from fastkd.yolov3.data import DetectionDataset, collate
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.manual_seed(0)
 
-    data = CocoDetection(args.data / "annotations" / "train.json", args.data / "images" / "train", args.size)
+    data = DetectionDataset(args.data / "annotations" / "train.json", args.data / "images" / "train", args.size)
     loader = DataLoader(data, args.batch // accelerator.num_processes, shuffle=True, collate_fn=collate)
     detector = YOLOv3Tiny(data.num_classes, args.width).to(accelerator.device)
     criterion = DetectionLoss(detector).to(accelerator.device)

@@ -20,7 +20,7 @@ import fastkd
 from fastkd.yolov3 import DetectionLoss, YOLOv3Tiny
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector, save_detector
-from fastkd.yolov3.data import CocoDetection, collate
+from fastkd.yolov3.data import DetectionDataset, collate
 
 
 class ModelWithLoss(nn.Module):
@@ -64,7 +64,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
 
     folder = args.data / "images" / "train"
-    data = CocoDetection(args.data / "annotations" / "train.json", folder, args.size, augmentation=Augmentation())
+    data = DetectionDataset(args.data / "annotations" / "train.json", folder, args.size, augmentation=Augmentation())
     sampler = DistributedSampler(data, world, rank)
     loader = DataLoader(data, args.batch // world, sampler=sampler, num_workers=args.workers, collate_fn=collate)
 

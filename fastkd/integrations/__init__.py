@@ -1,1 +1,1 @@
-"""fastkd in trainers of others, one module each, which imports that trainer."""
+"""Distillation inside the trainers that people already have; each module needs the trainer that it is named after."""

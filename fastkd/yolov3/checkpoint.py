@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,17 +106,31 @@ def load_detector(
         return Trained(detector.eval(), (), None)
     content = _read(path)
     detector = build_detector(content["model"], content["num_classes"], content["width"], content["anchors"])
-    detector.load_state_dict(content["state_dict"])
+    try:
+        detector.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit the {content['model']} that it names: {error}") from error
     return Trained(detector.eval(), tuple(content["class_names"]), content["size"])
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "global" not in str(error).lower():  # what the file wants to call, not a damaged pickle
+            raise ValueError(f"{path}: not readable as a detector's file; is it whole?") from error
+        raise ValueError(
+            f"{path}: refused, as it carries code and not only weights (read with weights_only=True); load it where "
+            "you trust it, and write its model anew with fastkd.yolov3.checkpoint.save_detector"
+        ) from error
     except Exception as error:  # torch.load raises whatever a damaged file makes its parts raise
         raise ValueError(f"{path}: not readable as a detector's file ({type(error).__name__}); is it whole?") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not a detector's file; expected what fastkd train exports, model.pt")
+        found = f" with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else ""
+        raise ValueError(
+            f"{path}: not a detector's file; expected what fastkd train exports, model.pt, got a "
+            f"{type(content).__name__}{found}"
+        )
     return content
 
 

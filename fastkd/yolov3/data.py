@@ -1,12 +1,10 @@
-"""Detection data in COCO JSON, as a PyTorch data set whose samples depend on (seed, epoch, index) only."""
+"""Detection data as a PyTorch data set whose samples depend on (seed, epoch, index) only."""
 
-import json
-import math
+from __future__ import annotations
+
 import os
 import warnings
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import cv2
@@ -15,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastkd.yolov3.annotations import Annotations
 from fastkd.yolov3.augment import FILL, Array, Augmentation, Labelled, augment, mosaic
+from fastkd.yolov3.formats import read_pictures, read_set
 
 
 class Letterbox(NamedTuple):
@@ -63,25 +63,24 @@ class Batch(NamedTuple):
     letterboxes: list[Letterbox]
 
 
-class CocoDetection(Dataset[Sample]):
-    """Pictures and boxes of a COCO JSON file.
+class DetectionDataset(Dataset[Sample]):
+    """Pictures and boxes of a set in COCO JSON, Pascal VOC XML or YOLO text.
 
-    Classes are numbered 0, 1, ... in the order of the file's category ids. A sample depends on (seed, epoch, index)
-    only: not on the order of access, the number of workers, or where a run was resumed.
+    A sample depends on (seed, epoch, index) only: not on the order of access, the number of workers, or where a run was
+    resumed. Classes are numbered 0, 1, ...: in COCO in the order of the category ids, in VOC sorted by name.
 
     What is wrong in a file is found when it is opened, or is an error that names the picture:
 
     - missing picture: FileNotFoundError with the count and the first few, at construction;
     - broken picture, or one whose size is not the one in the file: ValueError naming it, when it is read;
-    - unknown category or picture id, duplicate id, `file_name` outside the image folder: ValueError at construction;
+    - unknown class or picture, duplicate id, file name outside the image folder: ValueError at construction;
     - box outside the picture: clipped to it; box without area (also after clipping) or not finite: dropped. One warning
-      gives the counts, which stay in `problems`;
-    - crowd annotation (`iscrowd`): not a training target, but part of `annotations` for evaluation;
+      gives the counts, which stay in `annotations.problems`;
+    - crowd annotation (`iscrowd`; VOC's `difficult`): not a training target, but part of the evaluation;
     - picture without boxes: kept, as background.
 
     Args:
-        annotation_file: the COCO JSON file.
-        image_dir: the folder that `file_name` is relative to.
+        annotations, images: the set, see ``fastkd.yolov3.formats``; or an ``Annotations`` that has been read.
         size: side of the network's square input in pixels, a multiple of 32. Pictures are letterboxed to it.
         augmentation: what to vary at random while training; None for evaluation.
         seed: of the augmentation.
@@ -91,8 +90,8 @@ class CocoDetection(Dataset[Sample]):
 
     def __init__(
         self,
-        annotation_file: str | os.PathLike[str],
-        image_dir: str | os.PathLike[str],
+        annotations: str | os.PathLike[str] | Annotations,
+        images: str | os.PathLike[str] | None,
         size: int,
         *,
         augmentation: Augmentation | None = None,
@@ -107,27 +106,32 @@ class CocoDetection(Dataset[Sample]):
         self.size = size
         self.augmentation = augmentation
         self.seed = seed
-        self.image_dir = Path(image_dir)
-        content = _read_coco(Path(annotation_file))
-
-        self.categories: list[dict[str, Any]] = sorted(content["categories"], key=lambda category: category["id"])
-        self.class_names: list[str] = [str(category["name"]) for category in self.categories]
-        self.category_ids: list[int] = [category["id"] for category in self.categories]
-        self.images: list[dict[str, Any]] = content["images"][:limit]
-        self._check_files(str(annotation_file))
-        self.problems: Counter[str] = Counter()
-        self.annotations = self._clean(content, str(annotation_file))
-        self._boxes, self._classes = self._targets()
-        if self.problems:
-            counts = ", ".join(f"{count} {problem}" for problem, count in self.problems.items())
-            warnings.warn(f"{annotation_file}: {counts}", stacklevel=2)
+        if not isinstance(annotations, Annotations):
+            annotations = read_set(annotations, annotations if images is None else images)
+        annotations = annotations.first(limit)
+        _require_files(annotations)
+        self.annotations = annotations.clean()
+        if self.annotations.problems:
+            counts = ", ".join(f"{count} {problem}" for problem, count in self.annotations.problems.items())
+            warnings.warn(f"{annotations.source}: {counts}", stacklevel=2)
+        boxes = self.annotations.boxes
+        self._corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).astype(np.float32)
 
         # In shared memory, so that workers that outlive an epoch see the new one.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._cache: dict[int, Array] | None = {} if cache else None
 
+    @classmethod
+    def of_pictures(cls, folder: str | os.PathLike[str], size: int, **options: Any) -> DetectionDataset:
+        """All pictures of a folder and its sub-folders, without boxes or classes. Options as of the constructor."""
+        return cls(read_pictures(folder), None, size, **options)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.annotations.class_names
+
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.annotations)
 
     @property
     def num_classes(self) -> int:
@@ -149,8 +153,8 @@ class CocoDetection(Dataset[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: expected 0..{len(self) - 1}, got {index}")
         index %= len(self)
-        record = self.images[index]
-        letterbox = letterbox_of(record["width"], record["height"], self.size)
+        width, height = self.annotations.sizes[index].tolist()
+        letterbox = letterbox_of(width, height, self.size)
         if self.augmentation is None:
             image, boxes, classes = self._fitted(*self._load(index))
         else:
@@ -158,15 +162,16 @@ class CocoDetection(Dataset[Sample]):
             image, boxes, classes = self._augmented(index, rng, self.augmentation)
         targets = np.concatenate([classes[:, None].astype(np.float32), boxes], axis=1)
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return Sample(pixels, torch.from_numpy(targets), record["id"], letterbox)
+        return Sample(pixels, torch.from_numpy(targets), int(self.annotations.image_ids[index]), letterbox)
 
     def box_sizes(self) -> Tensor:
         """Widths and heights (M, 2), float32, of all target boxes as the network sees them: for choosing anchors."""
-        sizes = [np.zeros((0, 2), dtype=np.float32)]
-        for image, boxes in zip(self.images, self._boxes, strict=True):
-            fitted = letterbox_of(image["width"], image["height"], self.size).to_input(boxes)
-            sizes.append(fitted[:, 2:] - fitted[:, :2])
-        return torch.from_numpy(np.concatenate(sizes))
+        trained = ~self.annotations.crowd
+        sizes = self.annotations.sizes[self.annotations.rows[trained]]
+        boxes = self._corners[trained]
+        # letterbox_of, of all pictures at once
+        scaled = np.rint(sizes * (self.size / sizes.max(1, keepdims=True))).clip(min=1) / sizes
+        return torch.from_numpy(((boxes[:, 2:] - boxes[:, :2]) * scaled).astype(np.float32))
 
     def _augmented(self, index: int, rng: np.random.Generator, options: Augmentation) -> Labelled:
         """The labelled picture, augmented and letterboxed, perhaps in a mosaic with three others."""
@@ -183,84 +188,33 @@ class CocoDetection(Dataset[Sample]):
     def _load(self, index: int) -> Labelled:
         image = self._cache.get(index) if self._cache is not None else None
         if image is None:
-            record = self.images[index]
-            image = read_image(self.image_dir / record["file_name"])
+            path = self.annotations.path(index)
+            image = read_image(path)
             height, width = image.shape[:2]
-            if (width, height) != (record["width"], record["height"]):
+            stated = tuple(self.annotations.sizes[index].tolist())
+            if (width, height) != stated:
                 raise ValueError(
-                    f"{self.image_dir / record['file_name']}: the annotations expect {record['width']}x"
-                    f"{record['height']} pixels (width x height), the file has {width}x{height}"
+                    f"{path}: the annotations expect {stated[0]}x{stated[1]} pixels (width x height), "
+                    f"the file has {width}x{height}"
                 )
             if self._cache is not None:
                 self._cache[index] = image
-        return image, self._boxes[index], self._classes[index]
+        of = self.annotations.of(index)
+        trained = ~self.annotations.crowd[of]
+        return image, self._corners[of][trained], self.annotations.classes[of][trained]
 
-    def _check_files(self, source: str) -> None:
-        for image in self.images:
-            _refuse_outside(image["file_name"], source)
-        missing = [image["file_name"] for image in self.images if not (self.image_dir / image["file_name"]).is_file()]
-        if missing:
-            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise FileNotFoundError(
-                f"image_dir: {len(missing)} of {len(self)} pictures not in {self.image_dir}: {some}"
+
+def _require_files(annotations: Annotations) -> None:
+    for fault, error, names in (
+        ("not in", FileNotFoundError, annotations.missing()),
+        ("that can't be read in", ValueError, annotations.unreadable()),
+    ):
+        if names:
+            some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise error(
+                f"images: {len(names)} of {len(annotations)} pictures {fault} {annotations.image_dir}: {some}; "
+                "fastkd data check lists all faults of a set"
             )
-
-    def _clean(self, content: dict[str, Any], source: str) -> list[dict[str, Any]]:
-        """The annotations of the pictures in use, boxes clipped, those without area left out; counts `problems`."""
-        known = {image["id"] for image in content["images"]}
-        used = {image["id"]: image for image in self.images}
-        categories = set(self.category_ids)
-        kept = []
-        for annotation in content["annotations"]:
-            if annotation["image_id"] not in known:
-                raise ValueError(
-                    f"{source}: annotation {annotation['id']} has unknown image_id {annotation['image_id']}"
-                )
-            if annotation["category_id"] not in categories:
-                raise ValueError(
-                    f"{source}: annotation {annotation['id']} has unknown category_id {annotation['category_id']}; "
-                    f"the file's categories are {self.category_ids}"
-                )
-            image = used.get(annotation["image_id"])
-            cleaned = self._clean_box(annotation, image) if image is not None else None
-            if cleaned is not None:
-                kept.append(cleaned)
-        return kept
-
-    def _clean_box(self, annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any] | None:
-        x, y, width, height = annotation["bbox"]
-        if not all(math.isfinite(value) for value in (x, y, width, height)):
-            self.problems["boxes that are not finite dropped"] += 1
-            return None
-        left, right = min(max(x, 0), image["width"]), max(min(x + width, image["width"]), 0)
-        top, bottom = min(max(y, 0), image["height"]), max(min(y + height, image["height"]), 0)
-        if right <= left or bottom <= top:
-            self.problems["boxes without area in the picture dropped"] += 1
-            return None
-        cleaned = {**annotation, "iscrowd": int(annotation.get("iscrowd", 0))}
-        # Half a pixel outside is rounding, common in real sets, and not worth a word.
-        if max(left - x, top - y, x + width - right, y + height - bottom) > 0.5:
-            self.problems["boxes clipped to their picture"] += 1
-        if (left, top, right, bottom) != (x, y, x + width, y + height):
-            cleaned["bbox"] = [left, top, right - left, bottom - top]
-        cleaned.setdefault("area", cleaned["bbox"][2] * cleaned["bbox"][3])
-        return cleaned
-
-    def _targets(self) -> tuple[list[Array], list[Array]]:
-        """Boxes (k, 4) float32 and classes (k,) int64 of each picture, in its own pixels, without crowds."""
-        class_of = {category_id: index for index, category_id in enumerate(self.category_ids)}
-        row_of = {image["id"]: row for row, image in enumerate(self.images)}
-        boxes: list[list[list[float]]] = [[] for _ in self.images]
-        classes: list[list[int]] = [[] for _ in self.images]
-        for annotation in self.annotations:
-            if not annotation["iscrowd"]:
-                x, y, width, height = annotation["bbox"]
-                boxes[row_of[annotation["image_id"]]].append([x, y, x + width, y + height])
-                classes[row_of[annotation["image_id"]]].append(class_of[annotation["category_id"]])
-        return (
-            [np.array(rows, dtype=np.float32).reshape(-1, 4) for rows in boxes],
-            [np.array(rows, dtype=np.int64) for rows in classes],
-        )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -329,52 +283,3 @@ def _clip(boxes: Array, width: int, height: int) -> Array:
     return np.stack(
         [boxes[:, i].clip(0, limit) for i, limit in enumerate((width, height, width, height))], axis=1
     ).astype(boxes.dtype)
-
-
-def _read_coco(path: Path) -> dict[str, Any]:
-    """Parse a COCO file and check that what is used of it is there and unique."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"annotation_file: no such file: {path}") from None
-    except ValueError as error:
-        raise ValueError(f"annotation_file: {path} is not JSON: {error}") from None
-    fields = {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    for part, keys in fields.items():
-        entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise ValueError(f"annotation_file: {path} has no list '{part}'; expected COCO detection JSON")
-        for position, entry in enumerate(entries):
-            absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if absent:
-                raise ValueError(f"annotation_file: {path}: {part}[{position}] has no {', '.join(absent)}")
-        if len({entry["id"] for entry in entries}) != len(entries):
-            raise ValueError(f"annotation_file: {path}: ids in '{part}' are not unique")
-    for position, image in enumerate(content["images"]):
-        if not (_are_numbers([image["width"], image["height"]]) and min(image["width"], image["height"]) >= 1):
-            raise ValueError(f"annotation_file: {path}: images[{position}]: expected width and height of at least 1")
-    for position, annotation in enumerate(content["annotations"]):
-        box = annotation["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and _are_numbers(box)):
-            raise ValueError(f"annotation_file: {path}: annotations[{position}]: expected 4 numbers in bbox, got {box}")
-    if not content["images"]:
-        raise ValueError(f"annotation_file: {path} lists no images")
-    result: dict[str, Any] = content
-    return result
-
-
-def _are_numbers(values: list[Any]) -> bool:
-    return all(isinstance(value, (int, float)) for value in values)
-
-
-def _refuse_outside(file_name: str, source: str) -> None:
-    """A file name comes from outside: it may not lead out of the image folder, on any system."""
-    for path in (PurePosixPath(file_name), PureWindowsPath(file_name)):
-        if not path.parts or path.is_absolute() or path.drive or path.root or ".." in path.parts:
-            raise ValueError(
-                f"{source}: file_name {file_name!r} leads out of the image folder; expected a path inside it"
-            )

@@ -24,11 +24,13 @@ from fastkd import viz
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import TrainConfig
-from fastkd.yolov3.data import CocoDetection, collate
+from fastkd.yolov3.data import DetectionDataset, collate
 from fastkd.yolov3.digits import write_digits
 from fastkd.yolov3.evaluate import Metrics, evaluate
 from fastkd.yolov3.files import replacing
+from fastkd.yolov3.inspect import inspect_run
 from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.overlays import spread
 from fastkd.yolov3.predict import detect_objects, draw
 from fastkd.yolov3.run_log import read_log
 from fastkd.yolov3.train import TrainResult, build_objective, load_checkpoint, train, training_set
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 PLAIN, DISTILLED = "without distillation", "with distillation"
 SHOWN = ("mAP", "AP50", "AP75")
 PICTURES = 5  # scenes in the pictures
+DRAWN = ("curves", "predictions", "maps", "differences", "level_losses")
 PACKAGES = ("torch", "numpy", "accelerate", "opencv-python-headless", "pycocotools", "scikit-learn")
 
 
@@ -96,9 +99,9 @@ def run_demo(
 ) -> dict[str, Any]:
     """Train teacher and students, compare them on the test scenes, print a table and write pictures.
 
-    The folder gets ``results.json`` (every figure, seed and version), ``report.txt``, ``curves.png``,
-    ``predictions.png``, ``maps.png``, the data and the trained models. A teacher that is there is used again;
-    students are always trained anew.
+    The folder gets ``results.json`` (every figure, seed and version), ``report.txt``, the pictures ``curves.png``,
+    ``predictions.png`` and those of ``inspect_run``, the data and the trained models. A teacher that is there is used
+    again; students are always trained anew.
 
     Args:
         out: the folder.
@@ -139,9 +142,9 @@ def run_demo(
     for name, text in (("results.json", json.dumps(results, indent=2)), ("report.txt", report)):
         with replacing(root / name) as part:
             part.write_text(text + "\n", encoding="utf-8")
-    _draw(root, settings, teacher, chosen, objective, test)
+    _draw(root, settings, teacher, chosen, test)
     print("\n" + report)
-    print(f"\ncurves.png, predictions.png, maps.png, results.json and report.txt are in {root}")
+    print(f"\n{', '.join(f'{name}.png' for name in DRAWN)}, results.json and report.txt are in {root}")
     return results
 
 
@@ -218,8 +221,8 @@ def _data(root: Path, annotations: str, images: str) -> dict[str, Any]:
     }
 
 
-def _scenes(root: Path, settings: Settings, split: str) -> CocoDetection:
-    return CocoDetection(
+def _scenes(root: Path, settings: Settings, split: str) -> DetectionDataset:
+    return DetectionDataset(
         root / f"digits/annotations/{split}.json", root / f"digits/images/{split}", settings.size, cache=True
     )
 
@@ -240,25 +243,28 @@ def _distiller(objective: Objective) -> fastkd.Distiller:
     return objective.distiller
 
 
-def _levels(objective: Objective, images: Tensor) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None]]:
-    """What the distillation loss gets for these images: student features, teacher features, prior."""
+def _loss_arguments(
+    objective: Objective, images: Tensor
+) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None]:
+    """What the distillation loss gets for these images, to time it with: student and teacher features, prior."""
     caught: list[Any] = []
     distiller = _distiller(objective)
-    hook = distiller.criterion.register_forward_pre_hook(lambda _, args: caught.append(args))
+    hook = distiller.criterion.register_forward_pre_hook(lambda _, arguments: caught.append(arguments))
     try:
         with torch.no_grad():
             objective.eval().student(images)
             distiller.loss(images)
     finally:
         hook.remove()
-    student, teacher, prior = caught[0]
+    student, teacher, prior, _ = caught[0]
     return student, teacher, prior
 
 
 def _shares_of_step(objective: Objective, images: Tensor, step_seconds: float, repeats: int = 15) -> dict[str, float]:
     """Share of a mean training step spent in the distillation loss, forward and backward, and in the teacher."""
-    student, teacher, prior = _levels(objective, images)
-    criterion, model = _distiller(objective).criterion, _distiller(objective).teacher
+    distiller = _distiller(objective)
+    criterion, model = distiller.criterion, distiller.teacher
+    student, teacher, prior = _loss_arguments(objective, images)
     criterion.reuse_teacher_memory = False  # the same features again and again
     leaves = [x.detach().requires_grad_() for x in student]
     parameters = [*leaves, *criterion.parameters()]
@@ -410,25 +416,25 @@ def _draw(
     settings: Settings,
     teacher: TrainResult,
     students: Sequence[Student],
-    objective: Objective,
-    test: CocoDetection,
+    test: DetectionDataset,
 ) -> None:
-    """The three pictures."""
+    """``DRAWN``, on a few of the test scenes."""
     pair = {s.kind: s for s in students if s.seed == 0}
     models = {
         f"teacher ({settings.scenes} labelled scenes)": teacher.model,
         **{f"student {kind}": load_detector(s.result.model_file).model for kind, s in pair.items()},
     }
-    rows = range(0, len(test), max(1, len(test) // PICTURES))[:PICTURES]
+    rows = spread(len(test), PICTURES)
     images = collate([test[i] for i in rows]).images
     figures = {
         "curves": _curves(settings, students),
         "predictions": _predictions(models, images, teacher.class_names, settings.size),
-        "maps": _maps(objective, images),
     }
     for name, figure in figures.items():
         with replacing(root / f"{name}.png") as part:
             figure.savefig(part, format="png")
+    files = [test.annotations.path(i) for i in rows]
+    inspect_run(pair[DISTILLED].config.out, files, out=root, count=PICTURES)
 
 
 def _curves(settings: Settings, students: Sequence[Student]) -> Figure:
@@ -460,15 +466,3 @@ def _predictions(models: dict[str, Any], images: Tensor, class_names: Sequence[s
             axis.imshow(draw(enlarged, found._replace(boxes=4 * found.boxes), class_names))
             axis.set(xticks=[], yticks=[])
     return figure
-
-
-def _maps(objective: Objective, images: Tensor) -> Figure:
-    """The information maps, confidence included, that weighted the distillation of backbone and neck."""
-    distiller = _distiller(objective)
-    _, features, prior = _levels(objective, images)
-    criterion = distiller.criterion
-    moments = [x.moments() for x in criterion.statistics] if criterion.standardize else None  # type: ignore[operator]
-    maps = fastkd.info_map(features, criterion.info_map, prior=prior, standardize=moments)
-    backbone = len(objective.student.backbone_levels)
-    places = [("backbone" if i < backbone else "neck", images.shape[2] // x.shape[1]) for i, x in enumerate(maps)]
-    return viz.overlay_maps(images, maps, [f"{place}, stride {stride}" for place, stride in places])

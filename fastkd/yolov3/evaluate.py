@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastkd.yolov3.anchors import Heads
+from fastkd.yolov3.annotations import Annotations
 from fastkd.yolov3.boxes import detect
-from fastkd.yolov3.data import CocoDetection, collate
+from fastkd.yolov3.data import DetectionDataset, collate
 from fastkd.yolov3.files import replacing
 
 Detection = dict[str, Any]  # one entry of a COCO results file: image_id, category_id, bbox (x, y, w, h), score
@@ -49,7 +50,7 @@ class Metrics:
 
 def evaluate(
     model: nn.Module,
-    dataset: CocoDetection,
+    dataset: DetectionDataset,
     *,
     batch_size: int = 32,
     device: torch.device | str | None = None,
@@ -92,7 +93,7 @@ def evaluate(
 
 def detect_all(
     model: nn.Module,
-    dataset: CocoDetection,
+    dataset: DetectionDataset,
     *,
     batch_size: int = 32,
     device: torch.device | str | None = None,
@@ -127,18 +128,18 @@ def detect_all(
                 boxes[:, 2:] -= boxes[:, :2]
                 scores, classes = detections.scores.tolist(), detections.classes.tolist()
                 for box, value, index in zip(boxes.tolist(), scores, classes, strict=True):
-                    category_id = dataset.category_ids[int(index)]
+                    category_id = dataset.annotations.category_ids[int(index)]
                     results.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": value})
     return results
 
 
-def score(detections: list[Detection], dataset: CocoDetection) -> Metrics:
+def score(detections: list[Detection], dataset: DetectionDataset) -> Metrics:
     """Score COCO results against a data set's annotations; crowds are ignored, as COCO does."""
-    if all(annotation["iscrowd"] for annotation in dataset.annotations):
+    if dataset.annotations.crowd.all():
         raise ValueError("dataset: it has no box to find, so there is nothing to score")
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = _coco(dataset, dataset.annotations)
-        found = truth.loadRes(detections) if detections else _coco(dataset, [])
+        truth = _coco(dataset.annotations)
+        found = truth.loadRes(detections) if detections else _coco(dataset.annotations, boxes=False)
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -176,11 +177,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _coco(dataset: CocoDetection, annotations: list[dict[str, Any]]) -> COCO:
+def _coco(annotations: Annotations, *, boxes: bool = True) -> COCO:
     coco = COCO()
-    # Copies, because pycocotools writes into the annotations; ids from 1, because it reads 0 as "not matched".
-    copies = [annotation | {"id": i} for i, annotation in enumerate(annotations, start=1)]
-    coco.dataset = {"info": {}, "images": dataset.images, "annotations": copies, "categories": dataset.categories}
+    coco.dataset = annotations.coco(boxes=boxes)
     coco.createIndex()
     return coco
 

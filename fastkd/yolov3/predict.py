@@ -56,7 +56,7 @@ def predict(
         FileNotFoundError: no such picture or folder, or a folder without pictures.
         ValueError: a file that is no picture, two pictures of one name, or a threshold out of range.
     """
-    files = _listed(pictures)
+    files = listed(pictures)
     targets = [_named(Path(out) / file.name) for file in files]
     if len(set(targets)) != len(targets):
         raise ValueError("pictures: expected different file names, got two alike; predict one folder at a time")
@@ -68,7 +68,7 @@ def predict(
     for file, target in zip(bar, targets, strict=True):
         image = read_image(file)
         found = detect_objects(model, image, size, score_threshold, iou_threshold)
-        _write(target, draw(image, found, class_names))
+        write_picture(target, draw(image, found, class_names))
     return targets
 
 
@@ -86,17 +86,17 @@ def detect_objects(
     return Detections(torch.from_numpy(boxes), found.scores, found.classes)
 
 
-def draw(image: Image, found: Detections, class_names: Sequence[str] = ()) -> Image:
-    """A copy of an (H, W, 3) uint8 RGB picture with boxes, names and scores, the best on top."""
+def draw(image: Image, found: Detections, class_names: Sequence[str] = (), *, scores: bool = True) -> Image:
+    """A copy of an (H, W, 3) uint8 RGB picture with boxes, names and, if asked, scores, the best on top."""
     canvas: Image = image.copy()
     scale = max(0.35, min(image.shape[:2]) / 900)
     width = max(1, round(2 * scale))
-    boxes, scores, classes = found.boxes.round().int().tolist(), found.scores.tolist(), found.classes.tolist()
-    for (x1, y1, x2, y2), score, index in reversed(list(zip(boxes, scores, classes, strict=True))):
+    columns = found.boxes.round().int().tolist(), found.scores.tolist(), found.classes.tolist()
+    for (x1, y1, x2, y2), score, index in reversed(list(zip(*columns, strict=True))):
         colour = COLOURS[index % len(COLOURS)]
         name = class_names[index] if class_names else str(index)
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, width)
-        _label(canvas, f"{name} {score:.2f}", (x1, y1), colour, scale)
+        _label(canvas, f"{name} {score:.2f}" if scores else name, (x1, y1), colour, scale)
     return canvas
 
 
@@ -111,7 +111,7 @@ def _label(canvas: Image, text: str, corner: tuple[int, int], colour: tuple[int,
     cv2.putText(canvas, text, (x, y - descent // 2), font, scale, ink, 1, cv2.LINE_AA)
 
 
-def _listed(pictures: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def listed(pictures: Sequence[str | os.PathLike[str]]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, pictures):
         if path.is_dir():
@@ -130,7 +130,8 @@ def _named(target: Path) -> Path:
     return target if target.suffix.lower() in SUFFIXES else target.with_suffix(".png")
 
 
-def _write(target: Path, image: Image) -> None:
+def write_picture(target: Path, image: Image) -> None:
+    """An (H, W, 3) uint8 RGB picture to a file, whole or not at all."""
     done, encoded = cv2.imencode(target.suffix, cast(Image, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)))
     if not done:
         raise ValueError(f"{target}: this picture could not be encoded as {target.suffix}")

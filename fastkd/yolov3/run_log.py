@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,13 @@ from tqdm import tqdm
 
 from fastkd.yolov3.files import replacing
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SHOWN = ("loss", "box", "objectness", "class", "distill", "logit")
+
+FIGURE_DPI = 80  # of TensorBoard's copies, which are kept of every evaluation
+FIGURE_SHARE = 0.05  # of the run's time
 
 
 class RunLog:
@@ -33,7 +39,7 @@ class RunLog:
         batch: images a step.
         every: steps between two lines.
         show: whether this process prints and writes at all (one in a distributed run does).
-        tensorboard: also write curves to ``out``.
+        tensorboard: also write curves and figures to ``out``.
         reduce: mean of a tensor over all processes, which all log the same steps.
     """
 
@@ -55,12 +61,14 @@ class RunLog:
         self._last, self._reduce = last, reduce
         self._pending: list[Tensor] = []
         self._step, self._epoch, self._lr = first, 0, 0.0
-        self._since = time.perf_counter()
+        self._began = self._since = time.perf_counter()
+        self._figure_seconds = 0.0
         self._bar = tqdm(total=last, initial=first, unit="step", disable=not show, dynamic_ncols=True)
         self._board = None
         if show:
             _drop_after(self.file, first)
             if tensorboard:
+                import matplotlib  # noqa: F401  # of the figures; missing, it must not end the run at the first one
                 from torch.utils.tensorboard import SummaryWriter  # here: its import takes seconds
 
                 self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
@@ -101,6 +109,17 @@ class RunLog:
         self._curves({f"val/{name}": value for name, value in numbers.items()}, step)
         if self.show:
             self._bar.write(f"step {step}: {text}")
+
+    def figures(self, step: int, draw: Callable[[], Mapping[str, Figure]]) -> None:
+        """Figures to TensorBoard; where they have cost more than FIGURE_SHARE, only at the last step."""
+        began = time.perf_counter()
+        costly = self._figure_seconds > FIGURE_SHARE * (began - self._began)
+        if self._board is None or (costly and step != self._last):
+            return
+        for name, figure in draw().items():
+            figure.set_dpi(FIGURE_DPI)
+            self._board.add_figure(f"distillation/{name}", figure, step)
+        self._figure_seconds += time.perf_counter() - began
 
     def resume_clock(self) -> None:
         """Leave what has just been done, an evaluation say, out of the throughput."""

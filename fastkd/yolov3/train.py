@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import numpy as np
@@ -28,11 +28,17 @@ from fastkd.info_map import resolve
 from fastkd.yolov3.anchors import dataset_anchors
 from fastkd.yolov3.checkpoint import MODELS, Detector, Trained, build_detector, load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, require_same_run
-from fastkd.yolov3.data import Batch, CocoDetection, Sample, collate
+from fastkd.yolov3.data import Batch, DetectionDataset, Sample, collate
 from fastkd.yolov3.evaluate import Metrics, evaluate
 from fastkd.yolov3.files import replacing
 from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.overlays import map_figures, some_images
 from fastkd.yolov3.run_log import RunLog
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURE_IMAGES = 2  # pictures whose maps TensorBoard gets at every evaluation
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def train(config: TrainConfig) -> TrainResult:
         run.close()
 
 
-def build_objective(config: TrainConfig, data: CocoDetection, *, ranks: int = 1) -> Objective:
+def build_objective(config: TrainConfig, data: DetectionDataset, *, ranks: int = 1) -> Objective:
     """Student with the run's initial weights, teacher, adapters and losses, on the CPU; for one of ``ranks`` processes.
 
     Raises:
@@ -102,7 +108,7 @@ def build_objective(config: TrainConfig, data: CocoDetection, *, ranks: int = 1)
     return objective
 
 
-def _loss_options(config: TrainConfig, data: CocoDetection, ranks: int) -> dict[str, Any]:
+def _loss_options(config: TrainConfig, data: DetectionDataset, ranks: int) -> dict[str, Any]:
     """The feature term's part of the configuration, epochs as steps."""
     stop = None if config.distill_stop is None else config.distill_stop * epoch_steps(config, data)
     if stop is None and config.distill_decay is not None:
@@ -119,11 +125,11 @@ def _loss_options(config: TrainConfig, data: CocoDetection, ranks: int) -> dict[
     return options
 
 
-def epoch_steps(config: TrainConfig, data: CocoDetection) -> int:
+def epoch_steps(config: TrainConfig, data: DetectionDataset) -> int:
     return math.ceil(len(data) / config.batch)
 
 
-def total_steps(config: TrainConfig, data: CocoDetection) -> int:
+def total_steps(config: TrainConfig, data: DetectionDataset) -> int:
     return config.steps or config.epochs * epoch_steps(config, data)
 
 
@@ -262,7 +268,14 @@ class _Run:
                 self.metrics = evaluate(self.average, self.val, batch_size=self.config.batch, workers=workers)
             save_detector(self.average, self.out / "model.pt", self.data.class_names, self.config.size)
             save_detector(self.average, self.out / "model.weights")
+            if self.distiller is not None:  # alone: its maps ask no other process
+                self.log.figures(self.step, self._figures)
         self.accelerator.wait_for_everyone()
+
+    def _figures(self) -> dict[str, Figure]:
+        """What distillation looks at, on a few pictures, always the same."""
+        images = self._moved(some_images(self.val or self.data, FIGURE_IMAGES))
+        return map_figures(images, cast(Distiller, self.distiller).maps(images))
 
     def _update_average(self) -> None:
         """Moving average of weights and batch norm statistics; its memory grows with the run, up to ``ema``.
@@ -349,13 +362,13 @@ def _is_of_distributed(error: RuntimeError) -> bool:
 # ---- data
 
 
-def training_set(config: TrainConfig) -> CocoDetection:
+def training_set(config: TrainConfig) -> DetectionDataset:
     """The run's training set, augmented.
 
     Raises:
-        As ``CocoDetection``.
+        As ``DetectionDataset``.
     """
-    return CocoDetection(
+    return DetectionDataset(
         config.annotations,
         config.images,
         config.size,
@@ -366,11 +379,11 @@ def training_set(config: TrainConfig) -> CocoDetection:
     )
 
 
-def validation_set(config: TrainConfig) -> CocoDetection | None:
+def validation_set(config: TrainConfig) -> DetectionDataset | None:
     """The run's validation set, or None."""
     if config.val_annotations is None or config.val_images is None:
         return None
-    return CocoDetection(config.val_annotations, config.val_images, config.size, cache=config.cache)
+    return DetectionDataset(config.val_annotations, config.val_images, config.size, cache=config.cache)
 
 
 def unlabelled_images(
@@ -379,7 +392,7 @@ def unlabelled_images(
     """Pictures that only the teacher explains, augmented as the others, for each of these steps; None without any."""
     if config.unlabelled is None:
         return itertools.repeat(None)
-    data = CocoDetection.of_pictures(
+    data = DetectionDataset.of_pictures(
         config.unlabelled, config.size, augmentation=config.augmentation, seed=config.seed, cache=config.cache
     )
     batch = config.unlabelled_batch or config.batch
@@ -387,7 +400,7 @@ def unlabelled_images(
 
 
 def batches(
-    data: CocoDetection, config: TrainConfig, first: int, last: int, *, rank: int = 0, ranks: int = 1
+    data: DetectionDataset, config: TrainConfig, first: int, last: int, *, rank: int = 0, ranks: int = 1
 ) -> Iterator[Batch]:
     """Batches of the steps ``first`` to ``last`` - 1: this rank's share of each."""
     loader = DataLoader(
@@ -403,7 +416,7 @@ def batches(
 class _ByEpoch(Dataset[Sample]):
     """A data set asked by (epoch, index), so that one loader lasts the whole run and batches may span two epochs."""
 
-    def __init__(self, data: CocoDetection) -> None:
+    def __init__(self, data: DetectionDataset) -> None:
         self.data = data
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
@@ -436,7 +449,7 @@ def _order(size: int, seed: int, epoch: int) -> list[int]:
 # ---- model and optimiser
 
 
-def _initial(config: TrainConfig, data: CocoDetection) -> Detector:
+def _initial(config: TrainConfig, data: DetectionDataset) -> Detector:
     """The model that training starts from; weights follow from the seed alone, whatever is distilled into it."""
     anchors = _anchors(data, MODELS[config.model].strides) if config.anchors == "data" else None
     if config.init is None:
@@ -453,7 +466,7 @@ def _initial(config: TrainConfig, data: CocoDetection) -> Detector:
     return found.model.train()
 
 
-def _anchors(data: CocoDetection, strides: Sequence[int]) -> Tensor:
+def _anchors(data: DetectionDataset, strides: Sequence[int]) -> Tensor:
     try:
         return dataset_anchors(data.box_sizes(), strides)
     except ValueError as error:
@@ -463,18 +476,18 @@ def _anchors(data: CocoDetection, strides: Sequence[int]) -> Tensor:
         ) from error
 
 
-def _require_scorable(val: CocoDetection, data: CocoDetection) -> None:
+def _require_scorable(val: DetectionDataset, data: DetectionDataset) -> None:
     """Faults of a validation set that would otherwise end the run at its first evaluation."""
     if val.class_names != data.class_names:
         raise ValueError(
             f"val_annotations: expected the training set's classes {_shorten(data.class_names)}, "
             f"got {_shorten(val.class_names)}"
         )
-    if all(annotation["iscrowd"] for annotation in val.annotations):
+    if val.annotations.crowd.all():
         raise ValueError("val_annotations: expected a set with boxes to find, got none; leave it out to train without")
 
 
-def require_classes(name: str, found: Trained, data: CocoDetection) -> None:
+def require_classes(name: str, found: Trained, data: DetectionDataset) -> None:
     """A detector from a file must name the data set's classes, in their order, or no names at all."""
     names = list(found.class_names) or data.class_names
     if found.model.num_classes != data.num_classes or names != data.class_names:
@@ -549,7 +562,7 @@ def load_checkpoint(config: TrainConfig, objective: Objective) -> None:
 
 
 def _report(
-    objective: Objective, distiller: Distiller, data: CocoDetection, optimizer: torch.optim.Optimizer
+    objective: Objective, distiller: Distiller, data: DetectionDataset, optimizer: torch.optim.Optimizer
 ) -> Report:
     device = next(objective.parameters()).device
     batch = collate([data[i % len(data)] for i in range(4)])

@@ -1,0 +1,155 @@
+"""``fastkd inspect``: what a run's distillation looks at, what it has changed, and where its loss is."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastkd import viz
+from fastkd.level_maps import DistillMaps
+from fastkd.yolov3.config import TrainConfig, read_config
+from fastkd.yolov3.data import fit, read_image
+from fastkd.yolov3.files import replacing
+from fastkd.yolov3.overlays import map_figures, some_images, spread
+from fastkd.yolov3.predict import listed
+from fastkd.yolov3.run_log import read_log
+from fastkd.yolov3.train import build_objective, load_checkpoint, training_set, validation_set
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TOP = 0.1  # part of the cells whose share of the weight is told
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``inspect_run`` found; ``str(inspection)`` is a table.
+
+    Attributes:
+        before, now: maps of the initial student and of the one that the run has trained, both with the teacher's
+            statistics as they are now.
+        pictures: how many the numbers are means over.
+        files: the pictures drawn.
+    """
+
+    before: DistillMaps
+    now: DistillMaps
+    pictures: int
+    files: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        head = ("level", "stride", "share of loss", "mean difference", "initially", f"weight in top {TOP:.0%} of cells")
+        rows = [head]
+        for first, level, share in zip(self.before.levels, self.now.levels, self.now.shares, strict=True):
+            rows.append(
+                (
+                    f"{level.group}: {level.student} <- {level.teacher}",
+                    f"{level.stride:.3g}",
+                    f"{share:.0%}",
+                    f"{float(level.difference.mean()):.3g}",
+                    f"{float(first.difference.mean()):.3g}",
+                    f"{level.concentration(TOP):.0%}",
+                )
+            )
+        widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+        lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows]
+        return "\n".join([f"on {self.pictures} picture{'s' * (self.pictures != 1)}", *lines])
+
+
+def inspect_run(
+    run: str | os.PathLike[str],
+    pictures: Sequence[str | os.PathLike[str]] = (),
+    *,
+    out: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    count: int = 4,
+) -> Inspection:
+    """Draw what the distillation of a run of ``fastkd train --teacher`` looks at, from its last checkpoint.
+
+    Writes ``maps.png`` (information maps over the pictures), ``differences.png`` (student against teacher, initially
+    and now) and ``level_losses.png`` (each level's loss and share over the training, from ``metrics.jsonl``).
+
+    Args:
+        run: the run's folder.
+        pictures: files or folders to look at; by default some of the run's own.
+        out: folder for the three; by default ``inspect`` in the run's.
+        split: ``"val"`` or ``"train"``: whose pictures, where none are given; by default the validation set's if the
+            run has one.
+        count: at most so many pictures, evenly spaced among all.
+
+    Raises:
+        FileNotFoundError: no run, checkpoint, log or picture there.
+        ValueError: a run without a teacher; a picture that cannot be read; a ``split`` unknown or beside ``pictures``;
+            ``count`` < 1.
+    """
+    import matplotlib  # noqa: F401  # before models are built for nothing
+
+    if count < 1:
+        raise ValueError(f"count: expected at least 1 picture, got {count}")
+    if pictures and split is not None:
+        raise ValueError(f"set: expected none beside pictures of your own, got {split!r}")
+    config = replace(read_config(run), out=os.fspath(run), augmentation=None)
+    if config.teacher is None:
+        raise ValueError(f"{os.fspath(run)}: this run has no teacher, so no distillation to look at; see --teacher")
+    images = _read(pictures, count, config.size) if pictures else _own(config, split, count)
+    before, now = _before_and_now(config, images)
+    figures = map_figures(images, now, before) | {"level_losses": level_loss_figure(Path(run), now)}
+    folder = Path(run) / "inspect" if out is None else Path(out)
+    files = tuple(folder / f"{name}.png" for name in figures)
+    for file, figure in zip(files, figures.values(), strict=True):
+        with replacing(file) as part:
+            figure.savefig(part, format="png")
+    return Inspection(before, now, len(images), files)
+
+
+def level_loss_figure(run: Path, maps: DistillMaps) -> Figure:
+    """Loss and share of each of these levels over a run, and what distillation was of the total."""
+    entries = [x for x in read_log(run / "metrics.jsonl") if "distill" in x]
+    if not entries:
+        raise FileNotFoundError(f"{run}: no losses of a distillation in metrics.jsonl")
+    return viz.plot_level_losses(
+        {level.name: [x[f"distill/{level.student}"] for x in entries] for level in maps.levels},
+        steps=[x["step"] for x in entries],
+        smooth=0.8,
+        share_of_total=[x["distill"] / x["loss"] if x["loss"] else 0.0 for x in entries],
+    )
+
+
+def _read(pictures: Sequence[str | os.PathLike[str]], count: int, size: int) -> Tensor:
+    """(n, 3, size, size) float, 0..1."""
+    files = listed(pictures)
+    squares = [fit(read_image(files[i]), size)[0] for i in spread(len(files), count)]
+    return torch.stack([torch.from_numpy(x.copy()) for x in squares]).permute(0, 3, 1, 2).float() / 255
+
+
+def _own(config: TrainConfig, split: str | None, count: int) -> Tensor:
+    if split not in (None, "train", "val"):
+        raise ValueError(f"set: expected train or val, got {split!r}; to look at others, name pictures or a folder")
+    val = None if split == "train" else validation_set(config)
+    if val is None and split == "val":
+        raise ValueError("set: this run has no validation set; take train, or name pictures or a folder")
+    return some_images(training_set(config) if val is None else val, count)
+
+
+def _before_and_now(config: TrainConfig, images: Tensor) -> tuple[DistillMaps, DistillMaps]:
+    """Maps of the run's initial student and of its last checkpoint's, against the teacher as standardised now."""
+    if not (Path(config.out) / "checkpoint.pt").is_file():
+        raise FileNotFoundError(f"{config.out}: no checkpoint yet (checkpoint.pt is missing); let it train on")
+    objective = build_objective(config, training_set(config))
+    distiller = objective.distiller
+    if distiller is None:
+        raise ValueError("teacher: expected one")
+    learning = (objective.student, distiller.criterion.adapters)
+    initial = [copy.deepcopy(x.state_dict()) for x in learning]
+    load_checkpoint(config, objective)
+    now = distiller.maps(images)
+    for module, state in zip(learning, initial, strict=True):
+        module.load_state_dict(state)
+    return distiller.maps(images), now
