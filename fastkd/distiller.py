@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,9 +17,8 @@ from fastkd import health, level_maps
 from fastkd.health import Check, Report
 from fastkd.hooks import Group, Levels, Tap, image_height, unwrapped, without_ddp
 from fastkd.level_maps import DistillMaps
-from fastkd.levels import require_sequence, warn_if_nothing_learns
+from fastkd.levels import require_sequence, require_weights, warn_if_nothing_learns
 from fastkd.loss import DistillLoss
-from fastkd.ranks import alone
 
 Prior: TypeAlias = Callable[[Any, list[tuple[int, int]]], Sequence[Tensor | None]]
 
@@ -265,15 +263,19 @@ class Distiller(nn.Module):
         checks = [health.check_trained(self.teacher, teacher_fingerprint), health.check_frozen(self.teacher)]
         hooks = Check("hooks", None, "not known: pass images")
         gradient = Check("gradient", None, "not known: pass images")
+        weight = health.check_weight(self.criterion)
         share = Check("loss share", None, "not known: pass images and task_loss")
         if images is not None:
             hooks = self._check_hooks(images)
-            if hooks.ok:
+            missing = "the hooks do not work" if not hooks.ok else "the loss is zero"
+            gradient, share = (Check(name, None, f"not known: {missing}") for name in ("gradient", "loss share"))
+            if hooks.ok and weight.ok:
                 gradient, loss = self._check_gradient(images, task_loss)
                 share = health.check_share(loss, task_loss, self.criterion)
         checks += [
             hooks,
             gradient,
+            weight,
             share,
             health.check_optimizer(self.criterion, optimizer),
             health.check_schedule(self.criterion),
@@ -413,16 +415,20 @@ class Distiller(nn.Module):
     def _check_gradient(self, images: Any, task_loss: float | Tensor | None) -> tuple[Check, float]:
         """Pushes each level's own gradient through the student; also the loss at full weight."""
         try:
-            with torch.enable_grad(), alone():
+            with torch.enable_grad():
                 student, teacher, prior = self._dry_run(images)
                 self.criterion.prepare(student, teacher)
-                criterion = copy.deepcopy(self.criterion).train()  # so that nothing is counted or calibrated
-                criterion.loss_weight = criterion.loss_weight.full()
+                criterion = self.criterion.alone()
                 leaves = [x.detach().requires_grad_() for x in student]  # cut off from the levels that follow
                 loss = criterion(leaves, teacher, prior, 1.0 if task_loss is None else task_loss).sum()
                 gradients = torch.autograd.grad(loss, leaves)
                 taps = [s for s, _ in self._matched()]
-                norms = {str(s): self._student_gradient(images, s, g) for s, g in zip(taps, gradients, strict=True)}
+                on = require_weights(criterion.weights, len(taps))  # a level that was switched off gets no gradient
+                norms = {
+                    str(s): self._student_gradient(images, s, g)
+                    for s, g, weight in zip(taps, gradients, on, strict=True)
+                    if weight
+                }
         finally:
             self._clear()
         bad = {name: norm for name, norm in norms.items() if not 0 < norm < math.inf}

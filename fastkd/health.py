@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.hooks import bare_name
+from fastkd.levels import require_weights
 from fastkd.loss import DistillLoss
 
 SHARE = (0.01, 0.99)  # of the total loss: outside, one of the two terms hardly counts
@@ -101,6 +102,15 @@ def check_frozen(teacher: nn.Module) -> Check:
         message = f"{training} modules in training mode, {learning} parameters that require grad; loss() resets them, "
         return Check("teacher frozen", False, message + "yet keep the teacher out of what you call .train() on")
     return Check("teacher frozen", True, "in eval mode, no parameter requires grad")
+
+
+def check_weight(criterion: DistillLoss) -> Check:
+    levels = require_weights(criterion.weights, len(criterion.adapters))
+    if criterion.loss_weight.weight == 0 or not any(levels):
+        which = "weight is 0" if criterion.loss_weight.weight == 0 else "weights are 0 at every level"
+        return Check("loss weight", False, f'{which}, so the loss is zero: choose another, or weight="auto"')
+    off = levels.count(0)
+    return Check("loss weight", True, f"not zero, but for {off} of {len(levels)} levels" if off else "not zero")
 
 
 def check_share(loss: float, task_loss: float | Tensor | None, criterion: DistillLoss) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -186,11 +187,16 @@ class ChannelStatistics(KeepsPrecision):
 
     @torch.no_grad()
     def pool(self) -> None:
-        """Take what each rank has seen by itself as seen by all, which have to call this together."""
+        """Take what each rank has seen by itself as seen by all, which have to call this together.
+
+        Ranks may have the same from DDP or a checkpoint, so it counts as much as one of them has on average.
+        """
+        holders = (self.count > 0).to(self.count.dtype)
+        sum_over_ranks(holders)
         count, mean, variance = _over_ranks(self.count, self.mean, self.square / self.count.clamp_min(1))
-        self.count.copy_(count)
+        self.count.copy_(count / holders.clamp_min(1))
         self.mean.copy_(mean)
-        self.square.copy_(variance * count)
+        self.square.copy_(variance * self.count)
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
         """(mean, rstd), each (C,), or None before the first batch."""
@@ -301,7 +307,7 @@ class DistillLoss(nn.Module):
         self._upstreams = Upstreams()
         self.loss_weight = LossWeight(weight, share, warmup_steps, decay, stop_step)
         self._batches_seen = 0
-        self._pooled = False
+        self._pooled = self._alone = False
         self.level_losses = torch.zeros(count)
 
     def forward(
@@ -318,7 +324,7 @@ class DistillLoss(nn.Module):
         if self.training:
             self._pool()
             if not self.calibrated:
-                self.calibrate(teacher_feats, all_ranks=True)
+                self.calibrate(teacher_feats, all_ranks=not self._alone)
         losses = _distill_loss(
             self.adapted(student_feats),
             teacher_feats,
@@ -339,6 +345,14 @@ class DistillLoss(nn.Module):
         factor: Tensor = self.loss_weight(self.level_losses.sum(), task_loss)
         losses = losses * factor.to(losses.dtype)
         return losses.sum() if self.reduction == "sum" else losses
+
+    def alone(self) -> DistillLoss:
+        """A copy in training, to try: at full weight, and waiting for no other process."""
+        copied = copy.deepcopy(self).train()
+        copied.loss_weight, copied._alone = self.loss_weight.full(), True
+        z = copied.normalizer or copied.info_map.normalizer
+        copied.normalizer = "map" if z == "map_all_ranks" else z
+        return copied
 
     def adapted(self, student_feats: Sequence[Tensor]) -> list[Tensor]:
         """The student's features at the teacher's widths."""
@@ -386,7 +400,7 @@ class DistillLoss(nn.Module):
     @torch.no_grad()
     def _pool(self) -> None:
         """Once, in the first training forward of several ranks: all go on from what any of them was calibrated with."""
-        if self._pooled or not self.standardize or world_size() == 1 or torch.compiler.is_compiling():
+        if self._pooled or self._alone or not self.standardize or world_size() == 1 or torch.compiler.is_compiling():
             return
         self._pooled = True
         seen = torch.tensor(self._batches_seen, device=self.loss_weight.step.device)

@@ -77,8 +77,8 @@ class LossWeight(KeepsPrecision):
         return ramp * self.weight
 
     def full(self) -> LossWeight:
-        """One without schedule and memory, for a look at the loss as it is at its full weight."""
-        return LossWeight(self.weight, self.share).to(self.means.device)
+        """One without schedule and memory, for a look at the loss as it is at its full weight, by one process."""
+        return LossWeight(self.weight, self.share).to(self.means.device).eval()
 
     def _ramp(self) -> Tensor:
         """Warm-up, decay and stop, 1 to 0."""

@@ -94,17 +94,19 @@ def test_two_processes_train_as_one_with_the_whole_batch(options: str, files: Pa
     for name, value in states[1].items():  # the student, the adapters, the teacher's statistics, the averages of "auto"
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(states[0][name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    if os.environ.get("FASTKD_REPORT"):
-        loss = max(abs(a["distill"] - b["distill"]) for a, b in zip(two, one, strict=True))
-        weight = max(
-            (states[0][n] - v).abs().max().item()
-            for n, v in states[1].items()
-            if n.startswith("model.") and v.is_floating_point()
-        )
-        start = load_detector(files / "student.pt").model.state_dict()
-        moved = max(
-            (v - start[n[6:]]).abs().max().item()
-            for n, v in states[1].items()
-            if n.startswith("model.") and v.is_floating_point()
-        )
-        print(f"loss {loss:.3g} weights {weight:.3g} moved {moved:.3g}")
+
+
+def test_the_accelerate_loop_resumes_and_trains_in_two_processes(files: Path, tmp_path: Path) -> None:
+    arguments = [*distilled(files), "--width", "0.125"]
+    first = run(ACCELERATE, files, tmp_path / "two", *arguments, "--epochs", "2", processes=2)
+    assert [line["epoch"] for line in first] == [0, 1]
+    before = torch.load(tmp_path / "two" / "state" / "pytorch_model_1.bin")
+    assert before["criterion.loss_weight.step"] == 4
+    more = run(ACCELERATE, files, tmp_path / "two", *arguments, "--epochs", "5", "--resume")  # alone
+    assert [line["epoch"] for line in more] == [2, 3, 4]
+    after = torch.load(tmp_path / "two" / "state" / "pytorch_model_1.bin")
+    assert after["criterion.loss_weight.step"] == 10
+    assert not torch.equal(after["criterion.adapters.0.weight"], before["criterion.adapters.0.weight"])
+    assert after["criterion.loss_weight.means"][1] < before["criterion.loss_weight.means"][1]
+    exported = load_detector(tmp_path / "two" / "model.pt").model.state_dict()
+    assert exported.keys() == YOLOv3Tiny(10, 0.125).state_dict().keys()

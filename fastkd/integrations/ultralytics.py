@@ -206,11 +206,7 @@ class Criterion:
         """The terms to be summed, and detached what is shown of them; ours come last."""
         terms, shown = self.criterion(preds, batch)
         images = batch["img"]
-        calibrates = self.distiller.training and not self.distiller.criterion.calibrated
         loss = self.distiller.loss(images, task_loss=terms.sum())
-        if calibrates and torch.distributed.is_available() and torch.distributed.is_initialized():
-            for statistic in self.distiller.criterion.statistics.buffers():
-                torch.distributed.broadcast(statistic, 0)  # every rank saw other images
         each = loss.detach() / len(images)  # the terms are multiplied by the batch size, what is shown is not
         old = isinstance(shown, Tensor)  # what is shown has names since 8.4.1xx
         shown = torch.cat([shown, each.reshape(1)]) if old else {**shown, COLUMN: each}

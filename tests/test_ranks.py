@@ -1,0 +1,73 @@
+"""Several ranks agree on the teacher's statistics, whichever of them looked at the distiller alone before."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastkd.distiller import Distiller
+
+
+def net(width: int) -> nn.Module:
+    torch.manual_seed(width)
+    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
+
+
+def batch(number: int, rank: int) -> Tensor:
+    """Ranks see images of other brightness, so that statistics of one alone would not do."""
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(10 * number + rank)) + 3 * rank
+
+
+def _rank(rank: int, folder: str, calibrating: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=40)
+    )
+    _train(rank, folder, calibrating)
+    torch.distributed.destroy_process_group()
+
+
+def _train(rank: int, folder: str, calibrating: str) -> None:
+    student, teacher = DistributedDataParallel(net(4)), net(8)
+    teacher(batch(0, 0))
+    options = {"weight": "auto", "normalizer": "map_all_ranks", "calibration_batches": 2}
+    distiller = Distiller(student, teacher, backbone=[("0", "0")], **options).prepare(batch(0, 0))
+    optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], 0.01)
+    if rank == 0:  # the other one waits for nobody, and nobody for it
+        assert distiller.check(batch(0, 0), optimizer, task_loss=1.0).ok
+        if calibrating == "one rank":
+            distiller.calibrate([batch(9, 0)])
+    parallel = DistributedDataParallel(distiller)
+    for step in range(3):
+        images = batch(step, rank)
+        task = student(images).square().mean()
+        (task + parallel(images, task_loss=task)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {**distiller.state_dict(), **student.state_dict()}
+    state["batches"] = torch.tensor(distiller.criterion.get_extra_state()["batches_seen"])
+    torch.save({name: value for name, value in state.items() if isinstance(value, Tensor)}, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("calibrating", ["no rank", "one rank"])
+def test_ranks_have_the_same_statistics_whoever_was_checked_or_calibrated_alone(
+    calibrating: str, tmp_path: Path
+) -> None:
+    spawn(_rank, args=(str(tmp_path), calibrating), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, value in first.items():
+        if not name.startswith("module.1."):  # running statistics of the student's batch norm are each rank's own
+            torch.testing.assert_close(second[name], value, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert first["batches"] == 2
+
+    seen = [batch(0, 0), batch(0, 1), *([batch(9, 0)] if calibrating == "one rank" else [batch(1, 0), batch(1, 1)])]
+    with torch.no_grad():
+        features = net(8)[0](torch.cat(seen))
+    torch.testing.assert_close(first["criterion.statistics.0.mean"], features.mean((0, 2, 3)))
+    variance = first["criterion.statistics.0.square"] / first["criterion.statistics.0.count"]
+    torch.testing.assert_close(variance, features.var((0, 2, 3), correction=0))
