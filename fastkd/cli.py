@@ -333,6 +333,8 @@ def _train(arguments: argparse.Namespace) -> int:
     config = _train_config(arguments, TrainConfig)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what torchrun and job queues send: stop as by Ctrl-C
     result = train(config)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{result.steps} steps in {result.seconds:.0f} s" + (f": {result.metrics}" if result.metrics else ""))
         print(f"model: {result.model_file}")

@@ -24,11 +24,15 @@ def batch(number: int, rank: int) -> Tensor:
     return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(10 * number + rank)) + 3 * rank
 
 
-def _rank(rank: int, folder: str, calibrating: str) -> None:
+CALIBRATING = ("no rank", "one rank")
+
+
+def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=40)
     )
-    _train(rank, folder, calibrating)
+    for calibrating in CALIBRATING:
+        _train(rank, folder, calibrating)
     torch.distributed.destroy_process_group()
 
 
@@ -51,15 +55,23 @@ def _train(rank: int, folder: str, calibrating: str) -> None:
         optimizer.zero_grad()
     state = {**distiller.state_dict(), **student.state_dict()}
     state["batches"] = torch.tensor(distiller.criterion.get_extra_state()["batches_seen"])
-    torch.save({name: value for name, value in state.items() if isinstance(value, Tensor)}, f"{folder}/{rank}.pt")
+    torch.save(
+        {name: value for name, value in state.items() if isinstance(value, Tensor)}, f"{folder}/{calibrating} {rank}.pt"
+    )
 
 
-@pytest.mark.parametrize("calibrating", ["no rank", "one rank"])
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(_rank, args=(str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("calibrating", CALIBRATING)
 def test_ranks_have_the_same_statistics_whoever_was_checked_or_calibrated_alone(
-    calibrating: str, tmp_path: Path
+    calibrating: str, trained: Path
 ) -> None:
-    spawn(_rank, args=(str(tmp_path), calibrating), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(trained / f"{calibrating} {rank}.pt") for rank in range(2))
     for name, value in first.items():
         if not name.startswith("module.1."):  # running statistics of the student's batch norm are each rank's own
             torch.testing.assert_close(second[name], value, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")

@@ -143,7 +143,8 @@ class _Run:
         if self.val is not None:
             _require_scorable(self.val, self.data)
         AcceleratorState._reset_state()  # one process may train more than once, with other precisions
-        self.accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu)
+        on_cpu = config.cpu or not torch.accelerator.is_available()  # accelerate joins processes on a CPU if told so
+        self.accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)
         ranks = self.accelerator.num_processes
         for name, count in (("batch", config.batch), ("unlabelled_batch", config.unlabelled_batch or 0)):
             if count % ranks:
@@ -256,6 +257,8 @@ class _Run:
 
     def close(self) -> None:
         self.log.close()
+        del self.objective, self.optimizer
+        self.accelerator.free_memory()  # DDP must go before its process group, or the exit may wait for ever
         if self.distiller is not None:
             self.distiller.remove()
 
