@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,8 +94,8 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*TORCHRUN, str(dying), *options], capture_output=True, text=True, env=environment)
     assert done.returncode != 0
-    assert "process 0 of 2: another process is gone" in done.stderr
-    assert "the same command with --resume goes on" in done.stderr
+    # the other process finds the connection broken, or is told to stop by torchrun before it does
+    assert re.search("(another process is gone.*|stopped); the same command with --resume goes on", done.stderr)
     assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 4
     assert main([*options, "--resume"]) == 0
     assert load_detector(tmp_path / "run" / "model.pt").model.num_classes == 10

@@ -248,7 +248,7 @@ class _Run:
     def broken(self, error: RuntimeError) -> str:
         """What to say where the other processes are not heard any more."""
         file = self.out / "checkpoint.pt"
-        left = f"{file} is whole: the same command with --resume goes on from it"
+        left = f"{file} is whole; the same command with --resume goes on from it"
         return (
             f"process {self.accelerator.process_index} of {self.accelerator.num_processes}: another process is gone, "
             f"after step {self.step} ({str(error).strip().splitlines()[0]}); what ended it is in its own output. "
