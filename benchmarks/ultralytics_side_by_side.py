@@ -82,6 +82,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "imgsz": 96,
         "batch": 16,
         "nbs": 16,
+        "optimizer": "AdamW",
+        "lr0": 0.003,
+        "warmup_epochs": 1,
         "mosaic": 0.0,
         "fliplr": 0.0,  # a mirrored digit is none
         "device": "cpu",
@@ -106,7 +109,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "versions": {"ultralytics": ultralytics.__version__, "torch": torch.__version__},
         "machine": {"processor": platform.processor() or platform.machine(), "threads": args.threads},
         "settings": {k: v for k, v in vars(args).items() if k not in ("out", "smoke", "threads")}
-        | {k: settings[k] for k in ("imgsz", "batch", "nbs", "mosaic", "fliplr")},
+        | {k: settings[k] for k in ("imgsz", "batch", "nbs", "optimizer", "lr0", "warmup_epochs", "mosaic", "fliplr")},
         "teacher": {k: v for k, v in teacher.items() if k != "weights"},
         "runs": [{k: v for k, v in entry.items() if k != "weights"} for entry in runs],
     }

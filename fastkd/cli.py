@@ -371,9 +371,9 @@ def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from fastkd.files import replacing
     from fastkd.yolov3.data import DetectionDataset
     from fastkd.yolov3.evaluate import evaluate
-    from fastkd.yolov3.files import replacing
     from fastkd.yolov3.formats import find_set
     from fastkd.yolov3.train import require_classes
 

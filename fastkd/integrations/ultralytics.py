@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastkd.distiller import Distiller
+from fastkd.files import replacing
 from fastkd.health import fingerprint
 from fastkd.hooks import without_taps
-from fastkd.yolov3.files import replacing
 
 try:
     import ultralytics

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastkd.files import replacing
 from fastkd.yolov3.darknet import load_weights, save_weights
-from fastkd.yolov3.files import replacing
 from fastkd.yolov3.model import AnchorSizes, YOLOv3, YOLOv3Tiny
 
 Detector = YOLOv3 | YOLOv3Tiny

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastkd.yolov3.files import replacing
+from fastkd.files import replacing
 
 _VERSION = (0, 2, 0)  # as in the files published with the paper
 _LONG_HEADER = struct.Struct("<iiiq")  # major, minor, revision, images seen

@@ -21,13 +21,13 @@ from torch import Tensor
 
 import fastkd
 from fastkd import viz
+from fastkd.files import replacing
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import TrainConfig
 from fastkd.yolov3.data import DetectionDataset, collate
 from fastkd.yolov3.digits import write_digits
 from fastkd.yolov3.evaluate import Metrics, evaluate
-from fastkd.yolov3.files import replacing
 from fastkd.yolov3.inspect import inspect_run
 from fastkd.yolov3.objective import Objective
 from fastkd.yolov3.overlays import spread

@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from fastkd.files import replacing
 from fastkd.yolov3.anchors import Heads
 from fastkd.yolov3.annotations import Annotations
 from fastkd.yolov3.boxes import detect
 from fastkd.yolov3.data import DetectionDataset, collate
-from fastkd.yolov3.files import replacing
 
 Detection = dict[str, Any]  # one entry of a COCO results file: image_id, category_id, bbox (x, y, w, h), score
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastkd import viz
+from fastkd.files import replacing
 from fastkd.level_maps import DistillMaps
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.data import fit, read_image
-from fastkd.yolov3.files import replacing
 from fastkd.yolov3.overlays import map_figures, some_images, spread
 from fastkd.yolov3.predict import listed
 from fastkd.yolov3.run_log import read_log

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from fastkd.files import replacing
 from fastkd.yolov3.boxes import Detections, detect
 from fastkd.yolov3.checkpoint import Detector
 from fastkd.yolov3.data import fit, read_image
 from fastkd.yolov3.evaluate import eval_mode
-from fastkd.yolov3.files import replacing
 
 Image = npt.NDArray[np.uint8]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastkd.yolov3.files import replacing
+from fastkd.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

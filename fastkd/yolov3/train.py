@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastkd.distiller import Distiller
+from fastkd.files import replacing
 from fastkd.health import Report
 from fastkd.info_map import resolve
 from fastkd.yolov3.anchors import dataset_anchors
@@ -30,7 +31,6 @@ from fastkd.yolov3.checkpoint import MODELS, Detector, Trained, build_detector, 
 from fastkd.yolov3.config import TrainConfig, require_same_run
 from fastkd.yolov3.data import Batch, DetectionDataset, Sample, collate
 from fastkd.yolov3.evaluate import Metrics, evaluate
-from fastkd.yolov3.files import replacing
 from fastkd.yolov3.objective import Objective
 from fastkd.yolov3.overlays import map_figures, some_images
 from fastkd.yolov3.run_log import RunLog
