@@ -14,12 +14,14 @@ from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, run_log
 from fastkd.yolov3.checkpoint import load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.digits import CLASS_NAMES, write_digits
+from fastkd.yolov3.inspect import level_loss_figure
 from fastkd.yolov3.run_log import RunLog, read_log
 from fastkd.yolov3.train import (
     _Run,
     batches,
     build_objective,
     check_distillation,
+    load_checkpoint,
     train,
     training_set,
     unlabelled_images,
@@ -520,10 +522,20 @@ def test_unlabelled_pictures_want_a_teacher(config):
 
 def test_distillation_decays_and_stops_at_its_epoch(config, teacher, tmp_path):
     run = replace(config, teacher=str(teacher), distill_stop=2, distill_decay="linear", log_every=1, warmup=0)
+    run = replace(run, logit_weight=0.5)
     train(run)
-    shares = [x["distill"] / x["box"] for x in read_log(Path(run.out) / "metrics.jsonl") if "distill" in x]
-    assert all(shares[:6])  # an epoch has three steps
-    assert shares[6:] == [0, 0, 0]
+    lines = [x for x in read_log(Path(run.out) / "metrics.jsonl") if "distill" in x]
+    for term in ("distill", "logit"):
+        values = [x[term] for x in lines]
+        assert all(values[:6])  # an epoch has three steps
+        assert values[6:] == [0, 0, 0]
+    data = training_set(run)
+    objective, batch = build_objective(run, data), next(batches(data, run, 0, 1))
+    load_checkpoint(run, objective)
+    maps = objective.distiller.maps(batch.images[:1])
+    assert level_loss_figure(Path(run.out), maps).axes[1].get_xlim() == (1, 6)
+    terms = dict(zip(objective.terms, objective.train()(batch.images, batch.targets)[1].tolist(), strict=True))
+    assert terms["distill"] == terms["logit"] == 0  # what the teacher said for the maps does not count
 
 
 def test_frozen_batch_norms_keep_the_statistics_of_the_initial_weights(config, teacher, tmp_path):

@@ -110,8 +110,8 @@ def inspect_run(
 
 
 def level_loss_figure(run: Path, maps: DistillMaps) -> Figure:
-    """Loss and share of each of these levels over a run, and what distillation was of the total."""
-    entries = [x for x in read_log(run / "metrics.jsonl") if "distill" in x]
+    """Loss and share of each of these levels over a run, while it distilled, and what that was of the total."""
+    entries = [x for x in read_log(run / "metrics.jsonl") if x.get("distill")]
     if not entries:
         raise FileNotFoundError(f"{run}: no losses of a distillation in metrics.jsonl")
     return viz.plot_level_losses(

@@ -95,11 +95,13 @@ class Objective(nn.Module):
         report = list(parts.values())
         levels = loss.new_zeros(0)
         if self.distiller is not None:
+            self._teacher_outputs = ()  # whoever ran the teacher since the last step, for maps say, left its own
             distill = self.distiller.loss(images, task_loss=loss)
             loss, report = loss + distill, [*report, distill.detach()]
             levels = self.distiller.criterion.level_losses
             if self.logit_weight:
-                logit = self.logit_weight * self._logit_loss(outputs)
+                # no outputs: distillation has stopped, and the teacher rests
+                logit = self.logit_weight * self._logit_loss(outputs) if self._teacher_outputs else loss.new_zeros(())
                 loss, report = loss + logit, [*report, logit.detach()]
             self._teacher_outputs = ()
         return loss, torch.cat([torch.stack([loss.detach(), *report]), levels.to(loss)])
