@@ -15,7 +15,7 @@ from fastkd.loss import DistillLoss
 
 @dataclass(frozen=True, eq=False)
 class LevelMaps:
-    """One level on some images. ``weight * sum(information * difference) * channels / Z`` is its loss.
+    """One level on some images. ``weight * sum(product) * channels / Z`` is its loss.
 
     Attributes:
         student, teacher: module names.
@@ -41,6 +41,11 @@ class LevelMaps:
     def name(self) -> str:
         """``"backbone, stride 8"``, say."""
         return f"{self.group}, stride {self.stride:.3g}"
+
+    @property
+    def product(self) -> Tensor:
+        """(N, h, w) float32: ``information * difference``, what a cell adds to the loss but for common factors."""
+        return self.information * self.difference
 
     def concentration(self, part: float = 0.1) -> float:
         """Share of the weight that the heaviest ``part`` of each image's cells have: ``part``, if all weigh alike.
@@ -77,6 +82,10 @@ class DistillMaps:
     @property
     def differences(self) -> list[Tensor]:
         return [x.difference for x in self.levels]
+
+    @property
+    def products(self) -> list[Tensor]:
+        return [x.product for x in self.levels]
 
     @property
     def shares(self) -> list[float]:

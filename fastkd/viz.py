@@ -15,7 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import PowerNorm
+    from matplotlib.colors import Colormap, PowerNorm
     from matplotlib.figure import Figure
 
 Numbers: TypeAlias = Sequence[float]
@@ -24,6 +24,7 @@ Numbers: TypeAlias = Sequence[float]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 HEAT = "inferno"
+NOT_FINITE = "#00FFFF"  # cells that are infinite or not a number: a colour that HEAT lacks
 PANEL = 2.2  # inches
 
 
@@ -34,7 +35,7 @@ def overlay_maps(
 
     Each map is shown relative to its own highest cell (in that image), so that levels of any scale can be compared
     in shape; the number below a panel is how many times the mean its highest cell weighs. Cells have sharp edges:
-    one square is one cell of the level.
+    one square is one cell of the level. What is not finite is cyan.
 
     Args:
         images: (N, 3, H, W), float in [0, 1] or uint8.
@@ -127,9 +128,9 @@ def plot_level_losses(
     means = [_running_mean(values, smooth) for values in history.values()]
     for i, (name, values) in enumerate(history.items()):
         left.plot(x, values, color=_look(i)["color"], linewidth=0.8, alpha=0.25)
-        left.plot(x, means[i], label=name, **_look(i))
+        left.plot(x, means[i], label=name, marker="o" if len(x) == 1 else "", **_look(i))
     if any(value > 0 for values in history.values() for value in values):
-        left.set_yscale("log")
+        _log_scale(left)
     _label(left, "step", "loss of the level")
     _stack_shares(right, x, means)
     if share_of_total is not None:
@@ -243,7 +244,7 @@ def _overlay(
     rows = [(i, kind) for i in range(min(len(images), max_images)) for kind in kinds]
     height, width = images.shape[2:]
     figure = _figure((PANEL * (len(titles) + 1) + 0.8, (PANEL * height / width + 0.12) * len(rows) + 0.3))
-    norm = _power_norm(gamma)
+    heat, norm = _heat(), _power_norm(gamma)
     axes = figure.subplots(len(rows), len(titles) + 1, squeeze=False)
     for axis, title in zip(axes[0], ("image", *titles), strict=True):
         axis.set_title(title, fontsize=9)
@@ -256,13 +257,13 @@ def _overlay(
             axis.imshow((grey if k else picture).numpy())
         for k, axis in enumerate(row[1:]):
             stack = {name: levels[k][i].detach().float().cpu() for name, levels in kinds.items()}
-            highest = torch.stack([x.max() for x in stack.values()]).max()
+            highest = torch.stack([_finite(x, 0).max() for x in stack.values()]).max()
             relative = stack[kind] / highest.clamp_min(torch.finfo(torch.float32).tiny)
             axis.imshow(
-                relative.numpy(),
-                cmap=HEAT,
+                _finite(relative, math.nan).numpy(),
+                cmap=heat,
                 norm=norm,
-                alpha=(opacity * relative.sqrt()).numpy(),
+                alpha=_finite(opacity * relative.sqrt(), 1).numpy(),
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
                 interpolation="nearest",
             )
@@ -272,6 +273,17 @@ def _overlay(
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
+
+
+def _heat() -> Colormap:
+    from matplotlib import colormaps
+
+    return colormaps[HEAT].with_extremes(bad=NOT_FINITE)
+
+
+def _finite(values: Tensor, other: float) -> Tensor:
+    """``values`` with ``other`` in place of what is infinite or not a number."""
+    return values.where(values.isfinite(), other)
 
 
 def _power_norm(gamma: float) -> PowerNorm:
@@ -332,6 +344,16 @@ def _label(axis: Axes, x: str, y: str) -> None:
     axis.grid(visible=True, color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _log_scale(axis: Axes) -> None:
+    """With plain numbers at 1, 2 and 5 of each decade, of which a loss seldom falls through more than two."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, axis: Axes) -> None:

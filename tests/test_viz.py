@@ -78,6 +78,19 @@ def test_differences_alone_are_relative_to_their_highest_cell(images: Tensor) ->
     assert figure.axes[1].get_xlabel() == "mean 1.5"
 
 
+def test_cells_that_are_not_finite_have_their_own_colour(images: Tensor, tmp_path) -> None:
+    level = torch.tensor([[[1.0, 4.0], [float("nan"), float("inf")]]]).expand(3, -1, -1)
+    figure = viz.overlay_differences(images, [level], ["level"], before=[torch.full_like(level, float("nan"))])
+    figure.savefig(tmp_path / "differences.png")
+    now = figure.axes[3].images[1]
+    assert now.get_array().mask.tolist() == [[False, False], [True, True]]
+    assert now.get_array().compressed().tolist() == [0.25, 1]
+    assert now.get_alpha()[1].tolist() == [1, 1]
+    red, green, blue, _ = now.cmap.get_bad()
+    assert (red, green, blue) == (0, 1, 1)
+    assert figure.axes[3].get_xlabel().startswith("mean nan")
+
+
 def test_differences_of_another_shape_are_refused_by_name(images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"before\[0\]: expected shape \(3, h, w\).*got \(2, 2, 2\)"):
         viz.overlay_differences(images, [torch.ones(3, 2, 2)], ["a"], before=[torch.ones(2, 2, 2)])
@@ -90,6 +103,9 @@ def test_level_losses_are_drawn_with_their_shares() -> None:
     left, right = figure.axes
     assert left.get_yscale() == "log"
     assert left.lines[1].get_xydata().tolist() == [[10, 3], [20, 3]]
+    figure.canvas.draw()
+    assert {"1", "2"} <= {x.get_text() for x in left.get_yticklabels()}
+    assert not any(x.get_text() for x in left.get_yticklabels(minor=True))
     first = right.collections[0].get_paths()[0].vertices
     assert first[:, 1].max() == pytest.approx(0.75)
     assert [x.get_text() for x in figure.legends[0].get_texts()] == ["stride 8", "stride 16"]
