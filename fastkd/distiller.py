@@ -229,7 +229,7 @@ class Distiller(nn.Module):
         """
         try:
             with _evaluating(self.student):
-                unwrapped(self.student)(images)  # DistributedDataParallel would wait for all ranks
+                unwrapped(self.student)(images)  # DistributedDataParallel would wait for others, a compiler start again
             student, teacher, q = self._features(images, prior)
             self.criterion.prepare(student, teacher)
             height = image_height(images, [x.shape[2] for x in teacher])
