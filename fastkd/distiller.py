@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +18,7 @@ from fastkd.hooks import Group, Levels, Tap, image_height, unwrapped, without_dd
 from fastkd.level_maps import DistillMaps
 from fastkd.levels import require_sequence, require_weights, warn_if_nothing_learns
 from fastkd.loss import DistillLoss
+from fastkd.modes import eval_mode
 
 Prior: TypeAlias = Callable[[Any, list[tuple[int, int]]], Sequence[Tensor | None]]
 
@@ -189,6 +189,7 @@ class Distiller(nn.Module):
 
         Raises:
             TypeError: one tensor where batches are expected. Else as ``loss``.
+            RuntimeError: of several ranks, after the first training forward.
         """
         if isinstance(loader, Tensor):
             raise TypeError("loader: expected an iterable of batches, got one tensor; wrap it: [images]")
@@ -228,12 +229,12 @@ class Distiller(nn.Module):
             As ``loss``.
         """
         try:
-            with _evaluating(self.student):
+            with eval_mode(self.student):
                 unwrapped(self.student)(images)  # DistributedDataParallel would wait for others, a compiler start again
             student, teacher, q = self._features(images, prior)
             self.criterion.prepare(student, teacher)
             height = image_height(images, [x.shape[2] for x in teacher])
-            with _evaluating(self.criterion):
+            with eval_mode(self.criterion):
                 return level_maps.measure(self.criterion, self._matched(), student, teacher, q, height)
         finally:
             self._clear()
@@ -245,6 +246,7 @@ class Distiller(nn.Module):
         task_loss: float | Tensor | None = None,
         *,
         teacher_fingerprint: str | None = None,
+        prior: Prior | None = None,
     ) -> Report:
         """Is distillation really on? Looks at what silently switches it off, and says so in plain words.
 
@@ -256,6 +258,7 @@ class Distiller(nn.Module):
             optimizer: to look for the adapters in.
             task_loss: the other term of the loss on these images, to compare with.
             teacher_fingerprint: ``fastkd.fingerprint`` of the weights that the teacher should have.
+            prior: for this call instead of the constructor's.
 
         Returns:
             A ``Report``; ``report.ok`` is False if anything is wrong.
@@ -266,11 +269,11 @@ class Distiller(nn.Module):
         weight = health.check_weight(self.criterion)
         share = Check("loss share", None, "not known: pass images and task_loss")
         if images is not None:
-            hooks = self._check_hooks(images)
+            hooks = self._check_hooks(images, prior)
             missing = "the hooks do not work" if not hooks.ok else "the loss is zero"
             gradient, share = (Check(name, None, f"not known: {missing}") for name in ("gradient", "loss share"))
             if hooks.ok and weight.ok:
-                gradient, loss = self._check_gradient(images, task_loss)
+                gradient, loss = self._check_gradient(images, task_loss, prior)
                 share = health.check_share(loss, task_loss, self.criterion)
         checks += [
             hooks,
@@ -375,13 +378,15 @@ class Distiller(nn.Module):
     def _run_teacher(self, images: Any) -> Any:
         self._freeze()
         with torch.no_grad():
-            return self.teacher(images)
+            return without_ddp(self.teacher)(images)  # nothing of a frozen teacher is to be synchronised
 
-    def _dry_run(self, images: Any) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None]:
+    def _dry_run(
+        self, images: Any, prior: Prior | None = None
+    ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None]:
         """As ``_features``, after a forward of the student in eval mode."""
-        with _evaluating(self.student):
+        with eval_mode(self.student):
             without_ddp(self.student)(images)
-        return self._features(images)
+        return self._features(images, prior)
 
     def _matched(self, images: Any = None) -> list[tuple[Tap, Tap]]:
         """The pairs of hooks; the first time, those of lists are found by stride and the others taken off."""
@@ -400,9 +405,9 @@ class Distiller(nn.Module):
         for tap in self._taps:
             tap.reset()
 
-    def _check_hooks(self, images: Any) -> Check:
+    def _check_hooks(self, images: Any, prior: Prior | None) -> Check:
         try:
-            pairs = len(self._dry_run(images)[0])
+            pairs = len(self._dry_run(images, prior)[0])
             often = [f"{tap} {tap.calls} times" for tap in self._taps if tap.calls != 1]
         except (RuntimeError, TypeError, ValueError) as error:
             return Check("hooks", False, str(error))
@@ -412,15 +417,17 @@ class Distiller(nn.Module):
             return Check("hooks", False, f"expected once a forward, fired: {', '.join(often)}; the last output counts")
         return Check("hooks", True, f"each fired once a forward, at {pairs} levels")
 
-    def _check_gradient(self, images: Any, task_loss: float | Tensor | None) -> tuple[Check, float]:
+    def _check_gradient(
+        self, images: Any, task_loss: float | Tensor | None, prior: Prior | None
+    ) -> tuple[Check, float]:
         """Pushes each level's own gradient through the student; also the loss at full weight."""
         try:
             with torch.enable_grad():
-                student, teacher, prior = self._dry_run(images)
+                student, teacher, q = self._dry_run(images, prior)
                 self.criterion.prepare(student, teacher)
                 criterion = self.criterion.alone()
                 leaves = [x.detach().requires_grad_() for x in student]  # cut off from the levels that follow
-                loss = criterion(leaves, teacher, prior, 1.0 if task_loss is None else task_loss).sum()
+                loss = criterion(leaves, teacher, q, 1.0 if task_loss is None else task_loss).sum()
                 gradients = torch.autograd.grad(loss, leaves)
                 taps = [s for s, _ in self._matched()]
                 on = require_weights(criterion.weights, len(taps))  # a level that was switched off gets no gradient
@@ -441,7 +448,7 @@ class Distiller(nn.Module):
     def _student_gradient(self, images: Any, tap: Tap, gradient: Tensor) -> float:
         """Norm of the gradient of the student's weights, from ``gradient`` at this level alone."""
         parameters = [p for p in self.student.parameters() if p.requires_grad]
-        with _evaluating(self.student):
+        with eval_mode(self.student):
             without_ddp(self.student)(images)  # anew for each level: a compiled graph can't always be walked twice
         feature = tap.feature()
         if not feature.requires_grad or not parameters:
@@ -464,18 +471,6 @@ def _refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
             f"teacher: expected weights of its own, but it shares {len(shared)} parameters with the student "
             f"({shared[0]}, ...); pass copy.deepcopy(teacher), and a student that does not contain it"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and then each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _device(model: nn.Module) -> torch.device:

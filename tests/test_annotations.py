@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastkd.cli import main
 from fastkd.yolov3.data import DetectionDataset
@@ -57,9 +58,9 @@ def write_voc(root: Path, size: str = "<size><width>64</width><height>48</height
     for name, objects in OBJECTS.items():
         inside = "".join(voc_object(NAMES[o[0]], *o[1:]) for o in objects)
         text = f"<annotation><filename>{name}.png</filename>{size}{inside}</annotation>"
-        (root / f"Annotations/{name.replace(' ', '_')}.xml").write_text(text, encoding="utf-8")
+        (root / f"Annotations/{name}.xml").write_text(text, encoding="utf-8")
         picture(root / f"JPEGImages/{name}.png")
-    names = [f"{name.replace(' ', '_')} -1" for name in OBJECTS]
+    names = [f"{name} -1" for name in OBJECTS]
     (root / "ImageSets/Main/train.txt").write_text("\ufeff" + "\r\n".join(names) + "\r\n", encoding="utf-8")
 
 
@@ -168,6 +169,7 @@ EXTERNAL = '<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/passwd">]><annotation><f
         ),
         ("<annotation><filename>../c.png</filename></annotation>", "leads out of the image folder"),
         ("<annotation><filename>C:\\c.png</filename></annotation>", "leads out of the image folder"),
+        ("<annotation><size><width>inf</width></size></annotation>", r"c\.xml: not Pascal VOC XML: cannot convert"),
         (f"<annotation>{voc_object('', 1, 1, 5, 5, False)}</annotation>", "an object without a name"),
     ],
 )
@@ -203,7 +205,9 @@ def test_a_line_of_labels_that_is_wrong_is_named(line: str, message: str, tmp_pa
     [
         ("train: images/train\nnames: [a, b]\nnc: 3\n", ValueError, "nc is 3, but names has 2"),
         ("train: images/train\nnames: {0: a, 2: b}\n", ValueError, "names: expected the indices 0 to 1"),
+        ("train: images/train\nnames: {0: a, b: c}\n", ValueError, "names: expected the indices 0 to 1"),
         ("train: images/train\n", ValueError, "names: expected a list of class names"),
+        ("train: images/train\nnames: [a, b]\nkpt_shape: [2, 2]\n", ValueError, "labels of boxes or polygons, got"),
         (
             "val: images/train\nnames: [a, b]\n",
             FileNotFoundError,
@@ -241,6 +245,82 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "access", lambda *_: False)  # who runs as root may read everything
     with pytest.raises(PermissionError, match="no permission to read"):
         read_pictures(tmp_path)
+
+
+def test_a_yaml_file_may_be_relative_to_a_folder_beside_it_as_exports_are(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: ../images/train\nnames: [a, b]\n")
+    assert find_set(tmp_path, "train") == (tmp_path / "data.yaml", tmp_path / "images/train")
+
+
+def test_linked_folders_are_looked_into_once(tmp_path: Path) -> None:
+    picture(tmp_path / "set/a.png")
+    picture(tmp_path / "elsewhere/b.png")
+    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set", target_is_directory=True)
+    assert read_pictures(tmp_path / "set").file_names == ["a.png", "linked/b.png"]
+
+
+def test_labels_may_lie_beside_pictures_in_any_folder(tmp_path: Path) -> None:
+    picture(tmp_path / "images/mine/a.png")
+    (tmp_path / "images/mine/a.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    (tmp_path / "data.yaml").write_text("train: images/mine\nnames: [a]\n")
+    assert len(read_set(*find_set(tmp_path, "train")).boxes) == 1
+
+
+def test_labels_that_are_absent_or_no_text_are_named(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "labels/train/a.txt").write_bytes(b"0 0.5 0.5 0.1 0.1 \xe9")
+    with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text"):
+        read_set(*find_set(tmp_path, "train"))
+    (tmp_path / "labels").rename(tmp_path / "label")
+    with pytest.raises(ValueError, match=r"none of the \d pictures of .* has a label file; looked for .*labels/train"):
+        read_set(*find_set(tmp_path, "train"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": "5"}, r"annotations\[0\]: expected whole numbers as ids .* got .*'image_id': '5'"),
+        ({"area": "12"}, r"annotations\[0\]: .*'area': '12'"),
+        ({"bbox": []}, r"annotations\[0\]: .*'bbox': \[\]"),
+    ],
+)
+def test_a_coco_annotation_that_is_wrong_is_shown(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    file = tmp_path / "annotations/train.json"
+    content = json.loads(file.read_text())
+    whole = content["annotations"][0]
+    content["annotations"][0] = {**whole, "area": None, "iscrowd": None}  # as some tools write what they don't know
+    file.write_text(json.dumps(content))
+    assert len(read_set(*find_set(tmp_path, "train")).boxes) == len(content["annotations"])
+    content["annotations"][0] = {**whole, **change}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read_set(*find_set(tmp_path, "train"))
+
+
+def test_a_coco_file_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    file = tmp_path / "annotations/train.json"
+    content = json.loads(file.read_text())
+    content["images"][1]["file_name"] = 5
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"images\[1\]: expected text as file_name, got 5"):
+        read_set(*find_set(tmp_path, "train"))
+
+
+def test_a_list_may_have_flags_and_names_with_spaces(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a  1\n\nb 2\n")
+    assert read_set(*find_set(tmp_path, "train")).file_names == ["a.png", "b 2.png"]
+
+
+def test_sets_of_two_formats_in_one_folder_are_listed_as_they_are_found(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a, b]\n")
+    assert sets_in(tmp_path) == ["train", "val"]
+    assert find_set(tmp_path, "train")[0].suffix == ".json"
 
 
 def test_names_of_a_list_without_a_file_are_an_error(tmp_path: Path) -> None:
@@ -291,8 +371,18 @@ def test_every_fault_is_found_and_named(tmp_path: Path, capsys: Any) -> None:
         "note: 1 boxes are under 2 pixels",
     ):
         assert line in said
+    assert "orientation" not in said
     assert check(root, tmp_path / "out", "--quick") == 1
     assert "can't be read" not in capsys.readouterr().out
+
+
+def test_pictures_that_a_viewer_turns_are_counted(tmp_path: Path, capsys: Any) -> None:
+    write_coco(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(tmp_path / "images/train/a.png", exif=exif)
+    assert check(tmp_path, tmp_path / "out") == 0
+    assert "note: 1 pictures have an orientation tag, which is ignored" in capsys.readouterr().out
 
 
 def test_what_sets_share_or_should_share_is_found(tmp_path: Path, capsys: Any) -> None:
@@ -308,6 +398,53 @@ def test_what_sets_share_or_should_share_is_found(tmp_path: Path, capsys: Any) -
     assert "FAULT: train and val have different classes, or another order of them: cat, cow" in said
 
 
+def test_a_part_of_a_set_is_no_leak_but_said(tmp_path: Path, capsys: Any) -> None:
+    write_voc(tmp_path)
+    names = (tmp_path / "ImageSets/Main/train.txt").read_text()
+    (tmp_path / "ImageSets/Main/trainval.txt").write_text(names)
+    assert check(tmp_path, tmp_path / "out") == 0
+    assert f"note: {len(names.splitlines())} pictures are in train and in trainval" in capsys.readouterr().out
+    (tmp_path / "ImageSets/Main/test.txt").write_text(names)
+    assert check(tmp_path, tmp_path / "out", "--set", "train", "--set", "test") == 1
+
+
+def test_files_of_other_tasks_beside_cocos_boxes_are_no_sets(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    boxes = tmp_path / "annotations/train.json"
+    boxes.rename(boxes.with_name("instances_train.json"))
+    for task in ("captions", "person_keypoints"):
+        boxes.with_name(f"{task}_train.json").write_text("{}")
+    assert sets_in(tmp_path) == ["train"]
+
+
+def test_a_set_without_a_box_or_a_picture_is_a_fault(tmp_path: Path, capsys: Any) -> None:
+    write_coco(tmp_path)
+    file = tmp_path / "annotations/train.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    assert check(tmp_path, tmp_path / "out") == 1
+    assert "pictures, and a box in none of them" in capsys.readouterr().out
+    for picture_file in (tmp_path / "images/train").iterdir():
+        picture_file.unlink()
+    assert check(tmp_path, tmp_path / "none") == 1
+    assert "pictures are missing" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_set_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path, capsys: Any) -> None:
+    write_coco(tmp_path)
+    (tmp_path / "annotations/a.json").write_text("{")
+    (tmp_path / "images/a").mkdir()
+    assert check(tmp_path, tmp_path / "out") == 1
+    said = capsys.readouterr().out
+    assert "a: can't be read" in said
+    assert "a.json is not JSON" in said
+    assert "train: 3 pictures" in said
+    assert "1 kinds of fault" in said
+
+
 def test_nothing_to_check_is_an_error(tmp_path: Path, capsys: Any) -> None:
     assert check(tmp_path, tmp_path / "out") == 2
     assert "no set in" in capsys.readouterr().err
+    (tmp_path / "data.yaml").write_text("names: [a]\n")
+    assert check(tmp_path / "data.yaml", tmp_path / "out") == 2
+    assert "data.yaml, which holds nothing" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from PIL import Image as Picture
 from tqdm import tqdm
 
 from fastkd.yolov3.annotations import Annotations, Array
@@ -20,6 +21,7 @@ from fastkd.yolov3.data import letterbox_of, read_image
 from fastkd.yolov3.formats import find_set, read_set
 from fastkd.yolov3.predict import Image, draw, write_picture
 
+ORIENTATION = 0x0112  # of EXIF
 TINY = 2  # pixels of the network's input, under which a box has no cell of its own at any stride
 BAR = 30  # characters
 TILE = 480  # pixels
@@ -33,6 +35,7 @@ class SetReport:
     annotations: Annotations  # as they are in the files
     clean: Annotations  # as training sees them
     tiny: int
+    turned: int = 0  # pictures with an orientation tag
     faults: dict[str, list[str]] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)  # of the pictures' bytes, to file names
 
@@ -53,6 +56,11 @@ class SetReport:
         ]
         if self.tiny:
             lines.append(f"  note: {self.tiny} boxes are under {TINY} pixels wide or high in the network's input")
+        if self.turned:
+            lines.append(
+                f"  note: {self.turned} pictures have an orientation tag, which is ignored: boxes must fit the pixels "
+                "as stored; if yours were drawn on the turned picture, turn the files first"
+            )
         for fault, names in self.faults.items():
             some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             lines.append(f"  FAULT: {len(names)} {fault}: {some}")
@@ -84,25 +92,28 @@ def check_set(
         broken, other = [], []
         for row in tqdm(rows, unit="picture", leave=False, disable=None if progress else True):
             fault = _look(annotations, row, report.hashes)
+            report.turned += _is_turned(annotations.path(row))
             broken += [annotations.file_names[row]] if fault == "broken" else []
             other += [annotations.file_names[row]] if fault == "size" else []
         faults["pictures can't be read"] = unreadable + broken
         faults["pictures have another size than the annotations say"] = other
     dropped = sum(count for problem, count in clean.problems.items() if "dropped" in problem)
     faults["boxes without area in their picture, or not finite"] = _without(annotations, clean) if dropped else []
+    faults["pictures, and a box in none of them"] = [] if len(clean.boxes) else annotations.file_names
     report.faults = {fault: names for fault, names in faults.items() if names}
     return report
 
 
 def compare_sets(reports: Sequence[SetReport]) -> list[str]:
-    """What two sets must not have in common, or must: pictures and classes."""
+    """What two sets must not have in common, or must: pictures and classes. Faults begin with ``FAULT``."""
     lines = []
     for a, b in combinations(reports, 2):
         shared = [f"{a.hashes[key]} = {b.hashes[key]}" for key in a.hashes.keys() & b.hashes.keys()]
-        # a part of the training set (train_100 of train) is no leak
-        if shared and a.name.split("_")[0] != b.name.split("_")[0]:
+        if shared:
+            # train_100 is a part of train, and so is val of Pascal VOC's trainval: no leak
+            kind = "note" if a.name in b.name or b.name in a.name else "FAULT"
             lines.append(
-                f"FAULT: {len(shared)} pictures are in {a.name} and in {b.name}: {', '.join(sorted(shared)[:3])}"
+                f"{kind}: {len(shared)} pictures are in {a.name} and in {b.name}: {', '.join(sorted(shared)[:3])}"
             )
         if a.annotations.class_names != b.annotations.class_names:
             differ = sorted(set(a.annotations.class_names) ^ set(b.annotations.class_names))
@@ -113,10 +124,16 @@ def compare_sets(reports: Sequence[SetReport]) -> list[str]:
     return lines
 
 
-def write_samples(reports: Sequence[SetReport], path: str | os.PathLike[str], *, columns: int = 4) -> None:
-    """A picture of some pictures with their boxes: one row a set, spread over it, those with boxes first."""
-    rows = [_tiles(report.clean, columns) for report in reports]
-    write_picture(Path(path), np.concatenate([np.concatenate(row, axis=1) for row in rows if row], axis=0))
+def write_samples(reports: Sequence[SetReport], path: str | os.PathLike[str], *, columns: int = 4) -> bool:
+    """A picture of some pictures with their boxes: one row a set, spread over it, those with boxes first.
+
+    Returns:
+        Whether there was a picture to show.
+    """
+    rows = [row for report in reports if (row := _tiles(report.clean, columns))]
+    if rows:
+        write_picture(Path(path), np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0))
+    return bool(rows)
 
 
 def _look(annotations: Annotations, row: int, hashes: dict[str, str]) -> str | None:
@@ -128,6 +145,14 @@ def _look(annotations: Annotations, row: int, hashes: dict[str, str]) -> str | N
     except ValueError:
         return "broken"
     return None if annotations.sizes[row].tolist() == [width, height] else "size"
+
+
+def _is_turned(path: Path) -> bool:
+    try:
+        with Picture.open(path) as picture:
+            return bool(picture.getexif().get(ORIENTATION, 1) != 1)
+    except (OSError, SyntaxError, ValueError, Picture.DecompressionBombError):  # what Pillow raises for damaged headers
+        return False
 
 
 def _count_tiny(clean: Annotations, size: int) -> int:

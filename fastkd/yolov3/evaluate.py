@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastkd.files import replacing
+from fastkd.modes import eval_mode
 from fastkd.yolov3.anchors import Heads
 from fastkd.yolov3.annotations import Annotations
 from fastkd.yolov3.boxes import detect
@@ -163,18 +163,6 @@ def write_detections(detections: list[Detection], path: str | os.PathLike[str]) 
     """Write COCO results as JSON, whole or not at all."""
     with replacing(path) as part:
         part.write_text(json.dumps(detections), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, then each module's own mode again: parts may be frozen in eval while the rest trains."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _coco(annotations: Annotations, *, boxes: bool = True) -> COCO:

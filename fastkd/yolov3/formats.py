@@ -21,7 +21,7 @@ import os
 import re
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,14 @@ from PIL import Image
 
 from fastkd.yolov3.annotations import Annotations, from_rows, refuse_outside
 
+CHUNK = 1 << 24  # characters
+OTHER_TASKS = (
+    "captions_",
+    "image_info_",
+    "panoptic_",
+    "person_keypoints_",
+    "stuff_",
+)  # files of COCO without our boxes
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 LAYOUTS = (
     "looked for annotations/[instances_]{name}.json with pictures in images/{name} or {name} (COCO), "
@@ -101,12 +109,14 @@ def find_set(folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
 def sets_in(folder: str | os.PathLike[str]) -> list[str]:
     """Names of the sets that ``find_set`` finds in a folder, or in a ``.yaml`` file."""
     root = Path(folder)
-    if root.suffix in (".yaml", ".yml") or (root / "data.yaml").is_file():
-        content = _read_yaml(root if root.is_file() else root / "data.yaml")
-        return [name for name in ("train", "val", "test") if content.get(name)]
-    names = [x.stem.removeprefix("instances_") for x in sorted((root / "annotations").glob("*.json"))]
+    if root.suffix in (".yaml", ".yml"):
+        return [name for name in ("train", "val", "test") if _read_yaml(root).get(name)]
+    files = [x.stem for x in sorted((root / "annotations").glob("*.json")) if not x.stem.startswith(OTHER_TASKS)]
+    names = [stem.removeprefix("instances_") for stem in files]
     lists = sorted((root / "ImageSets" / "Main").glob("*.txt"))
-    return names + [x.stem for x in lists if (root / "Annotations").is_dir() and "_" not in x.stem]
+    names += [x.stem for x in lists if (root / "Annotations").is_dir() and "_" not in x.stem]
+    listed = sets_in(root / "data.yaml") if (root / "data.yaml").is_file() else []
+    return names + [name for name in listed if name not in names]
 
 
 def require_sets(folder: str | os.PathLike[str]) -> list[str]:
@@ -119,7 +129,7 @@ def require_sets(folder: str | os.PathLike[str]) -> list[str]:
     _require_there("data", root)
     found = sets_in(root)
     if not found:
-        inside = sorted(x.name for x in root.iterdir())
+        inside = sorted(x.name for x in root.iterdir()) if root.is_dir() else []
         raise FileNotFoundError(
             f"data: no set in {root}, which holds {', '.join(inside[:8]) or 'nothing'}; " + LAYOUTS.format(name="NAME")
         )
@@ -140,10 +150,11 @@ def read_coco(path: Path, images: str | os.PathLike[str]) -> Annotations:
     def keep(entry: dict[str, Any]) -> Any:
         """Annotations become numbers as they are parsed: as dictionaries they would take a kilobyte each."""
         try:
-            box, area = entry["bbox"], entry.get("area", math.nan)
+            box, area = entry["bbox"], entry.get("area")
+            area = math.nan if area is None else area
             if len(box) != 4 or not _are_numbers([*box, area]):
                 return entry
-            row = [entry["id"], entry["image_id"], entry["category_id"], int(entry.get("iscrowd", 0))]
+            row = [entry["id"], entry["image_id"], entry["category_id"], int(entry.get("iscrowd") or 0)]
             numbers.extend(row)
         except (KeyError, TypeError, ValueError, OverflowError):
             return entry  # a picture, a category, or a fault that the checks below name
@@ -182,8 +193,12 @@ def read_coco(path: Path, images: str | os.PathLike[str]) -> Annotations:
 
 
 def _read_json(path: Path, keep: Any) -> Any:
+    text = ""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_hook=keep)
+        with path.open(encoding="utf-8-sig") as file:
+            while part := file.read(CHUNK):
+                text += part  # which grows where it is; one read of all would hold the file twice
+        return json.loads(text, object_hook=keep)
     except FileNotFoundError:
         raise FileNotFoundError(f"annotation_file: no such file: {path}") from None
     except ValueError as error:
@@ -208,9 +223,10 @@ def _check_coco(content: Any, path: Path) -> None:
             if absent:
                 raise ValueError(f"annotation_file: {path}: {part}[{position}] has no {', '.join(absent)}")
             if part == "annotations":
+                found = {key: entry[key] for key in (*keys, "area", "iscrowd") if key in entry}
                 raise ValueError(
-                    f"annotation_file: {path}: annotations[{position}]: expected whole numbers as ids and iscrowd, and "
-                    f"4 numbers in bbox, got {entry['bbox']}"
+                    f"annotation_file: {path}: annotations[{position}]: expected whole numbers as ids and iscrowd, a "
+                    f"number as area, and 4 numbers in bbox, got {found}"
                 )
         if part != "annotations":
             ids = [entry["id"] for entry in entries]
@@ -220,6 +236,10 @@ def _check_coco(content: Any, path: Path) -> None:
     for position, image in enumerate(content["images"]):
         if not (_are_numbers([image["width"], image["height"]]) and min(image["width"], image["height"]) >= 1):
             raise ValueError(f"annotation_file: {path}: images[{position}]: expected width and height of at least 1")
+        if not isinstance(image["file_name"], str):
+            raise ValueError(
+                f"annotation_file: {path}: images[{position}]: expected text as file_name, got {image['file_name']!r}"
+            )
     if not content["images"]:
         raise ValueError(f"annotation_file: {path} lists no images")
 
@@ -268,7 +288,7 @@ def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
     files = {file.stem: file for file in sorted(folder.glob("*.xml"))}
     if not files:
         raise ValueError(f"annotations: no .xml files in {folder}")
-    listed = list(files) if path.is_dir() else _first_words(path)
+    listed = list(files) if path.is_dir() else _voc_names(path, files)
     absent = [name for name in listed if name not in files]
     if absent or not listed:
         raise ValueError(
@@ -307,7 +327,7 @@ def _read_xml(path: Path) -> tuple[str, tuple[int, int] | None, list[str], array
             boxes.extend((left - 1, top - 1, right - left + 1, bottom - top + 1, difficult))
     except DefusedXmlException as error:
         raise ValueError(f"{path}: refused, as it declares entities, which no annotation needs ({error})") from None
-    except (XmlTree.ParseError, ValueError) as error:
+    except (XmlTree.ParseError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not Pascal VOC XML: {error}") from None
     size = (width, height) if width > 0 and height > 0 else None
     return root.findtext("filename", "").strip(), size, labels, boxes
@@ -323,9 +343,17 @@ def _voc_picture(folder: Path, stem: str, file_name: str, source: str) -> str:
     return next((name for name in beside if (folder / name).is_file()), file_name or f"{stem}.jpg")
 
 
-def _first_words(path: Path) -> list[str]:
+def _voc_names(path: Path, known: Container[str]) -> list[str]:
     """Names of a list of VOC, whose lines may go on with a flag."""
-    return [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    lines = [line.strip() for line in _lines(path) if line.strip()]
+    return [line if line in known else line.rsplit(maxsplit=1)[0] for line in lines]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {error}") from None
 
 
 # ---- YOLO
@@ -337,14 +365,23 @@ def read_yolo(path: Path, images: str | os.PathLike[str]) -> Annotations:
     A line is a class index and centre, width and height relative to the picture; a longer one is a polygon, of which
     the bounding box is taken. A picture with an empty label file, or none, is background.
     """
-    class_names = _class_names(_read_yaml(path), path)
+    content = _read_yaml(path)
+    if "kpt_shape" in content:
+        raise ValueError(f"{path}: kpt_shape: expected labels of boxes or polygons, got those of key points")
+    class_names = _class_names(content, path)
     pictures = _listed_pictures(Path(images))
+    label_files = [_label_file(picture) for picture in pictures]
+    labelled = [file.is_file() for file in label_files]
+    if not any(labelled):
+        raise ValueError(
+            f"{path}: none of the {len(pictures)} pictures of {images} has a label file; looked for {label_files[0]}"
+        )
     sizes = []
     objects = array("d")
-    for row, picture in enumerate(pictures):
+    for row, (picture, labels) in enumerate(zip(pictures, label_files, strict=True)):
         sizes.append(picture_size(picture))
         width, height = sizes[-1]
-        for index, x, y, w, h in _read_labels(_label_file(picture), len(class_names)):
+        for index, x, y, w, h in _read_labels(labels, len(class_names)) if labelled[row] else ():
             objects.extend((row, index, (x - w / 2) * width, (y - h / 2) * height, w * width, h * height, False))
     root = Path(images) if Path(images).is_dir() else Path(images).parent
     names = [str(x.relative_to(root)) if x.is_relative_to(root) else str(x.absolute()) for x in pictures]
@@ -366,8 +403,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _class_names(content: dict[str, Any], path: Path) -> list[str]:
     names = content.get("names")
     if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
-            raise ValueError(f"{path}: names: expected the indices 0 to {len(names) - 1}, got {sorted(names)[:5]}")
+        if set(names) != set(range(len(names))):
+            raise ValueError(f"{path}: names: expected the indices 0 to {len(names) - 1}, got {list(names)[:5]}")
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{path}: names: expected a list of class names, or index: name, got {names!r}")
@@ -387,7 +424,9 @@ def _split_of(content: dict[str, Any], path: Path, name: str) -> Path:
             f"sets found: {', '.join(known) or 'none'}"
         )
     root = path.parent / str(content.get("path") or "")
-    place = next((x for x in (root / value, path.parent / value) if x.exists()), None)
+    # exports of Roboflow say ../train/images of what is beside the file
+    places = (root / value, path.parent / value, path.parent / value.removeprefix("../"))
+    place = next((x for x in places if x.exists()), None)
     if place is None:
         raise FileNotFoundError(f"set {name!r} in {path}: {root / value} does not exist")
     return place
@@ -398,29 +437,25 @@ def _listed_pictures(images: Path) -> list[Path]:
     _require_there("images", images)
     if images.is_dir():
         return list(_pictures(images))
-    lines = [line.strip() for line in images.read_text(encoding="utf-8-sig").splitlines()]
-    found = [images.parent / line.removeprefix("./") for line in lines if line]
+    found = [images.parent / line.strip().removeprefix("./") for line in _lines(images) if line.strip()]
     if not found:
         raise ValueError(f"images: {images} lists no pictures")
     return found
 
 
 def _label_file(picture: Path) -> Path:
-    """With the last ``images`` of its path as ``labels``, or beside the picture."""
-    parts = list(picture.parts)
+    """With the last ``images`` of its path as ``labels``; or beside the picture, where that is absent."""
+    beside, parts = picture.with_suffix(".txt"), list(picture.parts)
     for place in range(len(parts) - 2, -1, -1):
         if parts[place] == "images":
-            return Path(*parts[:place], "labels", *parts[place + 1 :]).with_suffix(".txt")
-    return picture.with_suffix(".txt")
+            file = Path(*parts[:place], "labels", *parts[place + 1 :]).with_suffix(".txt")
+            return beside if beside.is_file() and not file.is_file() else file
+    return beside
 
 
 def _read_labels(path: Path, classes: int) -> Iterator[tuple[int, float, float, float, float]]:
     """Class index, and centre, width and height relative to the picture, of each line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        return
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -475,13 +510,14 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    """In the order of their paths, numbers in them by value."""
-    found = [
-        Path(root) / name
-        for root, _, names in os.walk(folder, onerror=_raise)
-        for name in names
-        if name.lower().endswith(PICTURES)
-    ]
+    """In the order of their paths, numbers in them by value; linked folders are looked into, each folder once."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(root) / name for name in names if name.lower().endswith(PICTURES)]
     if not found:
         raise ValueError(f"{folder}: no pictures in this folder ({', '.join(PICTURES)})")
     yield from sorted(

@@ -14,14 +14,14 @@ import torch
 from tqdm import tqdm
 
 from fastkd.files import replacing
+from fastkd.modes import eval_mode
 from fastkd.yolov3.boxes import Detections, detect
 from fastkd.yolov3.checkpoint import Detector
 from fastkd.yolov3.data import fit, read_image
-from fastkd.yolov3.evaluate import eval_mode
+from fastkd.yolov3.formats import PICTURES
 
 Image = npt.NDArray[np.uint8]
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Okabe & Ito (2008): colours that colour-blind people tell apart; RGB
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
@@ -115,9 +115,9 @@ def listed(pictures: Sequence[str | os.PathLike[str]]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, pictures):
         if path.is_dir():
-            inside = sorted(x for x in path.iterdir() if x.suffix.lower() in SUFFIXES)
+            inside = sorted(x for x in path.iterdir() if x.suffix.lower() in PICTURES)
             if not inside:
-                raise FileNotFoundError(f"{path}: no pictures in this folder ({', '.join(SUFFIXES)})")
+                raise FileNotFoundError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
             files += inside
         elif path.is_file():
             files.append(path)
@@ -127,7 +127,7 @@ def listed(pictures: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def _named(target: Path) -> Path:
-    return target if target.suffix.lower() in SUFFIXES else target.with_suffix(".png")
+    return target if target.suffix.lower() in PICTURES else target.with_suffix(".png")
 
 
 def write_picture(target: Path, image: Image) -> None:
