@@ -148,7 +148,8 @@ def check_schedule(criterion: DistillLoss) -> Check:
     schedule = criterion.loss_weight
     step = int(schedule.step)
     if schedule.stop_step is not None and step >= schedule.stop_step:
-        return Check("schedule", False, f"the loss is zero: step {step}, stop_step {schedule.stop_step}")
+        over = f"distillation is over: step {step}, stop_step {schedule.stop_step}; the loss is zero"
+        return Check("schedule", None if schedule.stop_step else False, over)  # a run that has got there is in order
     warmup = "" if step >= schedule.warmup_steps else f" of {schedule.warmup_steps} of the warm-up"
     pending = "" if criterion.calibrated else "; teacher statistics still come from the next training batches"
     return Check("schedule", True, f"step {step}{warmup}{pending}")

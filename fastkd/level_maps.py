@@ -103,7 +103,7 @@ def measure(
     image_height: int,
 ) -> DistillMaps:
     """The maps of features that belong to the pairs; by the reference, which talks to no other process."""
-    info, normalizer = criterion.info_map, criterion.normalizer or criterion.info_map.normalizer
+    info = criterion.info_map
     given = levels.check(
         criterion.adapted(student),
         teacher,
@@ -118,9 +118,8 @@ def measure(
         information = reference.information_map(target, info, given.prior[i], given.mean[i], given.rstd[i])
         difference = feature - reference.standardize(target, given.mean[i], given.rstd[i])
         penalty = reference.penalty_sum(difference, criterion.penalty, criterion.beta)
-        mass = information.sum()
-        local = "map" if normalizer == "map_all_ranks" else normalizer
-        loss = given.weights[i] * (information * penalty).sum() / reference.divisor(feature, mass, local)
+        z = reference.divisor(feature, information.sum(), criterion.active_normalizer)
+        loss = given.weights[i] * (information * penalty).sum() / z
         channels = feature.shape[1]
         found.append(
             LevelMaps(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -246,7 +246,7 @@ class DistillLoss(nn.Module):
         decay: ``"linear"`` or ``"cosine"``: from the end of the warm-up it falls to zero at ``stop_step``.
         stop_step: from this training forward on the loss is zero.
         info_map, weights, penalty, beta, normalizer, reduction, backend, reuse_teacher_memory, one_pass: as in
-            ``distill_loss``.
+            ``distill_loss``; but ``"map_all_ranks"`` is ``"map"`` in eval mode, where no rank waits for another.
 
     Attributes:
         level_losses: (L,) losses of the last forward, detached, before ``weight`` and its schedule.
@@ -319,6 +319,8 @@ class DistillLoss(nn.Module):
     ) -> Tensor:
         """The loss, as ``distill_loss``, times its weight; in training it also calibrates and counts the step."""
         self._require_levels(student_feats, teacher_feats)
+        if self.training and self.loss_weight.stopped:
+            return self.zero()
         warn_if_nothing_learns(student_feats)  # before the adapters, whose outputs require grad in any case
         self.prepare(student_feats, teacher_feats)
         if self.training:
@@ -334,7 +336,7 @@ class DistillLoss(nn.Module):
             weights=self.weights,
             penalty=self.penalty,
             beta=self.beta,
-            normalizer=self.normalizer,
+            normalizer=self.active_normalizer,
             reduction="none",
             backend=self.backend,
             reuse_teacher_memory=self.reuse_teacher_memory,
@@ -350,9 +352,13 @@ class DistillLoss(nn.Module):
         """A copy in training, to try: at full weight, and waiting for no other process."""
         copied = copy.deepcopy(self).train()
         copied.loss_weight, copied._alone = self.loss_weight.full(), True
-        z = copied.normalizer or copied.info_map.normalizer
-        copied.normalizer = "map" if z == "map_all_ranks" else z
         return copied
+
+    @property
+    def active_normalizer(self) -> str:
+        """Z of the next forward: but in training, which all ranks do together, no other process is asked for it."""
+        z = self.normalizer or self.info_map.normalizer
+        return "map" if z == "map_all_ranks" and (self._alone or not self.training) else z
 
     def adapted(self, student_feats: Sequence[Tensor]) -> list[Tensor]:
         """The student's features at the teacher's widths."""
@@ -390,7 +396,15 @@ class DistillLoss(nn.Module):
         Args:
             teacher_feats: one (N, C, H, W) tensor per level.
             all_ranks: add the batches of all ranks, which have to call this together; else this rank's own.
+
+        Raises:
+            RuntimeError: this rank's own after the first training forward of several ranks, which then differ.
         """
+        if self._pooled and not (all_ranks or self._alone):
+            raise RuntimeError(
+                "calibrate: expected it before the first training forward, which brought the ranks' statistics "
+                "together; let the training batches do it, which are those of all ranks"
+            )
         for statistics, feature in zip(self.statistics, teacher_feats, strict=True):
             statistics.update(feature, all_ranks=all_ranks)  # type: ignore[operator]
         shared = all_ranks and world_size() > 1  # an empty batch of one rank counts for none, but for all as a step
@@ -434,6 +448,12 @@ class DistillLoss(nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         self._batches_seen = state["batches_seen"]
         self.calibrated = not self.standardize or self._batches_seen >= self.calibration_batches
+
+
+def require_scalar(options: Mapping[str, Any]) -> None:
+    """Refuse loss options with which no trainer can go on."""
+    if options.get("reduction", "sum") != "sum":
+        raise ValueError(f"reduction: expected 'sum', as a trainer needs one number, got {options['reduction']!r}")
 
 
 def _adapted(adapter: nn.Module, s: Tensor) -> Tensor:

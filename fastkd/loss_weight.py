@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastkd.ranks import sum_over_ranks
 
 DECAYS = ("linear", "cosine")
+MOST = 1e12  # that balancing multiplies with: of features near zero the gradient must not overflow
 MEMORY = 0.98  # share that the moving averages keep of themselves: they look back over some 50 steps
 
 
@@ -36,6 +37,7 @@ class LossWeight(KeepsPrecision):
     step: Tensor  # training forwards so far
     count: Tensor  # of those, the ones that the averages have seen
     means: Tensor  # moving averages of the task loss and of the distillation loss
+    schedule: Tensor  # warm-up, decay and stop at the last forward, 1 to 0
 
     def __init__(
         self,
@@ -67,20 +69,20 @@ class LossWeight(KeepsPrecision):
             distill_loss: the sum over levels.
             task_loss: what it is balanced against; a scalar, looked at for ``weight="auto"`` only.
         """
-        ramp = self._ramp()
+        self.schedule = self._schedule()
         if self.training:
             self.step += 1
             if not torch.compiler.is_compiling():
                 self._steps += 1
         if isinstance(self.weight, str):
-            return ramp * self._balance(distill_loss, task_loss)
-        return ramp * self.weight
+            return self.schedule * self._balance(distill_loss, task_loss)
+        return self.schedule * self.weight
 
     def full(self) -> LossWeight:
         """One without schedule and memory, for a look at the loss as it is at its full weight, by one process."""
         return LossWeight(self.weight, self.share).to(self.means.device).eval()
 
-    def _ramp(self) -> Tensor:
+    def _schedule(self) -> Tensor:
         """Warm-up, decay and stop, 1 to 0."""
         ramp = ((self.step + 1) / max(self.warmup_steps, 1)).clamp(max=1)
         if self.stop_step is None:
@@ -102,8 +104,8 @@ class LossWeight(KeepsPrecision):
         if self.training:
             self.means.copy_(means)
             self.count += finite
-        factor = self.share * means[0] / means[1].clamp_min(torch.finfo(means.dtype).tiny)
-        return factor.nan_to_num().clamp_min(0)
+        factor = self.share * means[0] / means[1]
+        return torch.where(means[1] > 0, factor.clamp(0, MOST), 0)  # times a loss of zero, whose gradient stays finite
 
     def get_extra_state(self) -> dict[str, int]:
         return {"steps": self._steps}

@@ -859,12 +859,18 @@ def test_check_names_features_that_are_not_finite(student: Net, teacher: Net, im
     assert named(report)["loss share"] is False
 
 
-def test_check_names_a_loss_that_has_stopped(student: Net, teacher: Net, images: Tensor) -> None:
-    distiller = Distiller(student, teacher, backbone=BACKBONE, stop_step=1)
+@pytest.mark.parametrize(("stop_step", "ok"), [(0, False), (1, None)])
+def test_check_names_a_loss_that_has_stopped(
+    stop_step: int, ok: bool | None, student: Net, teacher: Net, images: Tensor
+) -> None:
+    """At its step that is in order; before the first one it never does anything."""
+    distiller = Distiller(student, teacher, backbone=BACKBONE, stop_step=stop_step)
     student(images)
     distiller.loss(images)
     report = distiller.check(images)
-    assert [name for name, ok in named(report).items() if ok is False] == ["schedule"]
+    assert named(report)["schedule"] is ok
+    assert report.ok is (ok is not False)
+    assert "distillation is over" in str(report)
 
 
 def test_check_works_on_a_compiled_student(student: Net, teacher: Net, images: Tensor) -> None:

@@ -79,7 +79,17 @@ def test_warm_up_is_linear_and_stop_is_zero() -> None:
     full = distill_loss(feats(seed=1), feats(), info_map="energy")
     ratios = [(criterion(feats(seed=1), feats()) / full).item() for _ in range(8)]
     assert ratios == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0, 0])
-    torch.testing.assert_close(criterion.level_losses.sum(), full)
+    assert not criterion.level_losses.any()  # it is not even computed
+
+
+def test_a_loss_that_has_stopped_is_zero_whatever_the_features_are() -> None:
+    criterion = DistillLoss([4], [4], stop_step=1)
+    student = feats((4,), seed=1)[0].requires_grad_()
+    criterion([student], feats((4,)))
+    loss = criterion([student * math.inf], feats((4,)))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in criterion.parameters())  # as DDP expects
 
 
 @pytest.mark.parametrize(("decay", "ratios"), [("linear", [0.5, 1, 1, 0.75, 0.5, 0.25, 0]), ("cosine", None)])
@@ -119,8 +129,21 @@ def test_auto_weight_ignores_steps_that_overflowed_and_never_does() -> None:
     assert weight(torch.tensor(2.0), 1.0).item() == pytest.approx(0.5)
     for distill, task in ((math.inf, 1.0), (math.nan, 1.0), (2.0, math.nan)):
         assert weight(torch.tensor(distill), task).item() == pytest.approx(0.5)
-    assert LossWeight("auto")(torch.tensor(0.0), 1.0).isfinite()
     assert LossWeight("auto")(torch.tensor(1.0), -1.0).item() == 0
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-18])
+def test_auto_weight_of_a_loss_near_zero_leaves_the_gradient_finite(scale: float) -> None:
+    """A prior that is zero in the first batch, or features near zero; 65536 is where a gradient scaler starts."""
+    criterion = DistillLoss(levels=1, adapters=[torch.nn.Identity()], info_map="uniform", weight="auto")
+    (teacher,), (student,) = feats((4,)), feats((4,), seed=1)
+    nowhere = [torch.zeros(len(teacher), *teacher.shape[2:])]
+    for factor, prior in ((1.0, nowhere), (scale, None)):
+        s = (student * factor).requires_grad_()
+        (criterion([s], [teacher * factor], prior, task_loss=2.0) * 65536).backward()
+        assert s.grad is not None
+        assert s.grad.isfinite().all()
+    assert criterion([student], [teacher], task_loss=2.0) > 0
 
 
 def test_auto_weight_goes_on_from_its_state_and_looks_only_in_training() -> None:

@@ -36,8 +36,20 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def _look(distiller: Distiller, images: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """What one rank may do while the other does something else."""
+    assert distiller.check(images, optimizer, task_loss=1.0).ok
+    distiller.eval()
+    with torch.no_grad():
+        distiller.student.module(images)
+        assert distiller.loss(images, task_loss=1.0) > 0
+    distiller.train()
+    with pytest.raises(RuntimeError, match="calibrate: expected it before the first training forward"):
+        distiller.criterion.calibrate([torch.zeros(1, 8, 4, 4)])
+
+
 def _train(rank: int, folder: str, calibrating: str) -> None:
-    student, teacher = DistributedDataParallel(net(4)), net(8)
+    student, teacher = DistributedDataParallel(net(4)), DistributedDataParallel(net(8))
     teacher(batch(0, 0))
     options = {"weight": "auto", "normalizer": "map_all_ranks", "calibration_batches": 2}
     distiller = Distiller(student, teacher, backbone=[("0", "0")], **options).prepare(batch(0, 0))
@@ -53,6 +65,8 @@ def _train(rank: int, folder: str, calibrating: str) -> None:
         (task + parallel(images, task_loss=task)).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if rank == 0:
+            _look(distiller, batch(0, 0), optimizer)
     state = {**distiller.state_dict(), **student.state_dict()}
     state["batches"] = torch.tensor(distiller.criterion.get_extra_state()["batches_seen"])
     torch.save(
