@@ -240,7 +240,8 @@ def _overlay(
 
     ``caption`` gets a panel's values and those above it of the same picture; colours go by the value's power ``gamma``.
     """
-
+    if max_images < 1:
+        raise ValueError(f"max_images: expected a number >= 1, got {max_images}")
     rows = [(i, kind) for i in range(min(len(images), max_images)) for kind in kinds]
     height, width = images.shape[2:]
     figure = _figure((PANEL * (len(titles) + 1) + 0.8, (PANEL * height / width + 0.12) * len(rows) + 0.3))
@@ -312,9 +313,11 @@ def _check_overlay(images: Tensor, titles: Sequence[str], **named: Sequence[Tens
                 f"titles: expected one per map and at least one map, got {len(titles)} for {len(maps)} {name}"
             )
         for i, level in enumerate(maps):
-            if level.ndim != 3 or len(level) != len(images):
+            if level.ndim != 3 or len(level) != len(images) or not level.numel():
                 shape = tuple(level.shape)
-                raise ValueError(f"{name}[{i}]: expected shape ({len(images)}, h, w), as images, got {shape}")
+                raise ValueError(
+                    f"{name}[{i}]: expected shape ({len(images)}, h, w), as images, not empty, got {shape}"
+                )
 
 
 def _pixels(image: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,12 +87,12 @@ def fit(
     steps: int,
     ckpt_path: Path | None = None,
     more: Any = (),
-    batches: int = 4,
+    batches: Any = 4,
     loss: Any = None,
     **trainer: Any,
 ) -> tuple[Records, DistillationCallback, Any]:
     records = Records()
-    callback = DistillationCallback(teacher(), student="detector", **LEVELS, **(loss or {}))
+    callback = DistillationCallback(teacher(), student="detector", **{**LEVELS, **(loss or {})})
     options = {
         "accelerator": "cpu",
         "enable_checkpointing": False,
@@ -102,7 +104,7 @@ def fit(
     made = lightning.Trainer(max_steps=steps, callbacks=[callback, records, *more], default_root_dir=folder, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
-        made.fit(module, loader(batches), ckpt_path=ckpt_path)
+        made.fit(module, loader(batches) if isinstance(batches, int) else batches, ckpt_path=ckpt_path)
     return records, callback, made
 
 
@@ -154,6 +156,40 @@ def test_mixed_precision_and_accumulated_gradients(tmp_path: Path) -> None:
 def test_a_module_that_optimises_by_hand_is_told_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"optimises by hand; there keep a fastkd.Distiller"):
         fit(ByHand(), folder=tmp_path, steps=1)
+
+
+def test_a_strategy_that_shards_the_module_is_refused(tmp_path: Path) -> None:
+    for name in ("FSDPStrategy", "DeepSpeedStrategy"):  # the second is a DDPStrategy by descent
+        strategy = object.__new__(getattr(lightning.strategies, name))
+        callback = DistillationCallback(teacher(), student="detector", **LEVELS)
+        with pytest.raises(ValueError, match=f"expected one device or a ddp strategy, .* got {name}"):
+            callback.setup(SimpleNamespace(strategy=strategy), Module(), "fit")
+
+
+def test_levels_of_one_student_module_are_logged_apart(tmp_path: Path) -> None:
+    levels = {"backbone": [("conv16", "backbone.stage16"), ("conv16", "neck16")], "neck": None}
+    records, _, _ = fit(Module(), folder=tmp_path, steps=1, loss=levels)
+    assert {"distill_loss/conv16-backbone.stage16", "distill_loss/conv16-neck16"} <= records.logged[0].keys()
+
+
+def test_a_training_step_of_the_instance_comes_back(tmp_path: Path) -> None:
+    """As ``torch.compile(module)`` leaves one."""
+    module = Module()
+    module.training_step = step = functools.partial(Module.training_step, module)
+    fit(module, folder=tmp_path, steps=1)
+    assert vars(module)["training_step"] is step
+
+
+def test_batches_that_are_dictionaries_want_to_know_where_the_images_are(tmp_path: Path) -> None:
+    class Named(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step([batch["pixels"]], batch_idx)
+
+    batches = DataLoader([{"pixels": torch.rand(2, 3, 64, 64), "boxes": torch.zeros(1)}], batch_size=None)
+    with pytest.raises(TypeError, match=r"images: .*got a dict of 'pixels', 'boxes'; .*images=lambda batch"):
+        fit(Named(), folder=tmp_path, steps=1, batches=batches)
+    records, _, _ = fit(Named(), folder=tmp_path, steps=1, batches=batches, loss={"images": lambda x: x["pixels"]})
+    assert records.logged[0]["distill_loss"] > 0
 
 
 def test_a_step_without_a_loss_is_named(tmp_path: Path) -> None:

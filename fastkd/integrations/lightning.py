@@ -10,21 +10,29 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.distiller import Distiller
+from fastkd.loss import require_scalar
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 else:
     try:
         from lightning.pytorch import Callback, LightningModule, Trainer
-        from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+        from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
     except ImportError:  # the same library under its older name
         from pytorch_lightning import Callback, LightningModule, Trainer
-        from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+        from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 
 def _first(batch: Any) -> Any:
-    return batch[0]
+    """Images of a batch: itself, or the first entry of a tuple or list."""
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(images, Mapping):
+        raise TypeError(
+            f"images: expected batches that are images or begin with them, got a {type(images).__name__} of "
+            f"{', '.join(map(repr, images))}; say where the images are: images=lambda batch: batch[KEY]"
+        )
+    return images
 
 
 class DistillationCallback(Callback):
@@ -36,7 +44,8 @@ class DistillationCallback(Callback):
     The module stays as it is, and its ``state_dict`` has the student alone. Adapters and the teacher's statistics are
     in the callback's part of Lightning's checkpoint, so ``fit(ckpt_path=...)`` goes on where it stopped. Adapters train
     with the first parameter group's options of the module's optimiser. Logged are ``distill_loss``, weighted as it
-    stands in the sum, and for each level ``distill_loss/NAME``, unweighted, by the student's module name.
+    stands in the sum, and for each level ``distill_loss/NAME``, unweighted, by the student's module name
+    (and the teacher's, where a module of the student has several).
 
     For one process, or several under the ``ddp`` strategies, in any precision and with accumulated gradients (with
     these, ``weight="auto"`` and schedules count batches, not optimiser steps).
@@ -44,7 +53,8 @@ class DistillationCallback(Callback):
     Args:
         teacher: trained; moved to the trainer's device.
         student: attribute of the module that is the student: a name as in ``named_modules()``; "" is the module itself.
-        images: takes a batch of the loader, gives what teacher and student see.
+        images: takes a batch of the loader, gives what teacher and student see; by default the first entry of a tuple
+            or list, else the batch itself.
         **options: of ``fastkd.Distiller``: ``backbone``, ``neck``, ``prior``, ... and of ``DistillLoss``. ``weight`` is
             ``"auto"`` where nothing is given.
 
@@ -52,8 +62,9 @@ class DistillationCallback(Callback):
         distiller: the ``Distiller``, from the first training batch on.
 
     Raises:
-        TypeError: the module optimises by hand, or its ``training_step`` returns something without a loss.
-        ValueError: a strategy that shards the model, or as ``fastkd.Distiller``.
+        TypeError: the module optimises by hand, or its ``training_step`` returns something without a loss; batches that
+            are dictionaries, without ``images``.
+        ValueError: a strategy that shards the model; ``reduction="none"``; or as ``fastkd.Distiller``.
     """
 
     def __init__(
@@ -65,11 +76,13 @@ class DistillationCallback(Callback):
         **options: Any,
     ) -> None:
         self.teacher, self.student, self.images = teacher, student, images
+        require_scalar(options)
         self.options = {"weight": "auto", **options}
         self.distiller: Distiller | None = None
         self._call: nn.Module | None = None  # the distiller, within DDP where there are several processes
         self._ready = False  # the adapters have their widths
         self._saved: dict[str, Any] | None = None
+        self._restore: Callable[[], None] | None = None  # the module's own training_step
 
     # ---- Lightning's hooks, in the order that it calls them
 
@@ -82,7 +95,8 @@ class DistillationCallback(Callback):
                 f"returns, got a {type(pl_module).__name__} that optimises by hand; there keep a fastkd.Distiller of "
                 "your own, and add distiller.loss(images) before manual_backward"
             )
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        if not whole or isinstance(trainer.strategy, DeepSpeedStrategy):  # which is a DDPStrategy by descent
             raise ValueError(
                 "DistillationCallback: expected one device or a ddp strategy, which leave modules whole, got "
                 f"{type(trainer.strategy).__name__}"
@@ -112,7 +126,14 @@ class DistillationCallback(Callback):
             return self._add_loss(trainer, pl_module, batch, step(batch, *args, **kwargs))
 
         # for this instance, and only while it trains; within DDP's forward and autocast, as the module's own
+        before = {name: x for name, x in pl_module.__dict__.items() if name == "training_step"}  # a compiled one, say
         pl_module.training_step = distilled  # type: ignore[method-assign]
+
+        def restore() -> None:
+            pl_module.__dict__.pop("training_step", None)
+            pl_module.__dict__.update(before)
+
+        self._restore = restore
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._call is not None or self.distiller is None:
@@ -128,7 +149,9 @@ class DistillationCallback(Callback):
         return {"distiller": self.distiller.state_dict()} if self.distiller is not None and self._ready else {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.__dict__.pop("training_step", None)
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
@@ -157,8 +180,10 @@ class DistillationCallback(Callback):
             self._call.require_backward_grad_sync = model.require_backward_grad_sync
         distill = self._call(self.images(batch), task_loss=loss)
         pl_module.log("distill_loss", distill.detach())
-        names = (student for student, _ in self.distiller.levels or [])
-        for name, value in zip(names, self.distiller.criterion.level_losses, strict=True):
+        levels = self.distiller.levels or []
+        students = [student for student, _ in levels]
+        for (student, taught_by), value in zip(levels, self.distiller.criterion.level_losses, strict=True):
+            name = student if students.count(student) == 1 else f"{student}-{taught_by}"
             pl_module.log(f"distill_loss/{name}", value)
         total = loss + distill
         return {**output, "loss": total} if isinstance(output, Mapping) else total

@@ -33,6 +33,8 @@ from fastkd.distiller import Distiller
 from fastkd.files import replacing
 from fastkd.health import fingerprint
 from fastkd.hooks import without_taps
+from fastkd.loss import require_scalar
+from fastkd.modes import eval_mode
 
 try:
     import ultralytics
@@ -71,12 +73,14 @@ class DistillationTrainer:
         teacher: path or name of a ``.pt``, a ``YOLO`` or any module, which is frozen in place. Its classes may differ.
         backbone, neck: ``"auto"``; None for none; or as ``fastkd.Distiller`` takes them, ``[(student, teacher), ...]``
             or ``([student, ...], [teacher, ...])``, of layer indices, module names or modules.
-        weight: ``"auto"`` holds the distillation loss at ``share`` times the detection loss; else a factor.
+        weight: ``"auto"`` holds the distillation loss at ``share`` times the detection loss; else a factor, beside the
+            detection terms as Ultralytics shows them (it multiplies all terms by the batch size).
         **options: ``share`` and all other options of ``fastkd.Distiller`` and ``fastkd.DistillLoss``: ``info_map``,
             ``warmup_steps``, ``stop_step``, ``prior``, ... For several GPUs they must be picklable.
 
     Raises:
         TypeError: ``teacher`` is none of these.
+        ValueError: ``reduction="none"``, where a trainer wants one number.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class DistillationTrainer:
     ) -> None:
         if not isinstance(teacher, (str, os.PathLike, nn.Module)):
             raise TypeError(f"teacher: expected a path, a YOLO or a module, got a {type(teacher).__name__}")
+        require_scalar(options)
         self.teacher = teacher.model if isinstance(teacher, Model) else teacher
         self.levels = {"backbone": backbone, "neck": neck}
         self.options = {"weight": weight, "reuse_teacher_memory": True, **options}  # nobody reads its features later
@@ -205,12 +210,14 @@ class Criterion:
     def __call__(self, preds: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
         """The terms to be summed, and detached what is shown of them; ours come last."""
         terms, shown = self.criterion(preds, batch)
-        images = batch["img"]
-        loss = self.distiller.loss(images, task_loss=terms.sum())
-        each = loss.detach() / len(images)  # the terms are multiplied by the batch size, what is shown is not
+        count = len(batch["img"])  # the terms are multiplied by it, what is shown is not
+        # validation halves model and images by itself until 8.4.1xx, but not the teacher
+        images = batch["img"].to(next(self.distiller.teacher.parameters()).dtype)
+        loss = self.distiller.loss(images, task_loss=terms.sum() / count)
+        each = loss.detach()
         old = isinstance(shown, Tensor)  # what is shown has names since 8.4.1xx
         shown = torch.cat([shown, each.reshape(1)]) if old else {**shown, COLUMN: each}
-        return torch.cat([terms.reshape(-1), loss.reshape(1)]), shown
+        return torch.cat([terms.reshape(-1), count * loss.reshape(1)]), shown
 
     def __getattr__(self, name: str) -> Any:  # schedules of their own, which the trainer calls
         return getattr(self.__dict__["criterion"], name)
@@ -349,12 +356,9 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
         batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         batch["img"] = batch["img"].float() / 255
         student = self.distiller.student
-        modes = [(module, module.training) for module in student.modules()]
-        with torch.no_grad():
-            terms, _ = criterion(student.eval()(batch["img"]), batch)
-        for module, mode in modes:
-            module.training = mode
-        report = self.distiller.check(batch["img"], self.optimizer, terms.sum())
+        with torch.no_grad(), eval_mode(student):
+            terms, _ = criterion(student(batch["img"]), batch)
+        report = self.distiller.check(batch["img"], self.optimizer, terms.sum() / len(batch["img"]))
         if report.ok:
             LOGGER.info(f"distillation from {self.distillation.name}:\n{report}")
         else:
@@ -506,15 +510,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--student", required=True, help="a .yaml, or a .pt to start from; with resume=True a last.pt")
     parser.add_argument("--data", help="the data set's .yaml; not needed to resume")
     parser.add_argument("--info-map", default="self_information", help="fastkd.PRESETS (default: %(default)s)")
-    parser.add_argument("--weight", default="auto", help='factor of the distillation loss, or "auto" (default)')
+    parser.add_argument(
+        "--weight", default="auto", type=_weight, help='factor of the distillation loss, or "auto" (default)'
+    )
     parser.add_argument("--share", type=float, default=1.0, help="of the detection loss, with auto (default: 1)")
     args, rest = parser.parse_known_args(argv)
     settings = _settings(parser, rest)
     if args.data is not None:
         settings["data"] = args.data
-    weight = args.weight if args.weight == "auto" else float(args.weight)
-    trainer = DistillationTrainer(args.teacher, weight=weight, share=args.share, info_map=args.info_map)
+    trainer = DistillationTrainer(args.teacher, weight=args.weight, share=args.share, info_map=args.info_map)
     ultralytics.YOLO(args.student).train(trainer=trainer, **settings)
+
+
+def _weight(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def _settings(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
