@@ -168,12 +168,7 @@ def _add_train(commands: Any) -> None:
     add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=_weight, metavar="N")
     add(kd, "--distill-share", "auto: hold it at so many times the detection loss (default: 1.0)", type=float)
     add(kd, "--info-map", "where in the features to look (default: self_information)", metavar="NAME")
-    add(
-        kd,
-        "--confidence-prior",
-        "also weight cells by the teacher's confidence (default: on)",
-        action=argparse.BooleanOptionalAction,
-    )
+    add(kd, "--prior", "what also weighs the cells (default: the map's, mostly confidence)", metavar="NAME")
     add(kd, "--logit-weight", "factor of the loss on the heads' outputs (default: 0.0)", type=float)
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
     add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
@@ -440,17 +435,22 @@ def _data_check(arguments: argparse.Namespace) -> int:
     from fastkd.yolov3.formats import require_sets
 
     names = arguments.set or require_sets(arguments.folder)
-    reports = []
+    reports, faults = [], 0
     for name in names:
-        reports.append(check_set(arguments.folder, name, size=arguments.size, quick=arguments.quick, progress=True))
-        print("\n".join(reports[-1].lines()) + "\n")
+        try:
+            reports.append(check_set(arguments.folder, name, size=arguments.size, quick=arguments.quick, progress=True))
+            print("\n".join(reports[-1].lines()) + "\n")
+        except (OSError, ValueError) as error:  # the other sets are looked at all the same
+            print(f"{name}: can't be read\n  FAULT: {error}\n")
+            faults += 1
     between = compare_sets(reports)
     print("\n".join(between), end="\n" * bool(between))
-    if not arguments.quick:
-        write_samples(reports, Path(arguments.out) / "samples.png")
-        print(f"samples with their boxes: {Path(arguments.out) / 'samples.png'}")
-    faults = len(between) + sum(len(report.faults) for report in reports)
-    print(f"{faults} kinds of fault" if faults else "no fault found")
+    samples = Path(arguments.out) / "samples.png"
+    if not arguments.quick and write_samples(reports, samples):
+        print(f"samples with their boxes: {samples}")
+    faults += sum(line.startswith("FAULT") for line in between) + sum(len(report.faults) for report in reports)
+    unread = " (the pictures were not read)" if arguments.quick else ""
+    print((f"{faults} kinds of fault" if faults else "no fault found") + unread)
     return 1 if faults else 0
 
 

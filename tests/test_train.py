@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastkd import priors
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, run_log
 from fastkd.yolov3.checkpoint import load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.digits import CLASS_NAMES, write_digits
-from fastkd.yolov3.inspect import level_loss_figure
+from fastkd.yolov3.inspect import inspect_run, level_loss_figure
 from fastkd.yolov3.run_log import RunLog, read_log
 from fastkd.yolov3.train import (
     _Run,
@@ -25,6 +26,7 @@ from fastkd.yolov3.train import (
     train,
     training_set,
     unlabelled_images,
+    unlabelled_set,
     validation_set,
 )
 
@@ -135,6 +137,19 @@ def test_resuming_with_another_configuration_names_what_differs(config):
     train(replace(config, steps=1))
     with pytest.raises(ValueError, match=r"lr \(0.001 then, 0.01 now\)"):
         train(replace(config, steps=1, lr=0.01, workers=0, resume=True))
+
+
+def test_resuming_with_other_weights_at_the_teachers_path_is_refused(config, teacher, tmp_path):
+    path = tmp_path / "teacher.pt"
+    found = load_detector(teacher)
+    save_detector(found.model, path, found.class_names, config.size)
+    run = replace(config, teacher=str(path), steps=1)
+    train(run)
+    assert train(replace(run, resume=True)).steps == 1
+    next(found.model.parameters()).data.mul_(2)
+    save_detector(found.model, path, found.class_names, config.size)
+    with pytest.raises(ValueError, match=r"teacher: this run has learnt from weights of fingerprint \w{16}"):
+        train(replace(run, resume=True))
 
 
 def test_log_after_a_resume_has_no_line_twice_and_no_broken_line(config, tmp_path, monkeypatch):
@@ -402,7 +417,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(config, teacher, t
     with torch.no_grad():
         bad.model.neck32.conv.weight.fill_(math.nan)
     save_detector(bad.model, tmp_path / "bad.pt", CLASS_NAMES, 64)
-    config = replace(config, teacher=str(tmp_path / "bad.pt"), confidence_prior=False)
+    config = replace(config, teacher=str(tmp_path / "bad.pt"), prior="none")
     with (
         pytest.warns(UserWarning, match="distillation may not work"),
         pytest.raises(FloatingPointError, match=r"the distill, distill/.* loss is not finite at step 1 "),
@@ -490,7 +505,7 @@ def test_a_teacher_file_that_is_cut_off_or_of_another_model_is_refused(teacher, 
 def test_unlabelled_pictures_are_explained_by_the_teacher_alone(config, digits, teacher):
     config = replace(config, teacher=str(teacher), unlabelled=str(digits / "images/train"), unlabelled_batch=3)
     data = training_set(config)
-    batch, more = next(batches(data, config, 0, 1)), next(unlabelled_images(config, 0, 1))
+    batch, more = next(batches(data, config, 0, 1)), next(unlabelled_images(unlabelled_set(config), config, 0, 1))
     assert more.shape == (3, 3, config.size, config.size)
     objective = build_objective(config, data).eval()  # batch norm would mix the pictures
 
@@ -518,6 +533,43 @@ def test_a_run_with_unlabelled_pictures_resumes_to_the_same_bits(config, digits,
 def test_unlabelled_pictures_want_a_teacher(config):
     with pytest.raises(ValueError, match="unlabelled: expected a teacher beside it"):
         replace(config, unlabelled="pictures")
+    with pytest.raises(ValueError, match="unlabelled_batch: expected unlabelled beside it, got 4"):
+        replace(config, teacher="teacher.pt", unlabelled_batch=4)
+    with pytest.raises(ValueError, match=r"unlabelled: expected a prior that needs no boxes, .* got 'iou_mask'"):
+        replace(config, teacher="teacher.pt", unlabelled="pictures", info_map="fgfi")
+
+
+def test_a_folder_of_unlabelled_pictures_that_is_absent_leaves_no_run(config, teacher, tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        train(replace(config, teacher=str(teacher), unlabelled=str(tmp_path / "absent")))
+    assert not Path(config.out).exists()
+
+
+def test_a_prior_of_boxes_is_that_of_the_batch(config, teacher):
+    run = replace(config, teacher=str(teacher), steps=1)
+    data = training_set(run)
+    batch = next(batches(data, run, 0, 1))
+    boxes, sizes = batch.targets[:, [0, 2, 3, 4, 5]], [(8, 8), (4, 4), (2, 2), (4, 4), (2, 2)]
+
+    def maps(**options):
+        objective = build_objective(replace(run, **options), data)
+        anchors = [objective.distiller.teacher.anchors[i] for i in (0, 1, 2, 1, 2)]
+        prior = objective.prior_of(batch.images, batch.targets)
+        return objective.distiller.maps(batch.images, prior).information, anchors
+
+    masked, anchors = maps(info_map="fgfi")
+    torch.testing.assert_close(masked, priors.iou_mask(boxes, anchors, sizes, (64, 64), 4))
+    balanced, plain = maps(prior="box_balance")[0], maps(prior="none")[0]
+    q = priors.box_balance(boxes, sizes, (64, 64), 4)
+    torch.testing.assert_close(balanced, [x * y for x, y in zip(plain, q, strict=True)])
+
+
+def test_a_run_with_a_prior_of_boxes_is_inspected_on_its_own_pictures(config, teacher):
+    run = replace(config, teacher=str(teacher), info_map="fgfi", steps=1, log_every=1)
+    train(run)
+    with pytest.raises(ValueError, match="pictures: expected none, as this run weighs cells by boxes"):
+        inspect_run(run.out, [config.images])
+    assert all(x.any() for x in inspect_run(run.out).now.information)
 
 
 def test_distillation_decays_and_stops_at_its_epoch(config, teacher, tmp_path):
@@ -529,6 +581,7 @@ def test_distillation_decays_and_stops_at_its_epoch(config, teacher, tmp_path):
         values = [x[term] for x in lines]
         assert all(values[:6])  # an epoch has three steps
         assert values[6:] == [0, 0, 0]
+    assert lines[5]["logit"] < 0.4 * lines[0]["logit"]  # a sixth of its weight, at its last step
     data = training_set(run)
     objective, batch = build_objective(run, data), next(batches(data, run, 0, 1))
     load_checkpoint(run, objective)

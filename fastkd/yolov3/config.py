@@ -11,6 +11,7 @@ from typing import Any
 
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import MODELS
+from fastkd.yolov3.objective import OF_BOXES, PRIORS, usual_prior
 
 OPTIMIZERS = ("adamw", "sgd")
 # what a resumed run may change: it has no influence on the weights
@@ -29,7 +30,8 @@ class TrainConfig:
     (seed, step) only, so that a resumed run, or one with more workers or processes, sees the same batches.
 
     Args:
-        annotations, images: training set: COCO JSON file and the folder of its pictures.
+        annotations, images: training set, as ``fastkd.yolov3.formats.read_set`` takes it: COCO's JSON file and the
+            folder of its pictures, say.
         out: folder of the run: ``checkpoint.pt`` to resume from, ``model.pt`` and ``model.weights`` (the detector
             alone), ``config.json``, ``metrics.jsonl``, ``tensorboard/``.
         val_annotations, val_images: validation set, or None for no evaluation.
@@ -43,7 +45,9 @@ class TrainConfig:
         unlabelled: folder of pictures, with its sub-folders, that only the teacher explains; None: none.
         unlabelled_batch: how many of these a step has, over all processes; None: as many as ``batch``.
         match_threshold: IoU of sizes above which a box trains an anchor; 1: the best anchor alone, as in the paper.
-        distill_weight, info_map, confidence_prior, logit_weight: see ``Objective`` and ``fastkd.DistillLoss``.
+        distill_weight, info_map, logit_weight: see ``Objective`` and ``fastkd.DistillLoss``.
+        prior: as in ``Objective``; None: the one that goes with the map, ``"iou_mask"`` for ``"fgfi"``, else
+            ``"confidence"``.
         distill_share: where ``distill_weight`` is ``"auto"``: the distillation loss is held at so many times the
             detection loss.
         distill_warmup: steps over which the distillation loss grows to its weight.
@@ -92,7 +96,7 @@ class TrainConfig:
     distill_weight: float | str = "auto"
     distill_share: float = 1.0
     info_map: str = "self_information"
-    confidence_prior: bool = True
+    prior: str | None = None
     match_threshold: float = 0.5
     logit_weight: float = 0.0
     distill_warmup: int = 0
@@ -137,8 +141,11 @@ class TrainConfig:
         for name, least in (("epochs", 1), ("batch", 1), ("save_every", 1), ("log_every", 1), ("eval_every", 0)):
             self._require(name, getattr(self, name) >= least, f"a number >= {least}")
         self._require("unlabelled_batch", self.unlabelled_batch is None or self.unlabelled_batch >= 1, "a number >= 1")
-        if self.unlabelled is not None and self.teacher is None:
-            raise ValueError("unlabelled: expected a teacher beside it, which explains these pictures, got None")
+        self._require("prior", self.prior is None or self.prior in PRIORS, f"None or one of {', '.join(PRIORS)}")
+        if self.unlabelled is not None:
+            self._require_explained()
+        elif self.unlabelled_batch is not None:
+            raise ValueError(f"unlabelled_batch: expected unlabelled beside it, got {self.unlabelled_batch} alone")
         self._require("distill_stop", self.distill_stop is None or self.distill_stop >= 1, "None or an epoch >= 1")
         self._require("steps", self.steps is None or self.steps >= 1, "None or a number >= 1")
         self._require("lr", 0 < self.lr < math.inf, "a finite number > 0")
@@ -146,6 +153,16 @@ class TrainConfig:
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
         self._require("ema", 0 <= self.ema < 1, "a number in [0, 1)")
         self._require("val_images", (self.val_annotations is None) == (self.val_images is None), "it with the other")
+
+    def _require_explained(self) -> None:
+        """Pictures without labels teach nothing by themselves."""
+        if self.teacher is None:
+            raise ValueError("unlabelled: expected a teacher beside it, which explains these pictures, got None")
+        prior = self.prior or usual_prior(self.info_map)
+        if prior in OF_BOXES:
+            raise ValueError(
+                f"unlabelled: expected a prior that needs no boxes, which these pictures have none of, got {prior!r}"
+            )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -17,7 +17,8 @@ from fastkd.files import replacing
 from fastkd.level_maps import DistillMaps
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.data import fit, read_image
-from fastkd.yolov3.overlays import map_figures, some_images, spread
+from fastkd.yolov3.objective import OF_BOXES, usual_prior
+from fastkd.yolov3.overlays import map_figures, some_batch, spread
 from fastkd.yolov3.predict import listed
 from fastkd.yolov3.run_log import read_log
 from fastkd.yolov3.train import build_objective, load_checkpoint, training_set, validation_set
@@ -98,8 +99,8 @@ def inspect_run(
     config = replace(read_config(run), out=os.fspath(run), augmentation=None)
     if config.teacher is None:
         raise ValueError(f"{os.fspath(run)}: this run has no teacher, so no distillation to look at; see --teacher")
-    images = _read(pictures, count, config.size) if pictures else _own(config, split, count)
-    before, now = _before_and_now(config, images)
+    images, targets = _read(pictures, count, config) if pictures else _own(config, split, count)
+    before, now = _before_and_now(config, images, targets)
     figures = map_figures(images, now, before) | {"level_losses": level_loss_figure(Path(run), now)}
     folder = Path(run) / "inspect" if out is None else Path(out)
     files = tuple(folder / f"{name}.png" for name in figures)
@@ -122,23 +123,31 @@ def level_loss_figure(run: Path, maps: DistillMaps) -> Figure:
     )
 
 
-def _read(pictures: Sequence[str | os.PathLike[str]], count: int, size: int) -> Tensor:
-    """(n, 3, size, size) float, 0..1."""
+def _read(pictures: Sequence[str | os.PathLike[str]], count: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """(n, 3, size, size) float, 0..1, and targets, which they have none of."""
+    prior = config.prior or usual_prior(config.info_map)
+    if prior in OF_BOXES:
+        raise ValueError(
+            f"pictures: expected none, as this run weighs cells by boxes (prior {prior!r}), which they do not have; "
+            "leave them out, to look at the run's own"
+        )
     files = listed(pictures)
-    squares = [fit(read_image(files[i]), size)[0] for i in spread(len(files), count)]
-    return torch.stack([torch.from_numpy(x.copy()) for x in squares]).permute(0, 3, 1, 2).float() / 255
+    squares = [fit(read_image(files[i]), config.size)[0] for i in spread(len(files), count)]
+    images = torch.stack([torch.from_numpy(x.copy()) for x in squares]).permute(0, 3, 1, 2).float() / 255
+    return images, torch.zeros(0, 6)
 
 
-def _own(config: TrainConfig, split: str | None, count: int) -> Tensor:
+def _own(config: TrainConfig, split: str | None, count: int) -> tuple[Tensor, Tensor]:
     if split not in (None, "train", "val"):
         raise ValueError(f"set: expected train or val, got {split!r}; to look at others, name pictures or a folder")
     val = None if split == "train" else validation_set(config)
     if val is None and split == "val":
         raise ValueError("set: this run has no validation set; take train, or name pictures or a folder")
-    return some_images(training_set(config) if val is None else val, count)
+    batch = some_batch(training_set(config) if val is None else val, count)
+    return batch.images, batch.targets
 
 
-def _before_and_now(config: TrainConfig, images: Tensor) -> tuple[DistillMaps, DistillMaps]:
+def _before_and_now(config: TrainConfig, images: Tensor, targets: Tensor) -> tuple[DistillMaps, DistillMaps]:
     """Maps of the run's initial student and of its last checkpoint's, against the teacher as standardised now."""
     if not (Path(config.out) / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"{config.out}: no checkpoint yet (checkpoint.pt is missing); let it train on")
@@ -149,7 +158,8 @@ def _before_and_now(config: TrainConfig, images: Tensor) -> tuple[DistillMaps, D
     learning = (objective.student, distiller.criterion.adapters)
     initial = [copy.deepcopy(x.state_dict()) for x in learning]
     load_checkpoint(config, objective)
-    now = distiller.maps(images)
+    prior = objective.prior_of(images, targets)
+    now = distiller.maps(images, prior)
     for module, state in zip(learning, initial, strict=True):
         module.load_state_dict(state)
-    return distiller.maps(images), now
+    return distiller.maps(images, prior), now

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd import priors
-from fastkd.distiller import Distiller
+from fastkd.distiller import Distiller, Prior
+from fastkd.info_map import InfoMap, require_known
 from fastkd.yolov3.checkpoint import Detector
 from fastkd.yolov3.logits import logit_distill_loss
 from fastkd.yolov3.loss import DetectionLoss
+
+PRIORS = ("confidence", "iou_mask", "box_balance", "none")
+OF_BOXES = ("iou_mask", "box_balance")  # priors that pictures without labels have none of
+
+
+def usual_prior(info_map: str | InfoMap) -> str:
+    """The prior that goes with a map."""
+    return "iou_mask" if info_map == "fgfi" else "confidence"
 
 
 class Objective(nn.Module):
@@ -22,9 +33,11 @@ class Objective(nn.Module):
         student: trained in place.
         teacher: frozen; None to train without distillation.
         distill_weight: factor of the feature term, or ``"auto"``: see ``fastkd.DistillLoss``, ``weight``.
-        logit_weight: factor of the term on the heads' outputs (``logit_distill_loss``).
+        logit_weight: factor of the term on the heads' outputs (``logit_distill_loss``); the feature term's warm-up,
+            decay and stop are its too.
         match_threshold: see ``DetectionLoss``.
-        confidence_prior: weight cells by the teacher's own confidence (``fastkd.priors.confidence``).
+        prior: what also weighs the cells, see ``fastkd.priors``: ``"confidence"``, the teacher's own; ``"iou_mask"`` or
+            ``"box_balance"``, of the boxes (and the teacher's anchors); ``"none"``.
         **loss_options: of ``fastkd.DistillLoss``: ``info_map``, ``penalty``, ``warmup_steps``, ...
 
     Raises:
@@ -39,14 +52,15 @@ class Objective(nn.Module):
         distill_weight: float | str = "auto",
         logit_weight: float = 0.0,
         match_threshold: float = 0.5,
-        confidence_prior: bool = True,
+        prior: str = "confidence",
         **loss_options: Any,
     ) -> None:
         super().__init__()
         self.student = student
         self.detection = DetectionLoss(student, match_threshold=match_threshold)
         self.logit_weight = logit_weight
-        self.confidence_prior = confidence_prior
+        require_known("prior", prior, PRIORS)
+        self.prior = prior
         self.distiller: Distiller | None = None
         if teacher is None:
             return
@@ -60,7 +74,6 @@ class Objective(nn.Module):
             teacher,
             backbone=(list(student.backbone_levels), list(teacher.backbone_levels)),
             neck=(list(student.neck_levels), list(teacher.neck_levels)),
-            prior=self._prior,
             weight=distill_weight,
             **{"reuse_teacher_memory": True, **loss_options},  # nobody reads the teacher's features after the loss
         )
@@ -96,28 +109,43 @@ class Objective(nn.Module):
         levels = loss.new_zeros(0)
         if self.distiller is not None:
             self._teacher_outputs = ()  # whoever ran the teacher since the last step, for maps say, left its own
-            distill = self.distiller.loss(images, task_loss=loss)
+            distill = self.distiller.loss(images, self.prior_of(images, targets), loss)
             loss, report = loss + distill, [*report, distill.detach()]
             levels = self.distiller.criterion.level_losses
             if self.logit_weight:
-                # no outputs: distillation has stopped, and the teacher rests
-                logit = self.logit_weight * self._logit_loss(outputs) if self._teacher_outputs else loss.new_zeros(())
+                logit = self._logit_loss(outputs)
                 loss, report = loss + logit, [*report, logit.detach()]
             self._teacher_outputs = ()
         return loss, torch.cat([torch.stack([loss.detach(), *report]), levels.to(loss)])
 
-    def _prior(self, outputs: Sequence[Tensor], sizes: list[tuple[int, int]]) -> Sequence[Tensor | None]:
-        """The teacher's confidence; its outputs are kept for the logit term, so that it runs once a step."""
+    def prior_of(self, images: Tensor, targets: Tensor) -> Prior:
+        """What weighs the cells of this batch, as ``Distiller.loss``, ``maps`` and ``check`` take it."""
+        return partial(self._prior, images.shape, targets)
+
+    def _prior(
+        self, shape: torch.Size, targets: Tensor, outputs: Sequence[Tensor], sizes: list[tuple[int, int]]
+    ) -> Sequence[Tensor | None]:
+        """The teacher's outputs are kept for the logit term, so that it runs once a step."""
         self._teacher_outputs = outputs
-        if not self.confidence_prior:
-            return [None] * len(sizes)
         (teacher,) = self._teacher
-        heads = [x.view(len(x), teacher.anchors.shape[1], 5 + teacher.num_classes, *x.shape[2:]) for x in outputs]
-        return priors.confidence([x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads], sizes)
+        if self.prior == "confidence":
+            heads = [x.view(len(x), teacher.anchors.shape[1], 5 + teacher.num_classes, *x.shape[2:]) for x in outputs]
+            return priors.confidence([x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads], sizes)
+        boxes, image_size = targets[:, [0, 2, 3, 4, 5]], (shape[2], shape[3])
+        if self.prior == "box_balance":
+            return priors.box_balance(boxes, sizes, image_size, shape[0])
+        if self.prior == "iou_mask":
+            anchors = [teacher.anchors[_nearest(teacher.strides, shape[2] / height)] for height, _ in sizes]
+            return priors.iou_mask(boxes, anchors, sizes, image_size, shape[0])
+        return [None] * len(sizes)
 
     def _logit_loss(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Weighted, and with the feature term's warm-up, decay and stop."""
+        if not self._teacher_outputs:  # distillation has stopped, and the teacher rests
+            return outputs[0].new_zeros(())
         (teacher,) = self._teacher
-        return logit_distill_loss(
+        assert self.distiller is not None
+        loss = logit_distill_loss(
             outputs,
             self._teacher_outputs,
             self.student.strides,
@@ -126,3 +154,9 @@ class Objective(nn.Module):
             student_anchors=self.student.anchors,
             teacher_anchors=teacher.anchors,
         )
+        return self.logit_weight * self.distiller.criterion.loss_weight.schedule * loss
+
+
+def _nearest(strides: Sequence[int], stride: float) -> int:
+    """Index of the head whose stride is nearest."""
+    return min(range(len(strides)), key=lambda i: abs(math.log(strides[i] / stride)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd import viz
 from fastkd.level_maps import DistillMaps
-from fastkd.yolov3.data import DetectionDataset, collate
+from fastkd.yolov3.data import Batch, DetectionDataset, collate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,9 +21,9 @@ def spread(total: int, count: int) -> list[int]:
     return [i * total // min(count, total) for i in range(min(count, total))]
 
 
-def some_images(data: DetectionDataset, count: int) -> Tensor:
-    """At most ``count`` pictures of a data set, evenly spaced and always the same: (n, 3, size, size) float, 0..1."""
-    return collate([data.sample(i, epoch=0) for i in spread(len(data), count)]).images
+def some_batch(data: DetectionDataset, count: int) -> Batch:
+    """At most ``count`` pictures of a data set, evenly spaced and always the same."""
+    return collate([data.sample(i, epoch=0) for i in spread(len(data), count)])
 
 
 def map_figures(images: Tensor, maps: DistillMaps, before: DistillMaps | None = None) -> dict[str, Figure]:

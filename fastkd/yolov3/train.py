@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastkd.distiller import Distiller
 from fastkd.files import replacing
-from fastkd.health import Report
+from fastkd.health import Report, fingerprint
 from fastkd.info_map import resolve
 from fastkd.yolov3.anchors import dataset_anchors
 from fastkd.yolov3.checkpoint import MODELS, Detector, Trained, build_detector, load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, require_same_run
 from fastkd.yolov3.data import Batch, DetectionDataset, Sample, collate
 from fastkd.yolov3.evaluate import Metrics, evaluate
-from fastkd.yolov3.objective import Objective
-from fastkd.yolov3.overlays import map_figures, some_images
+from fastkd.yolov3.objective import Objective, usual_prior
+from fastkd.yolov3.overlays import map_figures, some_batch
 from fastkd.yolov3.run_log import RunLog
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def build_objective(config: TrainConfig, data: DetectionDataset, *, ranks: int =
         teacher,
         distill_weight=config.distill_weight,
         logit_weight=config.logit_weight,
-        confidence_prior=config.confidence_prior,
+        prior=config.prior or usual_prior(config.info_map),
         match_threshold=config.match_threshold,
         **(_loss_options(config, data, ranks) if teacher is not None else {}),
     )
@@ -142,6 +142,7 @@ class _Run:
         self.val = validation_set(config)
         if self.val is not None:
             _require_scorable(self.val, self.data)
+        unlabelled = unlabelled_set(config)
         AcceleratorState._reset_state()  # one process may train more than once, with other precisions
         on_cpu = config.cpu or not torch.accelerator.is_available()  # accelerate joins processes on a CPU if told so
         self.accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)
@@ -158,6 +159,7 @@ class _Run:
         self.student, self.distiller = objective.student, objective.distiller
         if self.distiller is not None:  # the teacher is no submodule
             self.distiller.teacher.to(self.accelerator.device)
+        self.teacher_print = None if self.distiller is None else fingerprint(self.distiller.teacher)
         self.average = copy.deepcopy(self.student)
         self._averaged, self._current = _floats(self.average), _floats(self.student)
         optimizer = _optimizer(config, objective)
@@ -176,7 +178,7 @@ class _Run:
             if self.accelerator.device.type == "cpu":
                 raise ValueError("sync_batchnorm: expected GPUs, as PyTorch has it for no CPU; leave it off")
             nn.SyncBatchNorm.convert_sync_batchnorm(self.student)  # type: ignore[no-untyped-call]  # in place
-        self.terms = objective.terms
+        self.terms, self.prior_of = objective.terms, objective.prior_of
         self.parameters = list(objective.parameters())
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         if saved is not None and self.accelerator.scaler is not None:
@@ -184,7 +186,7 @@ class _Run:
         self.log = self._open_log()
         rank = self.accelerator.process_index
         self.batches = batches(self.data, config, self.step, self.steps, rank=rank, ranks=ranks)
-        self.unlabelled = unlabelled_images(config, self.step, self.steps, rank=rank, ranks=ranks)
+        self.unlabelled = unlabelled_images(unlabelled, config, self.step, self.steps, rank=rank, ranks=ranks)
 
     def go_on(self) -> None:
         """Train to the next epoch with a checkpoint or an evaluation, or to the end."""
@@ -277,8 +279,9 @@ class _Run:
 
     def _figures(self) -> dict[str, Figure]:
         """What distillation looks at, on a few pictures, always the same."""
-        images = self._moved(some_images(self.val or self.data, FIGURE_IMAGES))
-        return map_figures(images, cast(Distiller, self.distiller).maps(images))
+        batch = some_batch(self.val or self.data, FIGURE_IMAGES)
+        images, targets = self._moved(batch.images), batch.targets.to(self.accelerator.device)
+        return map_figures(images, cast(Distiller, self.distiller).maps(images, self.prior_of(images, targets)))
 
     def _update_average(self) -> None:
         """Moving average of weights and batch norm statistics; its memory grows with the run, up to ``ema``.
@@ -306,6 +309,7 @@ class _Run:
                         "seconds": self.seconds,
                         "student": self.student.state_dict(),
                         "average": self.average.state_dict(),
+                        "teacher": self.teacher_print,
                         "distiller": None if self.distiller is None else self.distiller.state_dict(),
                         "optimizer": self.optimizer.state_dict(),
                         "scheduler": self.scheduler.state_dict(),
@@ -327,6 +331,11 @@ class _Run:
         return saved
 
     def _restore(self, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        if saved["teacher"] != self.teacher_print:
+            raise ValueError(
+                f"teacher: this run has learnt from weights of fingerprint {saved['teacher']}, but "
+                f"{self.config.teacher} has now {self.teacher_print}; put the same weights there, or choose another out"
+            )
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.student.load_state_dict(saved["student"])
         self.average.load_state_dict(saved["average"])
@@ -389,15 +398,21 @@ def validation_set(config: TrainConfig) -> DetectionDataset | None:
     return DetectionDataset(config.val_annotations, config.val_images, config.size, cache=config.cache)
 
 
-def unlabelled_images(
-    config: TrainConfig, first: int, last: int, *, rank: int = 0, ranks: int = 1
-) -> Iterator[Tensor | None]:
-    """Pictures that only the teacher explains, augmented as the others, for each of these steps; None without any."""
+def unlabelled_set(config: TrainConfig) -> DetectionDataset | None:
+    """Pictures that only the teacher explains, augmented as the others, or None."""
     if config.unlabelled is None:
-        return itertools.repeat(None)
-    data = DetectionDataset.of_pictures(
+        return None
+    return DetectionDataset.of_pictures(
         config.unlabelled, config.size, augmentation=config.augmentation, seed=config.seed, cache=config.cache
     )
+
+
+def unlabelled_images(
+    data: DetectionDataset | None, config: TrainConfig, first: int, last: int, *, rank: int = 0, ranks: int = 1
+) -> Iterator[Tensor | None]:
+    """Pictures that only the teacher explains, for each of these steps; None without any."""
+    if data is None:
+        return itertools.repeat(None)
     batch = config.unlabelled_batch or config.batch
     return (x.images for x in batches(data, replace(config, batch=batch), first, last, rank=rank, ranks=ranks))
 
@@ -573,4 +588,4 @@ def _report(
     with torch.no_grad():
         task, _ = objective.detection(objective.student.eval()(images), targets)
     objective.train()
-    return distiller.check(images, optimizer, task)
+    return distiller.check(images, optimizer, task, prior=objective.prior_of(images, targets))
