@@ -1,6 +1,6 @@
 """Distillation in Ultralytics' trainer side by side: none, Ultralytics' own ``distill_model``, fastkd.
 
-    .venv/bin/python benchmarks/ultralytics_side_by_side.py            # some 13 minutes on two idle cores
+    .venv/bin/python benchmarks/ultralytics_side_by_side.py            # half an hour on two idle cores
     .venv/bin/python benchmarks/ultralytics_side_by_side.py --smoke    # does it run at all?
 
 On digits scenes, with the pair that Ultralytics' own accepts (heads of equal length): a YOLOv8 of nano width, which saw
