@@ -168,7 +168,8 @@ def _add_train(commands: Any) -> None:
     add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=_weight, metavar="N")
     add(kd, "--distill-share", "auto: hold it at so many times the detection loss (default: 1.0)", type=float)
     add(kd, "--info-map", "where in the features to look (default: self_information)", metavar="NAME")
-    add(kd, "--prior", "what also weighs the cells (default: the map's, mostly confidence)", metavar="NAME")
+    priors = "confidence, iou_mask, box_balance or none"
+    add(kd, "--prior", f"what else weighs the cells: {priors} (default: as the map)", metavar="NAME")
     add(kd, "--logit-weight", "factor of the loss on the heads' outputs (default: 0.0)", type=float)
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
     add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
