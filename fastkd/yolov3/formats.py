@@ -15,7 +15,6 @@ YOLO     ``data.yaml``                                   folder, or ``.txt`` lis
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -32,8 +31,8 @@ from defusedxml import ElementTree as XmlTree
 from PIL import Image
 
 from fastkd.yolov3.annotations import Annotations, from_rows, refuse_outside
+from fastkd.yolov3.json_stream import read_json
 
-CHUNK = 1 << 24  # characters
 OTHER_TASKS = (
     "captions_",
     "image_info_",
@@ -162,7 +161,12 @@ def read_coco(path: Path, images: str | os.PathLike[str]) -> Annotations:
         areas.append(area)
         return _Kept
 
-    content = _read_json(path, keep)
+    try:
+        content = read_json(path, keep)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"annotation_file: no such file: {path}") from None
+    except ValueError as error:
+        raise ValueError(f"annotation_file: {path} is not JSON: {error}") from None
     _check_coco(content, path)
     table = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 4)
     if len(table) != len(content["annotations"]):
@@ -190,19 +194,6 @@ def read_coco(path: Path, images: str | os.PathLike[str]) -> Annotations:
         crowd=table[order, 3] > 0,
         areas=np.frombuffer(areas)[order],
     )
-
-
-def _read_json(path: Path, keep: Any) -> Any:
-    text = ""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            while part := file.read(CHUNK):
-                text += part  # which grows where it is; one read of all would hold the file twice
-        return json.loads(text, object_hook=keep)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"annotation_file: no such file: {path}") from None
-    except ValueError as error:
-        raise ValueError(f"annotation_file: {path} is not JSON: {error}") from None
 
 
 def _check_coco(content: Any, path: Path) -> None:

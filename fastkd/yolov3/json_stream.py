@@ -1,0 +1,100 @@
+"""Large JSON files, entry by entry: as text they are several times what is kept of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+CHUNK = 1 << 24  # characters in memory at a time, and those of one entry more
+SPACE = re.compile(r"[ \t\n\r]*")
+NUMBER = re.compile(r"[-+.eE0-9]*")
+
+
+def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any], *, chunk: int = CHUNK) -> Any:
+    """As ``json.loads`` of the file's text, of which no more is in memory than an entry of a list in its outer object.
+
+    Raises:
+        ValueError: not JSON (says from which character on), or no UTF-8.
+    """
+    with path.open(encoding="utf-8-sig") as file:
+        return _Reader(file, object_hook, chunk).whole()
+
+
+class _Reader:
+    def __init__(self, file: TextIO, object_hook: Callable[[dict[str, Any]], Any], chunk: int) -> None:
+        self.file, self.chunk = file, chunk
+        self.text, self.at = "", 0  # what is in memory, and how much of it has been read
+        self.gone = 0  # characters before it
+        self.decode = json.JSONDecoder(object_hook=object_hook).raw_decode
+
+    def whole(self) -> Any:
+        content = self._object() if self._next() == "{" else self._value()
+        if self._next():
+            raise ValueError(f"expected the end at character {self._where()}, got {self._next()!r}")
+        return content
+
+    def _object(self) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        self.at += 1
+        while self._next() != "}":
+            if content:
+                self._take(",")
+            if self._next() != '"':
+                raise ValueError(f"expected a name in double quotes at character {self._where()}")
+            name = self._value()
+            self._take(":")
+            content[name] = self._list() if self._next() == "[" else self._value()
+        self.at += 1
+        return content
+
+    def _list(self) -> list[Any]:
+        entries: list[Any] = []
+        self.at += 1
+        if self._next() != "]":
+            entries.append(self._value())
+            while self._next() == ",":
+                self.at += 1
+                entries.append(self._value())
+        self._take("]")
+        return entries
+
+    def _value(self) -> Any:
+        """The next value, whole: where the text in memory ends before it does, more is read."""
+        while self._next():
+            try:
+                value, end = self.decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if not self._read():
+                    raise ValueError(f"{error.msg} at character {self.gone + error.pos}") from None
+                continue
+            # a number may go on
+            if NUMBER.match(self.text, end).end() < len(self.text) or not self._read():  # type: ignore[union-attr]
+                self.at = end
+                return value
+        raise ValueError(f"expected a value at character {self._where()}, got the end")
+
+    def _take(self, expected: str) -> None:
+        if self._next() != expected:
+            got = repr(self._next()) if self._next() else "the end"
+            raise ValueError(f"expected {expected!r} at character {self._where()}, got {got}")
+        self.at += 1
+
+    def _next(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            self.at = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it matches nothing too
+            if self.at < len(self.text) or not self._read():
+                return self.text[self.at : self.at + 1]
+
+    def _read(self) -> bool:
+        part = self.file.read(self.chunk)
+        if part:
+            self.gone += self.at
+            self.text, self.at = self.text[self.at :] + part, 0
+        return bool(part)
+
+    def _where(self) -> int:
+        return self.gone + self.at

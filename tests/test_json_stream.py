@@ -1,0 +1,66 @@
+"""JSON read in pieces of any size is what the json module reads, and what it refuses is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastkd.yolov3.json_stream import read_json
+
+TEXTS = [
+    "{}",
+    " [1, 2] ",
+    '"alone"',
+    "  -12.5e3",
+    '{"images": [], "info": {"a": [1, {"b": null}]}, "licences": [ ]}',
+    '{"list":[{"bbox":[1,2.5,-3e2,4],"name":"}],[{\\""},{"id":12345678901234567890},true],"n":123456,"t":"\\u00e9 é"}',
+    ' \n{ "a" : [ 1 , 22 ,\t333 ] ,\r\n "a" : [ NaN, -Infinity ], "c" : false }\n\n',
+]
+BROKEN = [
+    "",
+    "{",
+    "{]",
+    '{"a"}',
+    '{"a": }',
+    '{"a": [1 2]}',
+    '{"a": [1,]}',
+    '{"a": [1, 2',
+    '{"a": [{"b": 1]}',
+    '{"a": 1,}',
+    '{"a": 1 "b": 2}',
+    "{'a': 1}",
+    '{"a": "x',
+    "{} {}",
+    "  12 {}",
+    '{"a": tru}',
+]
+
+
+def read(text: str, folder: Path, chunk: int) -> Any:
+    file = folder / "a.json"
+    file.write_text(text, encoding="utf-8")
+    return read_json(file, lambda entry: tuple(entry.items()) if "bbox" in entry else entry, chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 1000])
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_of_any_size_give_the_whole(text: str, chunk: int, tmp_path: Path) -> None:
+    whole = json.loads(text, object_hook=lambda entry: tuple(entry.items()) if "bbox" in entry else entry)
+    assert repr(read(text, tmp_path, chunk)) == repr(whole)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+@pytest.mark.parametrize("text", BROKEN)
+def test_what_is_no_json_is_refused_with_its_place(text: str, chunk: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"character \d+") as error:
+        read(text, tmp_path, chunk)
+    with pytest.raises(ValueError, match=re.escape(str(error.value))):
+        read(text, tmp_path, 1000)
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_it(tmp_path: Path) -> None:
+    assert read("\ufeff[1]", tmp_path, 1) == [1]
