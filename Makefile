@@ -22,7 +22,7 @@ demo: setup
 
 # passive: the threads of two workers share two cores, and must not wait for each other by spinning
 test: setup
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
 lint: setup
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""``--full``: the whole product of options in the parity tests; and a table of the largest errors that they met.
+"""``--full``: the whole product of options in the parity tests, every card's machine code, and a table of errors.
 
 Without a GPU the Triton kernels are interpreted, which has to be said before they are imported.
 """
@@ -40,7 +40,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="parity over the whole product of options, not a part of it")
+    parser.addoption(
+        "--full", action="store_true", help="parity over the whole product of options, and every card's machine code"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -29,7 +29,9 @@ def report(*arguments: str) -> list[str]:
 
 @needs_tools
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_triton(capability: int) -> None:
+def test_triton(capability: int, request: pytest.FixtureRequest) -> None:
+    if capability != 90 and not request.config.getoption("--full"):
+        pytest.skip("a minute for each card: with --full")
     rows = report("--only", "triton", "--capability", str(capability))
     for name in ("forward", "backward", "one_pass", "rescale"):
         for dtype in ("bfloat16", "float16", "float32"):

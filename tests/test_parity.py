@@ -15,6 +15,7 @@ from samples import (
     INFO_MAPS,
     LAYOUTS,
     TARGETS,
+    interpreted,
     levels,
     loss_and_gradients,
     on_every_target,
@@ -27,9 +28,12 @@ from fastkd.info_map import NORMALIZERS, PENALTIES, InfoMap
 
 
 def errors(got: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float, float]:
-    """Largest relative error of a level's loss, and of a level's gradient as a whole."""
+    """Largest relative error of a level's loss, and of a level's gradient as a whole; absolute where all is near 0.
+
+    (Equal channels have an entropy that leaves them no weight, up to rounding.)
+    """
     by_level = [
-        ((x.double() - y).norm() / y.norm().clamp_min(1e-12)).item()
+        ((x.double() - y).norm() / y.norm().clamp_min(1e-7)).item()
         for x, y in zip([*got[0], *got[1:]], [*exact[0], *exact[1:]], strict=True)
     ]
     return max(by_level[: len(got[0])]), max(by_level[len(got[0]) :])
@@ -47,8 +51,9 @@ def test_error_is_at_most_twice_that_of_eager(
     worst = {"reference": [0.0, 0.0], backend: [0.0, 0.0]}
     cases = list(itertools.product(LAYOUTS, PENALTIES, NORMALIZERS))
     if not request.config.getoption("--full"):
-        step = 23 if backend == "triton" else len(NORMALIZERS) + 1  # walks over layouts, penalties and divisors
-        cases = cases[INFO_MAPS.index(info) % step :: step]
+        # walks over layouts, penalties and divisors; the slow interpreter's three dtypes together meet each case once
+        step = 48 if interpreted(backend) else 23 if backend == "triton" else len(NORMALIZERS) + 1
+        cases = cases[(INFO_MAPS.index(info) + len(INFO_MAPS) * DTYPES.index(dtype)) % step :: step]
     for layout, penalty, normalizer in cases:
         sample = levels(dtype, layout, seed=len(layout) + len(normalizer), shapes=shapes)
         options = {"info_map": info, "penalty": penalty, "beta": 0.5, "normalizer": normalizer, "reduction": "none"}
