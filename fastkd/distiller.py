@@ -155,7 +155,8 @@ class Distiller(nn.Module):
         """
         try:
             if self.training and self.criterion.loss_weight.stopped:
-                return self.criterion.zero()
+                outputs = [tap.output for tap in self._taps if tap.role == "student"]
+                return self.criterion.zero([x for x in outputs if isinstance(x, Tensor)])
             student, teacher, q = self._features(images, prior)
             warn_if_nothing_learns(student)
             loss: Tensor = self.criterion(student, teacher, q, task_loss)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from fastkd import ops, teacher_memory
 from fastkd.info_map import NORMALIZERS, PENALTIES, InfoMap, require_known, require_positive, resolve
@@ -320,7 +320,7 @@ class DistillLoss(nn.Module):
         """The loss, as ``distill_loss``, times its weight; in training it also calibrates and counts the step."""
         self._require_levels(student_feats, teacher_feats)
         if self.training and self.loss_weight.stopped:
-            return self.zero()
+            return self.zero(student_feats)
         warn_if_nothing_learns(student_feats)  # before the adapters, whose outputs require grad in any case
         self.prepare(student_feats, teacher_feats)
         if self.training:
@@ -368,11 +368,12 @@ class DistillLoss(nn.Module):
         """(mean, rstd) of each level's teacher, two (C,) vectors: ``distill_loss``'s ``standardize``."""
         return [x.moments() for x in self.statistics] if self.standardize else None  # type: ignore[operator]
 
-    def zero(self) -> Tensor:
-        """What ``forward`` is once the loss has stopped: adapters are part of it, as DDP expects, and get zeros."""
+    def zero(self, student_feats: Sequence[Tensor] = ()) -> Tensor:
+        """What ``forward`` is once the loss has stopped: features and adapters are part of it, as DDP expects."""
         self.level_losses = torch.zeros(len(self.adapters), device=self.loss_weight.step.device)
-        learning = [p for p in self.adapters.parameters() if not is_lazy(p)]
-        zero: Tensor = self.level_losses + sum(p.sum() * 0 for p in learning)
+        learning = [p for p in self.adapters.parameters() if not isinstance(p, UninitializedParameter)]
+        # of what may not be finite, an empty part
+        zero: Tensor = self.level_losses + sum(x.flatten()[:0].sum() for x in (*learning, *student_feats))
         return zero.sum() if self.reduction == "sum" else zero
 
     def _require_levels(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastkd.cli import main
 from fastkd.yolov3.data import DetectionDataset
+from fastkd.yolov3.data_check import _are_parts
 from fastkd.yolov3.evaluate import score
 from fastkd.yolov3.formats import find_set, read_pictures, read_set, sets_in
 
@@ -258,7 +259,10 @@ def test_linked_folders_are_looked_into_once(tmp_path: Path) -> None:
     picture(tmp_path / "elsewhere/b.png")
     (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set", target_is_directory=True)
-    assert read_pictures(tmp_path / "set").file_names == ["a.png", "linked/b.png"]
+    (tmp_path / "set/again").symlink_to(tmp_path / "set/own", target_is_directory=True)
+    (tmp_path / "set/up").symlink_to(tmp_path, target_is_directory=True)
+    picture(tmp_path / "set/own/c.png")
+    assert read_pictures(tmp_path / "set").file_names == ["a.png", "linked/b.png", "own/c.png"]
 
 
 def test_labels_may_lie_beside_pictures_in_any_folder(tmp_path: Path) -> None:
@@ -284,6 +288,7 @@ def test_labels_that_are_absent_or_no_text_are_named(tmp_path: Path) -> None:
         ({"image_id": "5"}, r"annotations\[0\]: expected whole numbers as ids .* got .*'image_id': '5'"),
         ({"area": "12"}, r"annotations\[0\]: .*'area': '12'"),
         ({"bbox": []}, r"annotations\[0\]: .*'bbox': \[\]"),
+        ({"bbox": [1, 1, 10**400, 1]}, r"annotations\[0\]: .*'bbox': \[1, 1, 10000"),
     ],
 )
 def test_a_coco_annotation_that_is_wrong_is_shown(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -312,7 +317,7 @@ def test_a_coco_file_name_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 def test_a_list_may_have_flags_and_names_with_spaces(tmp_path: Path) -> None:
     write_voc(tmp_path)
-    (tmp_path / "ImageSets/Main/train.txt").write_text("a  1\n\nb 2\n")
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a 1 -1\n\nb 2\n")
     assert read_set(*find_set(tmp_path, "train")).file_names == ["a.png", "b 2.png"]
 
 
@@ -406,6 +411,22 @@ def test_a_part_of_a_set_is_no_leak_but_said(tmp_path: Path, capsys: Any) -> Non
     assert f"note: {len(names.splitlines())} pictures are in train and in trainval" in capsys.readouterr().out
     (tmp_path / "ImageSets/Main/test.txt").write_text(names)
     assert check(tmp_path, tmp_path / "out", "--set", "train", "--set", "test") == 1
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "parts"),
+    [
+        ("train_100", "train_300", True),
+        ("train", "train_100", True),
+        ("val", "trainval", True),
+        ("my_train", "my_val", False),
+        ("val", "val_unseen", False),
+        ("test", "contest", False),
+        ("fold1", "fold10", False),
+    ],
+)
+def test_names_say_which_sets_may_share_pictures(a: str, b: str, parts: bool) -> None:
+    assert _are_parts(a, b) is _are_parts(b, a) is parts
 
 
 def test_files_of_other_tasks_beside_cocos_boxes_are_no_sets(tmp_path: Path) -> None:

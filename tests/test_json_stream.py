@@ -43,14 +43,30 @@ BROKEN = [
 def read(text: str, folder: Path, chunk: int) -> Any:
     file = folder / "a.json"
     file.write_text(text, encoding="utf-8")
-    return read_json(file, lambda entry: tuple(entry.items()) if "bbox" in entry else entry, chunk=chunk)
+    return read_json(file, lambda entry: entry, chunk=chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 1000])
 @pytest.mark.parametrize("text", TEXTS)
 def test_pieces_of_any_size_give_the_whole(text: str, chunk: int, tmp_path: Path) -> None:
-    whole = json.loads(text, object_hook=lambda entry: tuple(entry.items()) if "bbox" in entry else entry)
-    assert repr(read(text, tmp_path, chunk)) == repr(whole)
+    assert repr(read(text, tmp_path, chunk)) == repr(json.loads(text))
+
+
+@pytest.mark.parametrize("outer", ['{"a": %s, "b": 1}', "%s"])
+def test_every_entry_is_kept_once_wherever_a_piece_ends(outer: str, tmp_path: Path) -> None:
+    entries = [{"id": i, "inner": {"id": -i}} for i in range(5)] + [12, "x"]
+    file = tmp_path / "a.json"
+    file.write_text(outer % json.dumps(entries))
+    for chunk in range(1, 150):
+        seen: list[Any] = []
+        content = read_json(file, seen.append, chunk=chunk)
+        assert seen == entries
+        assert (content["a"] if isinstance(content, dict) else content) == [None] * len(entries)
+
+
+def test_what_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nested too deeply after character 5"):
+        read('{"a":{"b":' + "[" * 200_000, tmp_path, 1 << 20)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])

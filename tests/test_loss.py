@@ -84,12 +84,21 @@ def test_warm_up_is_linear_and_stop_is_zero() -> None:
 
 def test_a_loss_that_has_stopped_is_zero_whatever_the_features_are() -> None:
     criterion = DistillLoss([4], [4], stop_step=1)
-    student = feats((4,), seed=1)[0].requires_grad_()
-    criterion([student], feats((4,)))
-    loss = criterion([student * math.inf], feats((4,)))
+    criterion(feats((4,), seed=1), feats((4,)))
+    student = (feats((4,), seed=1)[0] * math.inf).requires_grad_()
+    loss = criterion([student], feats((4,)))
     loss.backward()
     assert loss.item() == 0
-    assert all(p.grad is not None and not p.grad.any() for p in criterion.parameters())  # as DDP expects
+    leaves = (student, *criterion.parameters())
+    assert all(x.grad is not None and not x.grad.any() for x in leaves)  # none without, as DDP expects
+
+
+def test_a_compiled_loss_that_has_stopped_is_one_graph() -> None:
+    criterion = DistillLoss([4], [4], stop_step=1)
+    criterion(feats((4,), seed=1), feats((4,)))
+    torch.compiler.reset()
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    assert compiled([x.requires_grad_() for x in feats((4,), seed=1)], feats((4,))) == 0
 
 
 @pytest.mark.parametrize(("decay", "ratios"), [("linear", [0.5, 1, 1, 0.75, 0.5, 0.25, 0]), ("cosine", None)])

@@ -150,6 +150,8 @@ def test_resuming_with_other_weights_at_the_teachers_path_is_refused(config, tea
     save_detector(found.model, path, found.class_names, config.size)
     with pytest.raises(ValueError, match=r"teacher: this run has learnt from weights of fingerprint \w{16}"):
         train(replace(run, resume=True))
+    with pytest.raises(ValueError, match="teacher: this run has learnt from weights"):
+        check_distillation(run)
 
 
 def test_log_after_a_resume_has_no_line_twice_and_no_broken_line(config, tmp_path, monkeypatch):

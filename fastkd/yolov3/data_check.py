@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -110,8 +111,7 @@ def compare_sets(reports: Sequence[SetReport]) -> list[str]:
     for a, b in combinations(reports, 2):
         shared = [f"{a.hashes[key]} = {b.hashes[key]}" for key in a.hashes.keys() & b.hashes.keys()]
         if shared:
-            # train_100 is a part of train, and so is val of Pascal VOC's trainval: no leak
-            kind = "note" if a.name in b.name or b.name in a.name else "FAULT"
+            kind = "note" if _are_parts(a.name, b.name) else "FAULT"
             lines.append(
                 f"{kind}: {len(shared)} pictures are in {a.name} and in {b.name}: {', '.join(sorted(shared)[:3])}"
             )
@@ -122,6 +122,12 @@ def compare_sets(reports: Sequence[SetReport]) -> list[str]:
                 + ", ".join(differ[:6])
             )
     return lines
+
+
+def _are_parts(a: str, b: str) -> bool:
+    """Whether sets may share pictures: train_100, train_300 and train; Pascal VOC's trainval, train and val."""
+    whole = {re.sub(r"_\d+$", "", name) for name in (a, b)}
+    return len(whole) == 1 or whole in ({"trainval", "train"}, {"trainval", "val"})
 
 
 def write_samples(reports: Sequence[SetReport], path: str | os.PathLike[str], *, columns: int = 4) -> bool:

@@ -146,13 +146,14 @@ def read_coco(path: Path, images: str | os.PathLike[str]) -> Annotations:
     """COCO JSON. Classes are numbered 0, 1, ... in the order of the category ids; ``iscrowd`` is kept."""
     numbers, boxes, areas = array("q"), array("d"), array("d")  # ids, image and category ids, iscrowd; four; one
 
-    def keep(entry: dict[str, Any]) -> Any:
+    def keep(entry: Any) -> Any:
         """Annotations become numbers as they are parsed: as dictionaries they would take a kilobyte each."""
         try:
             box, area = entry["bbox"], entry.get("area")
             area = math.nan if area is None else area
             if len(box) != 4 or not _are_numbers([*box, area]):
                 return entry
+            box, area = [float(side) for side in box], float(area)
             row = [entry["id"], entry["image_id"], entry["category_id"], int(entry.get("iscrowd") or 0)]
             numbers.extend(row)
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -336,8 +337,12 @@ def _voc_picture(folder: Path, stem: str, file_name: str, source: str) -> str:
 
 def _voc_names(path: Path, known: Container[str]) -> list[str]:
     """Names of a list of VOC, whose lines may go on with a flag."""
-    lines = [line.strip() for line in _lines(path) if line.strip()]
-    return [line if line in known else line.rsplit(maxsplit=1)[0] for line in lines]
+    names = []
+    for line in filter(None, map(str.strip, _lines(path))):
+        while line not in known and len(line.split()) > 1:
+            line = line.rsplit(maxsplit=1)[0]
+        names.append(line)
+    return names
 
 
 def _lines(path: Path) -> list[str]:
@@ -502,13 +507,20 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def _pictures(folder: Path) -> Iterator[Path]:
     """In the order of their paths, numbers in them by value; linked folders are looked into, each folder once."""
-    found, seen = [], set()
-    for root, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [Path(root) / name for name in names if name.lower().endswith(PICTURES)]
+    found: list[Path] = []
+    seen: set[str] = set()
+    top = os.path.realpath(folder)
+    waiting = [Path(folder)]
+    while waiting:  # links come after all folders, which keep their own names where a link leads to one of them
+        links = []
+        for root, folders, names in os.walk(waiting.pop(0), onerror=_raise):
+            if (real := os.path.realpath(root)) in seen or (seen and Path(top).is_relative_to(real)):
+                folders.clear()
+                continue
+            seen.add(real)
+            found += [Path(root) / name for name in names if name.lower().endswith(PICTURES)]
+            links += [path for name in folders if (path := Path(root) / name).is_symlink()]
+        waiting += sorted(links)
     if not found:
         raise ValueError(f"{folder}: no pictures in this folder ({', '.join(PICTURES)})")
     yield from sorted(

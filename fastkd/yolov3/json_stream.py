@@ -13,25 +13,31 @@ SPACE = re.compile(r"[ \t\n\r]*")
 NUMBER = re.compile(r"[-+.eE0-9]*")
 
 
-def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any], *, chunk: int = CHUNK) -> Any:
-    """As ``json.loads`` of the file's text, of which no more is in memory than an entry of a list in its outer object.
+def read_json(path: Path, keep: Callable[[Any], Any], *, chunk: int = CHUNK) -> Any:
+    """As ``json.loads`` of the file's text, of which no more than an entry of its lists is in memory.
+
+    Args:
+        path: the file, in UTF-8.
+        keep: what to keep of an entry of a list, where the list is all of the file or a value of its outer object;
+            called once for each, in their order.
+        chunk: characters to read at a time.
 
     Raises:
-        ValueError: not JSON (says from which character on), or no UTF-8.
+        ValueError: not JSON (says from which character on), nested too deeply, or no UTF-8.
     """
     with path.open(encoding="utf-8-sig") as file:
-        return _Reader(file, object_hook, chunk).whole()
+        return _Reader(file, keep, chunk).whole()
 
 
 class _Reader:
-    def __init__(self, file: TextIO, object_hook: Callable[[dict[str, Any]], Any], chunk: int) -> None:
-        self.file, self.chunk = file, chunk
+    def __init__(self, file: TextIO, keep: Callable[[Any], Any], chunk: int) -> None:
+        self.file, self.keep, self.chunk = file, keep, chunk
         self.text, self.at = "", 0  # what is in memory, and how much of it has been read
         self.gone = 0  # characters before it
-        self.decode = json.JSONDecoder(object_hook=object_hook).raw_decode
+        self.decode = json.JSONDecoder().raw_decode
 
     def whole(self) -> Any:
-        content = self._object() if self._next() == "{" else self._value()
+        content = self._object() if self._next() == "{" else self._list_or_value()
         if self._next():
             raise ValueError(f"expected the end at character {self._where()}, got {self._next()!r}")
         return content
@@ -46,18 +52,21 @@ class _Reader:
                 raise ValueError(f"expected a name in double quotes at character {self._where()}")
             name = self._value()
             self._take(":")
-            content[name] = self._list() if self._next() == "[" else self._value()
+            content[name] = self._list_or_value()
         self.at += 1
         return content
+
+    def _list_or_value(self) -> Any:
+        return self._list() if self._next() == "[" else self._value()
 
     def _list(self) -> list[Any]:
         entries: list[Any] = []
         self.at += 1
         if self._next() != "]":
-            entries.append(self._value())
+            entries.append(self.keep(self._value()))
             while self._next() == ",":
                 self.at += 1
-                entries.append(self._value())
+                entries.append(self.keep(self._value()))
         self._take("]")
         return entries
 
@@ -70,11 +79,16 @@ class _Reader:
                 if not self._read():
                     raise ValueError(f"{error.msg} at character {self.gone + error.pos}") from None
                 continue
-            # a number may go on
-            if NUMBER.match(self.text, end).end() < len(self.text) or not self._read():  # type: ignore[union-attr]
+            except RecursionError:
+                raise ValueError(f"nested too deeply after character {self._where()}") from None
+            if not (isinstance(value, (int, float)) and self._may_go_on(end) and self._read()):
                 self.at = end
                 return value
         raise ValueError(f"expected a value at character {self._where()}, got the end")
+
+    def _may_go_on(self, end: int) -> bool:
+        """Whether a number may, with what has not been read yet."""
+        return NUMBER.match(self.text, end).end() == len(self.text)  # type: ignore[union-attr]  # it matches nothing too
 
     def _take(self, expected: str) -> None:
         if self._next() != expected:

@@ -331,11 +331,7 @@ class _Run:
         return saved
 
     def _restore(self, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        if saved["teacher"] != self.teacher_print:
-            raise ValueError(
-                f"teacher: this run has learnt from weights of fingerprint {saved['teacher']}, but "
-                f"{self.config.teacher} has now {self.teacher_print}; put the same weights there, or choose another out"
-            )
+        _require_same_teacher(saved, self.config, self.teacher_print)
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.student.load_state_dict(saved["student"])
         self.average.load_state_dict(saved["average"])
@@ -576,7 +572,16 @@ def load_checkpoint(config: TrainConfig, objective: Objective) -> None:
     saved = torch.load(file, map_location="cpu", weights_only=True)
     objective.student.load_state_dict(saved["student"])
     if objective.distiller is not None:
+        _require_same_teacher(saved, config, fingerprint(objective.distiller.teacher))
         objective.distiller.load_state_dict(saved["distiller"])
+
+
+def _require_same_teacher(saved: dict[str, Any], config: TrainConfig, found: str | None) -> None:
+    if saved["teacher"] != found:
+        raise ValueError(
+            f"teacher: this run has learnt from weights of fingerprint {saved['teacher']}, but {config.teacher} has "
+            f"now {found}; put the same weights there, or choose another out"
+        )
 
 
 def _report(
