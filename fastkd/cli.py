@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastkd
-from fastkd.loss_weight import DECAYS
+from fastkd.loss_weight import DECAYS, weight_of
 from fastkd.ops import choose
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _add_train(commands: Any) -> None:
         metavar="DIR",
     )
     add(kd, "--unlabelled-batch", "how many of them a step (default: as --batch)", type=int)
-    add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=_weight, metavar="N")
+    add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=weight_of, metavar="N")
     add(kd, "--distill-share", "auto: hold it at so many times the detection loss (default: 1.0)", type=float)
     add(kd, "--info-map", "where in the features to look (default: self_information)", metavar="NAME")
     priors = "confidence, iou_mask, box_balance or none"
@@ -196,10 +196,6 @@ def _add_train(commands: Any) -> None:
     add(run, "--resume", "go on from --out's checkpoint, if there is one", action="store_true")
     add(run, "--eval-every", "epochs between evaluations, 0 for only at the end (default: 10)", type=int)
     add(run, "--save-every", "epochs between checkpoints (default: 1)", type=int)
-
-
-def _weight(text: str) -> float | str:
-    return text if text == "auto" else float(text)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -114,6 +114,11 @@ class LossWeight(KeepsPrecision):
         self._steps = state["steps"]
 
 
+def weight_of(text: str) -> float | str:
+    """A ``weight`` from a command line."""
+    return text if text == "auto" else float(text)
+
+
 def _task(task_loss: Tensor | float | None, distill_loss: Tensor) -> Tensor:
     """The task loss as a float32 scalar beside the distillation loss."""
     if task_loss is None:

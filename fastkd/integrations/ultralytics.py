@@ -34,6 +34,7 @@ from fastkd.files import replacing
 from fastkd.health import fingerprint
 from fastkd.hooks import without_taps
 from fastkd.loss import require_scalar
+from fastkd.loss_weight import weight_of
 from fastkd.modes import eval_mode
 
 try:
@@ -511,7 +512,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="the data set's .yaml; not needed to resume")
     parser.add_argument("--info-map", default="self_information", help="fastkd.PRESETS (default: %(default)s)")
     parser.add_argument(
-        "--weight", default="auto", type=_weight, help='factor of the distillation loss, or "auto" (default)'
+        "--weight", default="auto", type=weight_of, help='factor of the distillation loss, or "auto" (default)'
     )
     parser.add_argument("--share", type=float, default=1.0, help="of the detection loss, with auto (default: 1)")
     args, rest = parser.parse_known_args(argv)
@@ -520,10 +521,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings["data"] = args.data
     trainer = DistillationTrainer(args.teacher, weight=args.weight, share=args.share, info_map=args.info_map)
     ultralytics.YOLO(args.student).train(trainer=trainer, **settings)
-
-
-def _weight(text: str) -> float | str:
-    return text if text == "auto" else float(text)
 
 
 def _settings(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:

@@ -154,14 +154,19 @@ class TrainConfig:
         self._require("ema", 0 <= self.ema < 1, "a number in [0, 1)")
         self._require("val_images", (self.val_annotations is None) == (self.val_images is None), "it with the other")
 
+    @property
+    def effective_prior(self) -> str:
+        """``prior``, or the one that goes with the map."""
+        return self.prior or usual_prior(self.info_map)
+
     def _require_explained(self) -> None:
         """Pictures without labels teach nothing by themselves."""
         if self.teacher is None:
             raise ValueError("unlabelled: expected a teacher beside it, which explains these pictures, got None")
-        prior = self.prior or usual_prior(self.info_map)
-        if prior in OF_BOXES:
+        if self.effective_prior in OF_BOXES:
             raise ValueError(
-                f"unlabelled: expected a prior that needs no boxes, which these pictures have none of, got {prior!r}"
+                "unlabelled: expected a prior that needs no boxes, which these pictures have none of, got "
+                f"{self.effective_prior!r}"
             )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:

@@ -33,13 +33,8 @@ from PIL import Image
 from fastkd.yolov3.annotations import Annotations, from_rows, refuse_outside
 from fastkd.yolov3.json_stream import read_json
 
-OTHER_TASKS = (
-    "captions_",
-    "image_info_",
-    "panoptic_",
-    "person_keypoints_",
-    "stuff_",
-)  # files of COCO without our boxes
+# how COCO's files without our boxes begin
+OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 LAYOUTS = (
     "looked for annotations/[instances_]{name}.json with pictures in images/{name} or {name} (COCO), "

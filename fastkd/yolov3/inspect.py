@@ -17,7 +17,7 @@ from fastkd.files import replacing
 from fastkd.level_maps import DistillMaps
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.data import fit, read_image
-from fastkd.yolov3.objective import OF_BOXES, usual_prior
+from fastkd.yolov3.objective import OF_BOXES
 from fastkd.yolov3.overlays import map_figures, some_batch, spread
 from fastkd.yolov3.predict import listed
 from fastkd.yolov3.run_log import read_log
@@ -125,11 +125,10 @@ def level_loss_figure(run: Path, maps: DistillMaps) -> Figure:
 
 def _read(pictures: Sequence[str | os.PathLike[str]], count: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """(n, 3, size, size) float, 0..1, and targets, which they have none of."""
-    prior = config.prior or usual_prior(config.info_map)
-    if prior in OF_BOXES:
+    if config.effective_prior in OF_BOXES:
         raise ValueError(
-            f"pictures: expected none, as this run weighs cells by boxes (prior {prior!r}), which they do not have; "
-            "leave them out, to look at the run's own"
+            f"pictures: expected none, as this run weighs cells by boxes (prior {config.effective_prior!r}), which "
+            "they do not have; leave them out, to look at the run's own"
         )
     files = listed(pictures)
     squares = [fit(read_image(files[i]), config.size)[0] for i in spread(len(files), count)]

@@ -31,7 +31,7 @@ from fastkd.yolov3.checkpoint import MODELS, Detector, Trained, build_detector, 
 from fastkd.yolov3.config import TrainConfig, require_same_run
 from fastkd.yolov3.data import Batch, DetectionDataset, Sample, collate
 from fastkd.yolov3.evaluate import Metrics, evaluate
-from fastkd.yolov3.objective import Objective, usual_prior
+from fastkd.yolov3.objective import Objective
 from fastkd.yolov3.overlays import map_figures, some_batch
 from fastkd.yolov3.run_log import RunLog
 
@@ -97,7 +97,7 @@ def build_objective(config: TrainConfig, data: DetectionDataset, *, ranks: int =
         teacher,
         distill_weight=config.distill_weight,
         logit_weight=config.logit_weight,
-        prior=config.prior or usual_prior(config.info_map),
+        prior=config.effective_prior,
         match_threshold=config.match_threshold,
         **(_loss_options(config, data, ranks) if teacher is not None else {}),
     )
