@@ -5,7 +5,7 @@ SOURCES := setup.py pyproject.toml constraints.txt tests/ultralytics-requirement
 CSRC := $(shell find csrc -type f)
 RESULTS := benchmarks/results
 
-.PHONY: setup demo test lint docs format bench kernels-report gpu-check clean
+.PHONY: setup demo study test lint docs format bench kernels-report gpu-check clean
 
 setup: $(VENV)/installed
 
@@ -19,6 +19,10 @@ $(VENV)/installed: $(SOURCES)
 
 demo: setup
 	$(BIN)/fastkd demo
+
+# hours on two cores; stopped, it goes on
+study: setup
+	$(BIN)/fastkd study --results docs/study/results.jsonl --report docs/study
 
 # passive: the threads of two workers share two cores, and must not wait for each other by spinning
 test: setup

@@ -1,4 +1,7 @@
-"""The command ``fastkd``: train, eval, predict, inspect, data, demo, doctor. Heavy imports stay inside the commands."""
+"""The command ``fastkd``: train, eval, predict, inspect, data, demo, study, doctor.
+
+Heavy imports stay inside the commands.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,7 @@ EXTRAS = {
     "pycocotools": "pycocotools",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
+    "scipy": "scipy",
     "tensorboard": "tensorboard",
     "tqdm": "tqdm",
 }
@@ -81,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error))
     except KeyboardInterrupt:
-        way_on = "; the same command with --resume goes on" if arguments.command is _train else ""
+        way_on = WAY_ON.get(arguments.command, "")
         print(f"\nstopped{way_on}", file=sys.stderr)
         return 130
 
@@ -107,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_data(commands)
     _add_demo(commands)
+    _add_study(commands)
     _add_doctor(commands)
     return parser
 
@@ -168,8 +173,15 @@ def _add_train(commands: Any) -> None:
     add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=weight_of, metavar="N")
     add(kd, "--distill-share", "auto: hold it at so many times the detection loss (default: 1.0)", type=float)
     add(kd, "--info-map", "where in the features to look (default: self_information)", metavar="NAME")
-    priors = "confidence, iou_mask, box_balance or none"
+    priors = "confidence, iou_mask, graded_iou, box_balance or none"
     add(kd, "--prior", f"what else weighs the cells: {priors} (default: as the map)", metavar="NAME")
+    add(
+        kd,
+        "--level-weights",
+        "factor of each level, backbone first, 0 for none of it (default: all 1)",
+        type=_numbers,
+        metavar="N,N,...",
+    )
     add(kd, "--logit-weight", "factor of the loss on the heads' outputs (default: 0.0)", type=float)
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
     add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
@@ -210,12 +222,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     described.add_argument("--size", type=int, metavar="N", help="input side in pixels (default: the model's, or 416)")
 
 
-def _sizes(text: str) -> list[tuple[float, float]]:
-    """Box sizes from "10,14, 16,30, ..."."""
+def _numbers(text: str) -> tuple[float, ...]:
     try:
-        numbers = [float(x) for x in text.split(",")]
+        return tuple(float(x) for x in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers between commas, got {text!r}") from None
+
+
+def _sizes(text: str) -> list[tuple[float, float]]:
+    """Box sizes from "10,14, 16,30, ..."."""
+    numbers = _numbers(text)
     if len(numbers) % 2:
         raise argparse.ArgumentTypeError(f"expected pairs of width and height, got {len(numbers)} numbers")
     return list(zip(numbers[::2], numbers[1::2], strict=True))
@@ -307,6 +323,23 @@ def _add_demo(commands: Any) -> None:
         metavar="N",
         help="train both students N times; with 2 or more the plain one's learning rate is tuned first (default: 1)",
     )
+
+
+def _add_study(commands: Any) -> None:
+    text = """\
+Train some 300 students with and without teachers, maps and levels, with several seeds, on digits scenes; and make the
+tables and pictures of docs/study. Hours on two cores. Each run is a line of the results file: stopped, the same command
+goes on.
+
+  fastkd study --report docs/study
+  fastkd study --results docs/study/results.jsonl --report docs/study --only-report
+"""
+    parser = _command(commands, "study", _study, "what maps and levels are worth, with seeds and intervals", text)
+    parser.add_argument("--out", default="runs/study", metavar="DIR", help="folder of the study (default: runs/study)")
+    parser.add_argument("--results", metavar="FILE", help="the results file (default: OUT/results.jsonl)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time (default: 2)")
+    parser.add_argument("--report", metavar="DIR", help="folder for the pictures, whose README.md gets the tables")
+    parser.add_argument("--only-report", action="store_true", help="train nothing; the results are there")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -458,6 +491,21 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _study(arguments: argparse.Namespace) -> int:
+    from fastkd.study.report import write_report
+    from fastkd.study.study import run_study
+
+    results = arguments.results or str(Path(arguments.out) / "results.jsonl")
+    if not arguments.only_report:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        run_study(arguments.out, results=results, workers=arguments.workers)
+    if arguments.report:
+        write_report(results, arguments.report)
+        print(f"tables and pictures: {arguments.report}")
+    print(f"results: {results}")
+    return 0
+
+
 # ---- doctor
 
 
@@ -520,3 +568,6 @@ def _check_run(folder: str) -> Report:
     from fastkd.yolov3.train import check_distillation
 
     return check_distillation(read_config(folder))
+
+
+WAY_ON = {_train: "; the same command with --resume goes on", _study: "; the same command goes on"}  # after a stop

@@ -58,10 +58,10 @@ def confidence(
                 f"got {tuple(o.shape)} and classes {tuple(k.shape)}"
             )
         heads.append((o.float().sigmoid() * k.float().amax(2).sigmoid()).amax(1, keepdim=True))
-    return [floor + (1 - floor) * _at_size(heads, size).sqrt() for size in sizes]
+    return [floor + (1 - floor) * at_size(heads, size).sqrt() for size in sizes]
 
 
-def _at_size(heads: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def at_size(heads: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """(N, height, width): the maximum over the heads, each (N, 1, H, W), resized."""
     resized = []
     for x in heads:  # a side that shrinks keeps its maxima, one that grows is interpolated

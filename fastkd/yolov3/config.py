@@ -48,6 +48,7 @@ class TrainConfig:
         distill_weight, info_map, logit_weight: see ``Objective`` and ``fastkd.DistillLoss``.
         prior: as in ``Objective``; None: the one that goes with the map, ``"iou_mask"`` for ``"fgfi"``, else
             ``"confidence"``.
+        level_weights: a factor for each level of the feature loss, backbone first; 0 leaves a level out; None: all 1.
         distill_share: where ``distill_weight`` is ``"auto"``: the distillation loss is held at so many times the
             detection loss.
         distill_warmup: steps over which the distillation loss grows to its weight.
@@ -97,6 +98,7 @@ class TrainConfig:
     distill_share: float = 1.0
     info_map: str = "self_information"
     prior: str | None = None
+    level_weights: tuple[float, ...] | None = None
     match_threshold: float = 0.5
     logit_weight: float = 0.0
     distill_warmup: int = 0
@@ -187,6 +189,8 @@ def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
     if values["augmentation"] is not None:
         values["augmentation"]["zoom"] = tuple(values["augmentation"]["zoom"])
         values["augmentation"] = Augmentation(**values["augmentation"])
+    if values["level_weights"] is not None:
+        values["level_weights"] = tuple(values["level_weights"])
     return TrainConfig(**values)
 
 

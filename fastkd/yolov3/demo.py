@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from fastkd.yolov3.inspect import inspect_run
 from fastkd.yolov3.objective import Objective
 from fastkd.yolov3.overlays import spread
 from fastkd.yolov3.predict import detect_objects, draw
-from fastkd.yolov3.run_log import read_log
+from fastkd.yolov3.run_log import read_log, versions
 from fastkd.yolov3.train import TrainResult, build_objective, load_checkpoint, train, training_set
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ PLAIN, DISTILLED = "without distillation", "with distillation"
 SHOWN = ("mAP", "AP50", "AP75")
 PICTURES = 5  # scenes in the pictures
 DRAWN = ("curves", "predictions", "maps", "differences", "level_losses")
-PACKAGES = ("torch", "numpy", "accelerate", "opencv-python-headless", "pycocotools", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -309,7 +307,7 @@ def _results(
     }
     return {
         "note": _note(settings, seeds, lr),
-        "versions": _versions(),
+        "versions": versions(),
         "machine": {"system": platform.system(), "cpu_threads": torch.get_num_threads()},
         "settings": asdict(settings),
         "seeds": list(range(seeds)),
@@ -348,12 +346,6 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
     """Mean, and the sample's standard deviation where there are several."""
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "standard_deviation": spread, "values": list(values)}
-
-
-def _versions() -> dict[str, str]:
-    found = {"fastkd": fastkd.__version__, "python": platform.python_version()}
-    installed = {x.name: x.version for x in importlib.metadata.distributions()}
-    return found | {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def _note(settings: Settings, seeds: int, lr: float) -> str:

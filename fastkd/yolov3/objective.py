@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,66 @@ from fastkd.yolov3.checkpoint import Detector
 from fastkd.yolov3.logits import logit_distill_loss
 from fastkd.yolov3.loss import DetectionLoss
 
-PRIORS = ("confidence", "iou_mask", "box_balance", "none")
-OF_BOXES = ("iou_mask", "box_balance")  # priors that pictures without labels have none of
+
+class Sight(NamedTuple):
+    """What a prior may look at, of one batch."""
+
+    images: Tensor  # (N, 3, H, W), those without labels last
+    targets: Tensor  # (M, 6) as ``DetectionLoss`` takes them
+    outputs: Sequence[Tensor]  # of the teacher's heads
+    sizes: list[tuple[int, int]]  # (height, width) of each level
+    teacher: Detector
+    distiller: Distiller
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.images.shape[2], self.images.shape[3]
+
+    @property
+    def boxes(self) -> Tensor:
+        """(M, 5): image index and corners, as ``fastkd.priors`` takes them."""
+        return self.targets[:, [0, 2, 3, 4, 5]]
+
+    def anchors(self) -> list[Tensor]:
+        """The teacher's, of the head that is nearest to each level in stride."""
+        strides = [self.image_size[0] / height for height, _ in self.sizes]
+        return [self.teacher.anchors[_nearest(self.teacher.strides, stride)] for stride in strides]
+
+
+LevelPriors: TypeAlias = Sequence[Tensor | None]
+
+
+def _confidence(sight: Sight) -> LevelPriors:
+    anchors = sight.teacher.anchors.shape[1]
+    heads = [x.view(len(x), anchors, -1, *x.shape[2:]) for x in sight.outputs]
+    return priors.confidence([x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads], sight.sizes)
+
+
+def _iou_mask(sight: Sight) -> LevelPriors:
+    return priors.iou_mask(sight.boxes, sight.anchors(), sight.sizes, sight.image_size, len(sight.images))
+
+
+def _graded_iou(sight: Sight) -> LevelPriors:
+    return priors.iou_mask(sight.boxes, sight.anchors(), sight.sizes, sight.image_size, len(sight.images), graded=True)
+
+
+def _box_balance(sight: Sight) -> LevelPriors:
+    return priors.box_balance(sight.boxes, sight.sizes, sight.image_size, len(sight.images))
+
+
+def _none(sight: Sight) -> LevelPriors:
+    return [None] * len(sight.sizes)
+
+
+# the trainer's priors by name, see ``fastkd.priors``
+PRIORS: dict[str, Callable[[Sight], LevelPriors]] = {
+    "confidence": _confidence,
+    "iou_mask": _iou_mask,
+    "graded_iou": _graded_iou,
+    "box_balance": _box_balance,
+    "none": _none,
+}
+OF_BOXES = ("iou_mask", "graded_iou", "box_balance")  # pictures without labels have none of these
 
 
 def usual_prior(info_map: str | InfoMap) -> str:
@@ -36,8 +94,8 @@ class Objective(nn.Module):
         logit_weight: factor of the term on the heads' outputs (``logit_distill_loss``); the feature term's warm-up,
             decay and stop are its too.
         match_threshold: see ``DetectionLoss``.
-        prior: what also weighs the cells, see ``fastkd.priors``: ``"confidence"``, the teacher's own; ``"iou_mask"`` or
-            ``"box_balance"``, of the boxes (and the teacher's anchors); ``"none"``.
+        prior: what also weighs the cells, one of ``PRIORS``: ``"confidence"``, the teacher's own; ``"iou_mask"``,
+            ``"graded_iou"`` or ``"box_balance"``, of the boxes (and the teacher's anchors); ``"none"``.
         **loss_options: of ``fastkd.DistillLoss``: ``info_map``, ``penalty``, ``warmup_steps``, ...
 
     Raises:
@@ -59,7 +117,7 @@ class Objective(nn.Module):
         self.student = student
         self.detection = DetectionLoss(student, match_threshold=match_threshold)
         self.logit_weight = logit_weight
-        require_known("prior", prior, PRIORS)
+        require_known("prior", prior, list(PRIORS))
         self.prior = prior
         self.distiller: Distiller | None = None
         if teacher is None:
@@ -120,24 +178,16 @@ class Objective(nn.Module):
 
     def prior_of(self, images: Tensor, targets: Tensor) -> Prior:
         """What weighs the cells of this batch, as ``Distiller.loss``, ``maps`` and ``check`` take it."""
-        return partial(self._prior, images.shape, targets)
+        return partial(self._prior, images, targets)
 
     def _prior(
-        self, shape: torch.Size, targets: Tensor, outputs: Sequence[Tensor], sizes: list[tuple[int, int]]
-    ) -> Sequence[Tensor | None]:
+        self, images: Tensor, targets: Tensor, outputs: Sequence[Tensor], sizes: list[tuple[int, int]]
+    ) -> LevelPriors:
         """The teacher's outputs are kept for the logit term, so that it runs once a step."""
         self._teacher_outputs = outputs
         (teacher,) = self._teacher
-        if self.prior == "confidence":
-            heads = [x.view(len(x), teacher.anchors.shape[1], 5 + teacher.num_classes, *x.shape[2:]) for x in outputs]
-            return priors.confidence([x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads], sizes)
-        boxes, image_size = targets[:, [0, 2, 3, 4, 5]], (shape[2], shape[3])
-        if self.prior == "box_balance":
-            return priors.box_balance(boxes, sizes, image_size, shape[0])
-        if self.prior == "iou_mask":
-            anchors = [teacher.anchors[_nearest(teacher.strides, shape[2] / height)] for height, _ in sizes]
-            return priors.iou_mask(boxes, anchors, sizes, image_size, shape[0])
-        return [None] * len(sizes)
+        assert self.distiller is not None
+        return PRIORS[self.prior](Sight(images, targets, outputs, sizes, teacher, self.distiller))
 
     def _logit_loss(self, outputs: Sequence[Tensor]) -> Tensor:
         """Weighted, and with the feature term's warm-up, decay and stop."""

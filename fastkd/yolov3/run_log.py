@@ -1,9 +1,11 @@
-"""What a training run says while it runs: a progress bar, ``metrics.jsonl`` and TensorBoard curves."""
+"""What a training run says while it runs: a progress bar, ``metrics.jsonl`` and TensorBoard curves; and by what."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fastkd
 from fastkd.files import replacing
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ SHOWN = ("loss", "box", "objectness", "class", "distill", "logit")
 
 FIGURE_DPI = 80  # of TensorBoard's copies, which are kept of every evaluation
 FIGURE_SHARE = 0.05  # of the run's time
+PACKAGES = ("torch", "numpy", "accelerate", "opencv-python-headless", "pycocotools", "scikit-learn")
 
 
 class RunLog:
@@ -139,6 +143,13 @@ class RunLog:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+
+def versions() -> dict[str, str]:
+    """What a training's figures depend on."""
+    found = {"fastkd": fastkd.__version__, "python": platform.python_version()}
+    installed = {x.name: x.version for x in importlib.metadata.distributions()}
+    return found | {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:

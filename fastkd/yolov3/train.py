@@ -115,6 +115,7 @@ def _loss_options(config: TrainConfig, data: DetectionDataset, ranks: int) -> di
         stop = total_steps(config, data)
     options = {
         "info_map": config.info_map,
+        "weights": config.level_weights,
         "share": config.distill_share,
         "warmup_steps": config.distill_warmup,
         "decay": config.distill_decay,

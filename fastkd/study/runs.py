@@ -1,0 +1,247 @@
+"""The study's training runs, each one line of a file that remembers those that are done."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+
+from fastkd.files import replacing
+from fastkd.health import fingerprint
+from fastkd.study import maps  # noqa: F401  # the priors that only the study knows
+from fastkd.study.scenes import scene_files
+from fastkd.yolov3.augment import Augmentation
+from fastkd.yolov3.checkpoint import load_detector
+from fastkd.yolov3.config import PATHS, TrainConfig
+from fastkd.yolov3.data import DetectionDataset
+from fastkd.yolov3.evaluate import evaluate
+from fastkd.yolov3.run_log import versions
+from fastkd.yolov3.train import train
+
+SCORES = ("mAP", "AP50", "AP75")
+ORPHAN_CHECK = 2.0  # seconds between two looks whether the study is still there
+
+
+@dataclass(frozen=True)
+class Run:
+    """One detector to train and to score.
+
+    Args:
+        regime: how much data student and teacher have.
+        row: what is distilled, as the tables name it; ``"teacher"`` for a teacher.
+        seed: of the initial weights, the order, the augmentation, and of which scenes are labelled.
+        scored_on: ``"val"`` while something is chosen, ``"test"`` for the tables.
+        config: what ``TrainConfig`` gets, but for ``out`` and ``teacher``; paths are relative to the study's folder.
+        teacher: key of the teacher's run and the fingerprint of its weights, so that no two teachers are mixed.
+    """
+
+    regime: str
+    row: str
+    seed: int
+    scored_on: str
+    config: dict[str, Any]
+    teacher: tuple[str, str] | None = None
+
+    @property
+    def key(self) -> str:
+        """The same for the same run, whatever else the study holds; also the name of its folder."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.regime}-{self.row}-{self.scored_on}-{self.seed}-{digest[:8]}".replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with; metrics are percent, of the scenes that it was scored on."""
+
+    run: Run
+    mAP: float  # noqa: N815  (the field's name)
+    AP50: float
+    AP75: float
+    seconds: float  # of the training steps
+    machine: str
+    versions: dict[str, str]
+
+
+class Ledger:
+    """The results file: one JSON object a line, appended as runs end; held by one study at a time.
+
+    A line that was cut off by a kill is dropped, and its run done again.
+
+    Raises:
+        BlockingIOError: another study is at work on this file.
+        ValueError: a line that is no result, other than a last one without its end.
+    """
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self.file = Path(file)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
+        self.results = {result.run.key: result for result in read_results(self.file)}
+        with replacing(self.file) as part:
+            part.write_text("".join(map(_line, self.results.values())), encoding="utf-8")
+
+    def add(self, result: Result) -> None:
+        self.results[result.run.key] = result
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(_line(result))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _locked(self) -> IO[str]:
+        lock = self.file.with_name(f".{self.file.name}.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise BlockingIOError(f"{self.file}: another study is writing to it; wait for it or stop it") from None
+        return lock
+
+
+def read_results(file: str | os.PathLike[str]) -> list[Result]:
+    """The results that a file holds, in the order in which they came; none where there is no file.
+
+    Raises:
+        ValueError: a line that is no result, other than a last one without its end.
+    """
+    if not Path(file).is_file():
+        return []
+    lines = Path(file).read_text(encoding="utf-8").split("\n")
+    results = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last end of a line was cut off
+        try:
+            values = json.loads(line)
+            results.append(Result(**values | {"run": Run(**values["run"])}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{os.fspath(file)}: line {number} is no result of the study: {error}") from None
+    return results
+
+
+def _line(result: Result) -> str:
+    return json.dumps(asdict(result)) + "\n"
+
+
+class Bench:
+    """Trains runs in processes of their own; those that the ledger has are not trained again.
+
+    Args:
+        root: the study's folder, for models and data.
+        ledger: of the results.
+        workers: how many runs at a time; they share the cores.
+    """
+
+    def __init__(self, root: Path, ledger: Ledger, workers: int) -> None:
+        self.root, self.ledger = root, ledger
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, spawn, initializer=_become_worker, initargs=(threads,))
+
+    def results(self, runs: Sequence[Run]) -> list[Result]:
+        """Of these runs, in their order."""
+        self._train([run for run in runs if run.key not in self.ledger.results], keep=False)
+        return [self.ledger.results[run.key] for run in runs]
+
+    def teachers(self, runs: Sequence[Run]) -> list[tuple[str, str]]:
+        """Key and fingerprint of each of these runs' models, which are kept."""
+        self._train([run for run in runs if not model_file(self.root, run.key).is_file()], keep=True)
+        return [(run.key, _fingerprint(model_file(self.root, run.key))) for run in runs]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _train(self, runs: Sequence[Run], *, keep: bool) -> None:
+        if not runs:
+            return
+        rows = list(dict.fromkeys(f"{run.regime}: {run.row}" for run in runs))
+        name = rows[0] if len(rows) == 1 else f"{rows[0]} ... {rows[-1]}"
+        futures = [self._pool.submit(_train_and_score, run, self.root, keep) for run in runs]
+        try:
+            for future in tqdm(as_completed(futures), name, len(futures), unit="run"):
+                self.ledger.add(future.result())
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def model_file(root: Path, key: str) -> Path:
+    """Where the model of a run is kept."""
+    return root / "models" / f"{key}.pt"
+
+
+def _fingerprint(model: Path) -> str:
+    return fingerprint(load_detector(model).model)
+
+
+# ---- in the workers
+
+
+def _become_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", "distillation may not work")  # the untrained teacher is meant to be one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which then ends its workers
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A study that was killed leaves no worker behind, which would write to folders of the next one."""
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK)
+    os._exit(1)
+
+
+def _train_and_score(run: Run, root: Path, keep: bool) -> Result:
+    """A run that was killed before goes on from its checkpoint."""
+    out = root / "runs" / run.key
+    config = train_config(run, root)
+    with contextlib.redirect_stderr(io.StringIO()):  # the bars of several runs at a time
+        result = train(config)
+    scenes = DetectionDataset(*scene_files(root, run.scored_on), config.size)
+    metrics = evaluate(result.model, scenes)
+    if keep:
+        with replacing(model_file(root, run.key)) as part:
+            shutil.copyfile(result.model_file, part)
+    shutil.rmtree(out)
+    percent = {name: round(100 * getattr(metrics, name), 3) for name in SCORES}
+    return Result(run, **percent, seconds=round(result.seconds, 1), machine=_machine(), versions=versions())
+
+
+def train_config(run: Run, root: Path) -> TrainConfig:
+    """The run's configuration, with paths as they are here; digits must not be mirrored, the scenes fit in memory."""
+    values: dict[str, Any] = {name: str(root / x) if name in PATHS else x for name, x in run.config.items()}
+    zoom = values.pop("zoom", None)
+    values["augmentation"] = Augmentation(flip=0.0) if zoom is None else Augmentation(flip=0.0, zoom=tuple(zoom))
+    if run.teacher is not None:
+        values["teacher"] = str(model_file(root, run.teacher[0]))
+    return TrainConfig(
+        out=str(root / "runs" / run.key), seed=run.seed, cache=True, tensorboard=False, cpu=True, eval_every=0,
+        save_every=20, resume=True, **values,
+    )  # fmt: skip
+
+
+def _machine() -> str:
+    """The processor, whose rounding makes other weights than another's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

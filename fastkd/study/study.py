@@ -1,0 +1,207 @@
+"""The study from its first scene to its last run: what is trained, in which order, and what is chosen from what."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastkd.study import scenes
+from fastkd.study.maps import MAPS, SHUFFLED
+from fastkd.study.protocol import LOGIT_ALONE, PLACES, PRESETS, UNIFORM, Config, Protocol, Regime, of_map
+from fastkd.study.runs import Bench, Ledger, Run
+
+NO_LR = 1e-12  # changes no weight, while the batch norms get statistics
+PUBLISHED = Protocol()
+Teacher = tuple[str, str]  # key and fingerprint, as in ``Run``
+Axes = Sequence[tuple[str, Sequence[object]]]  # a setting's name, and its values, the usual one first
+
+
+class Chosen(NamedTuple):
+    """What a regime's validation scenes chose."""
+
+    plain: Config
+    uniform: Config  # of a distilled student, whatever its map
+    maps: dict[str, Config]  # of the best maps, the best one first
+    logit: Config  # of the logit term alone
+
+
+class Study:
+    """Runs of one study; those that the results file has already take no time.
+
+    Args:
+        root: folder of scenes, models and runs.
+        ledger: the results file.
+        protocol: what to do.
+        workers: how many runs at a time.
+    """
+
+    def __init__(self, root: Path, ledger: Ledger, protocol: Protocol, workers: int) -> None:
+        self.root, self.protocol = root, protocol
+        self.bench = Bench(root, ledger, workers)
+
+    def run(self) -> None:
+        p = self.protocol
+        scenes.write_scenes(self.root, train=p.train, val=p.val, test=p.test, size=p.size)
+        counts = list(dict.fromkeys(regime.taught for regime in p.regimes))
+        runs = [self._teacher(f"{count} scenes", 0, 0, count, p.teacher_steps, p.teacher_lr) for count in counts]
+        teachers = dict(zip(counts, self.bench.teachers(runs), strict=True))
+        first, *others = p.regimes
+        chosen = self._choose(first, teachers[first.taught], list(MAPS))
+        self._compare_all(first, teachers[first.taught], chosen)
+        for regime in others:
+            teacher = teachers[regime.taught]
+            self._compare_main(regime, teacher, self._choose(regime, teacher, list(chosen.maps)))
+
+    # ---- what is chosen, on the validation scenes
+
+    def _choose(self, regime: Regime, teacher: Teacher, maps: Sequence[str]) -> Chosen:
+        p = self.protocol
+        usual: list[tuple[str, Sequence[object]]] = [("lr", p.lr), ("weight_decay", p.weight_decay)]
+        plain = self._tune(regime, "none", {}, [("steps", regime.plain_steps), *usual, ("zoom", p.zoom)])
+        axes = [("distill_share", p.share), *usual, ("steps", regime.distilled_steps)]
+        uniform = self._tune(regime, "uniform", UNIFORM, axes, teacher)
+        logit = self._tune(regime, "logit", uniform | LOGIT_ALONE, [("logit_weight", p.logit_weight)], teacher)
+        # all maps with uniform's settings; the best may then choose their own share, as uniform did
+        trials = {name: uniform | of_map(name) for name in maps}
+        means = self._means(regime, trials, teacher)
+        best = sorted(trials, key=lambda name: -means[name])[: p.finalists]
+        shares = [("distill_share", [uniform["distill_share"] * factor for factor in p.map_shares])]
+        tuned = {name: self._tune(regime, name, trials[name], shares, teacher) for name in best}
+        return Chosen(plain, uniform, tuned, logit)
+
+    def _tune(self, regime: Regime, row: str, start: Config, axes: Axes, teacher: Teacher | None = None) -> Config:
+        """The best value of each axis in turn, the others being the best so far."""
+        best = start | {name: values[0] for name, values in axes}
+        for name, values in axes:
+            trials = {str(value): best | {name: value} for value in values}
+            means = self._means(regime, trials, teacher, row)
+            best = trials[max(trials, key=lambda value: means[value])]
+        return best
+
+    def _means(
+        self, regime: Regime, trials: dict[str, Config], teacher: Teacher | None, row: str | None = None
+    ) -> dict[str, float]:
+        """Mean mAP on the validation scenes of each of these configurations."""
+        seeds = self.protocol.tuning_seeds
+        runs = [
+            self._student(regime, row or name, seed, "val", config, teacher)
+            for name, config in trials.items()
+            for seed in seeds
+        ]
+        found = [result.mAP for result in self.bench.results(runs)]
+        return {name: statistics.fmean(found[i * len(seeds) :][: len(seeds)]) for i, name in enumerate(trials)}
+
+    # ---- what is compared, on the test scenes
+
+    def _compare_main(self, regime: Regime, teacher: Teacher, chosen: Chosen) -> None:
+        rows = {"uniform": chosen.uniform, **chosen.maps, "logit": chosen.logit}
+        self._score(regime, {"none": chosen.plain})
+        self._score(regime, rows, teacher)
+
+    def _compare_all(self, regime: Regime, teacher: Teacher, chosen: Chosen) -> None:
+        self._compare_main(regime, teacher, chosen)
+        name, best = next(iter(chosen.maps.items()))
+        term = {"logit_weight": chosen.logit["logit_weight"]}
+        pictures = scenes.unlabelled(
+            self.root, self.protocol.train - self.protocol.unlabelled, self.protocol.unlabelled
+        )
+        rows = {x: chosen.uniform | config for x, config in PRESETS.items() if x not in chosen.maps}
+        rows |= {f"{name} + logit": best | term}
+        rows |= {f"{name}, {place}": best | config for place, config in PLACES.items()}
+        rows |= {f"{SHUFFLED}{x}": config | of_map(SHUFFLED + x) for x, config in chosen.maps.items()}
+        rows |= {f"{name}, unlabelled": best | {"unlabelled": pictures}}
+        self._score(regime, rows, teacher)
+        self._score_teachers(regime, name, best)
+
+    def _score_teachers(self, regime: Regime, name: str, best: Config) -> None:
+        """Teachers that know no more than the student: what they give it was not knowledge."""
+        p = self.protocol
+        own = [
+            self._teacher(
+                "the student's scenes", seed, seed * regime.labelled, regime.labelled, p.own_steps, p.teacher_lr
+            )
+            for seed in p.seeds
+        ]
+        blank = self._teacher("nothing", 0, 0, p.train, p.blank_steps, NO_LR)
+        *teachers, untrained = self.bench.teachers([*own, blank])
+        runs = [
+            self._student(regime, f"{name}, teacher of the student's scenes", seed, "test", best, teacher)
+            for seed, teacher in zip(p.seeds, teachers, strict=True)
+        ]
+        self.bench.results(runs)
+        self._score(regime, {f"{name}, untrained teacher": best}, untrained)
+
+    def _score(self, regime: Regime, rows: dict[str, Config], teacher: Teacher | None = None) -> None:
+        seeds = self.protocol.seeds
+        # seed by seed, so that a study that is not finished has whole pairs
+        runs = [self._student(regime, row, s, "test", config, teacher) for s in seeds for row, config in rows.items()]
+        self.bench.results(runs)
+
+    # ---- single runs
+
+    def _student(
+        self, regime: Regime, row: str, seed: int, scored_on: str, config: Config, teacher: Teacher | None
+    ) -> Run:
+        first = seed * regime.labelled if (seed + 1) * regime.labelled <= regime.taught else 0
+        whole = {"model": "yolov3-tiny", "width": self.protocol.student_width} | config
+        return self._trained(regime.name, row, seed, scored_on, first, regime.labelled, whole, teacher)
+
+    def _teacher(self, what: str, seed: int, first: int, count: int, steps: int, lr: float) -> Run:
+        p = self.protocol
+        config = {"model": "yolov3", "width": p.teacher_width, "match_threshold": p.teacher_match}
+        return self._trained("teachers", what, seed, "test", first, count, config | {"steps": steps, "lr": lr}, None)
+
+    def _trained(
+        self,
+        regime: str,
+        row: str,
+        seed: int,
+        scored_on: str,
+        first: int,
+        count: int,
+        config: Config,
+        teacher: Teacher | None,
+    ) -> Run:
+        p = self.protocol
+        data = scenes.labelled(self.root, first, count)
+        return Run(regime, row, seed, scored_on, {"size": p.size, "batch": p.batch} | data | config, teacher)
+
+
+def run_study(
+    out: str | os.PathLike[str] = "runs/study",
+    *,
+    results: str | os.PathLike[str] | None = None,
+    protocol: Protocol = PUBLISHED,
+    workers: int = 2,
+) -> Path:
+    """Train and score what is not in the results file yet. Killed and started again, it goes on where it was.
+
+    Args:
+        out: folder of scenes, models and unfinished runs.
+        results: the results file; None: ``results.jsonl`` in ``out``.
+        protocol: what to do.
+        workers: how many runs at a time; they share the cores.
+
+    Returns:
+        The results file.
+
+    Raises:
+        ValueError: workers < 1; a results file with a line that is no result.
+        BlockingIOError: another study writes to the results file.
+    """
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers}")
+    root = Path(out)
+    ledger = Ledger(root / "results.jsonl" if results is None else results)
+    try:
+        study = Study(root, ledger, protocol, workers)
+        try:
+            study.run()
+        finally:
+            study.bench.close()
+    finally:
+        ledger.close()
+    return ledger.file
