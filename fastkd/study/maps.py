@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd import priors, reference
+from fastkd.yolov3.boxes import decode
 from fastkd.yolov3.objective import PRIORS, Sight
 
 TINY = torch.finfo(torch.float32).tiny
+BOXES, SEEN = 30, 0.3  # of the teacher's boxes: the most likely ones, and how likely one must be
 Map = Callable[[Sight], list[Tensor]]
 
 
@@ -136,6 +138,19 @@ def graded_iou(sight: Sight) -> list[Tensor]:
     return [mean_one(q) for q in PRIORS["graded_iou"](sight) if q is not None]
 
 
+def predicted_iou(sight: Sight) -> list[Tensor]:
+    """The graded IoU of the boxes that the teacher finds: no label is needed, so pictures without any have it too."""
+    teacher = sight.teacher
+    found = decode(sight.outputs, teacher.anchors, teacher.strides)
+    score, index = (found[..., 4] * found[..., 5:].amax(-1)).topk(BOXES, dim=1)
+    corners = found[..., :4].gather(1, index[..., None].expand(-1, -1, 4)).float()
+    corners = torch.where(score[..., None] > SEEN, corners, 0.0)  # an empty box marks nothing
+    image = torch.arange(len(corners), device=corners.device).repeat_interleave(BOXES)
+    boxes = torch.cat([image[:, None].float(), corners.flatten(0, 1)], 1)
+    batch, anchors = len(sight.images), sight.anchors()
+    return [mean_one(q) for q in priors.iou_mask(boxes, anchors, sight.sizes, sight.image_size, batch, graded=True)]
+
+
 def object_scale(sight: Sight) -> list[Tensor]:
     """Every object has the same mass, whatever its area, and the background of an image that of one."""
     return [mean_one(q) for q in PRIORS["box_balance"](sight) if q is not None]
@@ -174,6 +189,7 @@ MAPS: dict[str, Map] = {
     "doubt": doubt,
     "IoU mask": iou_mask,
     "graded IoU": graded_iou,
+    "predicted IoU": predicted_iou,
     "object scale": object_scale,
     "graded IoU x confidence": product(graded_iou, confidence),
     "graded IoU x self_information": product(graded_iou, self_information),

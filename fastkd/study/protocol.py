@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastkd.study.maps import prior_name
+from fastkd.study.maps import MAPS, prior_name
 
 Config = dict[str, Any]  # of ``TrainConfig``
 
@@ -37,6 +37,7 @@ class Protocol:
         tuning_seeds: those that settings are chosen with; their scenes are their own.
         lr, weight_decay, zoom, share, logit_weight: values to choose from, one after the other. Zoom is a range of the
             augmentation; the plain student chooses it where the distilled one chooses its share.
+        maps: those that are tried, of ``fastkd.study.maps``.
         map_shares: factors of uniform's share that each of the best maps may choose from.
         finalists: how many maps go on from the trial of all to the tables.
         train, val, test: scenes for teachers and students, to choose on, and for the tables.
@@ -46,7 +47,7 @@ class Protocol:
     """
 
     regimes: tuple[Regime, ...] = (
-        Regime("few", 100, 4000, plain_steps=(640, 1280, 2560), distilled_steps=(640, 960)),
+        Regime("few", 100, 4000, plain_steps=(640, 1280), distilled_steps=(640, 960)),
         Regime("some", 300, 4000, plain_steps=(640, 1280), distilled_steps=(640, 960)),
         Regime("equal", 2000, 2000, plain_steps=(1280,), distilled_steps=(1280,)),
     )
@@ -54,8 +55,9 @@ class Protocol:
     tuning_seeds: tuple[int, ...] = (5, 6)
     lr: tuple[float, ...] = (3.2e-2, 1.6e-2, 6.4e-2, 1.28e-1)
     weight_decay: tuple[float, ...] = (0.01, 0.05)
-    zoom: tuple[tuple[float, float], ...] = ((0.75, 1.33), (0.6, 1.67))
+    zoom: tuple[tuple[float, float], ...] = ((0.75, 1.33), (0.85, 1.18), (0.6, 1.67))
     share: tuple[float, ...] = (4.0, 1.0, 16.0)
+    maps: tuple[str, ...] = tuple(MAPS)
     map_shares: tuple[float, ...] = (1.0, 0.5, 2.0)
     logit_weight: tuple[float, ...] = (1.0, 0.5, 2.0)
     finalists: int = 2

@@ -131,7 +131,9 @@ def read_results(file: str | os.PathLike[str]) -> list[Result]:
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last end of a line was cut off
         try:
             values = json.loads(line)
-            results.append(Result(**values | {"run": Run(**values["run"])}))
+            run = values["run"]
+            run["teacher"] = run["teacher"] and tuple(run["teacher"])
+            results.append(Result(**values | {"run": Run(**run)}))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{os.fspath(file)}: line {number} is no result of the study: {error}") from None
     return results
@@ -154,7 +156,7 @@ class Bench:
         self.root, self.ledger = root, ledger
         threads = max(1, (os.cpu_count() or 1) // workers)
         spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, spawn, initializer=_become_worker, initargs=(threads,))
+        self._pool = ProcessPoolExecutor(workers, spawn, initializer=_become_worker, initargs=(threads, os.getpid()))
 
     def results(self, runs: Sequence[Run]) -> list[Result]:
         """Of these runs, in their order."""
@@ -196,16 +198,16 @@ def _fingerprint(model: Path) -> str:
 # ---- in the workers
 
 
-def _become_worker(threads: int) -> None:
+def _become_worker(threads: int, study: int) -> None:
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", "distillation may not work")  # the untrained teacher is meant to be one
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which then ends its workers
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(study,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _end_with(study: int) -> None:
     """A study that was killed leaves no worker behind, which would write to folders of the next one."""
-    while os.getppid() == parent:
+    while os.getppid() == study:
         time.sleep(ORPHAN_CHECK)
     os._exit(1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastkd.study import scenes
-from fastkd.study.maps import MAPS, SHUFFLED
+from fastkd.study.maps import SHUFFLED
 from fastkd.study.protocol import LOGIT_ALONE, PLACES, PRESETS, UNIFORM, Config, Protocol, Regime, of_map
 from fastkd.study.runs import Bench, Ledger, Run
 
@@ -49,7 +49,7 @@ class Study:
         runs = [self._teacher(f"{count} scenes", 0, 0, count, p.teacher_steps, p.teacher_lr) for count in counts]
         teachers = dict(zip(counts, self.bench.teachers(runs), strict=True))
         first, *others = p.regimes
-        chosen = self._choose(first, teachers[first.taught], list(MAPS))
+        chosen = self._choose(first, teachers[first.taught], p.maps)
         self._compare_all(first, teachers[first.taught], chosen)
         for regime in others:
             teacher = teachers[regime.taught]
