@@ -17,6 +17,7 @@ from fastkd.yolov3.boxes import decode
 from fastkd.yolov3.objective import PRIORS, Sight
 
 TINY = torch.finfo(torch.float32).tiny
+SHARP_STEPS = 640
 BOXES, SEEN = 30, 0.3  # of the teacher's boxes: the most likely ones, and how likely one must be
 Map = Callable[[Sight], list[Tensor]]
 
@@ -166,6 +167,16 @@ def product(*maps: Map) -> Map:
     return multiplied
 
 
+def sharpening(base: Map) -> Map:
+    """Uniform weights at first, which sharpen to the map's square over the first ``SHARP_STEPS`` steps."""
+
+    def powered(sight: Sight) -> list[Tensor]:
+        progress = (sight.distiller.criterion.loss_weight.step / SHARP_STEPS).clamp(max=1)
+        return [mean_one(weights.clamp_min(1e-6) ** (2 * progress)) for weights in base(sight)]
+
+    return powered
+
+
 def shuffled(base: Map) -> Map:
     """The twin of a map: in each image and level its values change places at random, so that only places differ."""
 
@@ -194,6 +205,7 @@ MAPS: dict[str, Map] = {
     "graded IoU x confidence": product(graded_iou, confidence),
     "graded IoU x self_information": product(graded_iou, self_information),
     "graded IoU x disagreement": product(graded_iou, disagreement),
+    "sharpening self_information": sharpening(self_information),
     "confidence x self_information": product(confidence, self_information),
 }
 SHUFFLED = "shuffled "  # before a map's name: its twin

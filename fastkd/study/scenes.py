@@ -31,7 +31,7 @@ def labelled(root: Path, first: int, count: int) -> dict[str, str]:
         images = content["images"][first : first + count]
         if len(images) != count:
             raise ValueError(
-                f"count: expected scenes within the {len(content['images'])}, got {first} to {first + count - 1}"
+                f"count: expected scenes of the {len(content['images'])}, got {first} to {first + count - 1}"
             )
         ids = {image["id"] for image in images}
         boxes = [x for x in content["annotations"] if x["image_id"] in ids]
