@@ -49,15 +49,16 @@ class Study:
         runs = [self._teacher(f"{count} scenes", 0, 0, count, p.teacher_steps, p.teacher_lr) for count in counts]
         teachers = dict(zip(counts, self.bench.teachers(runs), strict=True))
         first, *others = p.regimes
-        chosen = self._choose(first, teachers[first.taught], p.maps)
+        chosen = self._choose(first, teachers[first.taught])
         self._compare_all(first, teachers[first.taught], chosen)
         for regime in others:
             teacher = teachers[regime.taught]
-            self._compare_main(regime, teacher, self._choose(regime, teacher, list(chosen.maps)))
+            self._compare_main(regime, teacher, self._choose_again(regime, teacher, chosen))
 
     # ---- what is chosen, on the validation scenes
 
-    def _choose(self, regime: Regime, teacher: Teacher, maps: Sequence[str]) -> Chosen:
+    def _choose(self, regime: Regime, teacher: Teacher) -> Chosen:
+        """Everything: settings for the plain student, for uniform weights, then the maps."""
         p = self.protocol
         usual: list[tuple[str, Sequence[object]]] = [("lr", p.lr), ("weight_decay", p.weight_decay)]
         plain = self._tune(regime, "none", {}, [("steps", regime.plain_steps), *usual, ("zoom", p.zoom)])
@@ -65,12 +66,26 @@ class Study:
         uniform = self._tune(regime, "uniform", UNIFORM, axes, teacher)
         logit = self._tune(regime, "logit", uniform | LOGIT_ALONE, [("logit_weight", p.logit_weight)], teacher)
         # all maps with uniform's settings; the best may then choose their own share, as uniform did
-        trials = {name: uniform | of_map(name) for name in maps}
+        trials = {name: uniform | of_map(name) for name in p.maps}
         means = self._means(regime, trials, teacher)
         best = sorted(trials, key=lambda name: -means[name])[: p.finalists]
         shares = [("distill_share", [uniform["distill_share"] * factor for factor in p.map_shares])]
         tuned = {name: self._tune(regime, name, trials[name], shares, teacher) for name in best}
         return Chosen(plain, uniform, tuned, logit)
+
+    def _choose_again(self, regime: Regime, teacher: Teacher, first: Chosen) -> Chosen:
+        """Length, learning rate, zoom and share anew; the rest is what the first regime chose."""
+        p = self.protocol
+        plain = self._tune(regime, "none", first.plain, [("steps", regime.plain_steps), ("lr", p.lr), ("zoom", p.zoom)])
+        axes = [("distill_share", p.share), ("lr", p.lr), ("steps", regime.distilled_steps)]
+        uniform = self._tune(regime, "uniform", first.uniform, axes, teacher)
+        new = {name: uniform[name] for name, _ in axes}
+        factor = uniform["distill_share"] / first.uniform["distill_share"]
+        maps = {
+            name: config | new | {"distill_share": config["distill_share"] * factor}
+            for name, config in first.maps.items()
+        }
+        return Chosen(plain, uniform, maps, first.logit | new)
 
     def _tune(self, regime: Regime, row: str, start: Config, axes: Axes, teacher: Teacher | None = None) -> Config:
         """The best value of each axis in turn, the others being the best so far."""
