@@ -23,7 +23,7 @@ from fastkd.yolov3.digits import CLASS_NAMES
 from fastkd.yolov3.formats import find_set
 from fastkd.yolov3.predict import draw, predict
 
-COMMANDS = ("train", "eval", "predict", "inspect", "data", "demo", "doctor")
+COMMANDS = ("train", "eval", "predict", "inspect", "data", "demo", "study", "doctor")
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +72,13 @@ def test_the_module_runs_as_the_command_and_lists_all_commands():
     assert all(command in done.stdout for command in COMMANDS)
 
 
+def test_a_study_reports_results_that_are_there(tmp_path, capsys):
+    assert main(["study", "--out", str(tmp_path), "--only-report", "--report", str(tmp_path)]) == 2
+    assert "expected runs of the study in" in capsys.readouterr().err
+    assert main(["study", "--out", str(tmp_path), "--workers", "0"]) == 2
+    assert "workers: expected at least 1, got 0" in capsys.readouterr().err
+
+
 def test_help_needs_torch_alone():
     code = (
         "import sys; from fastkd import cli; cli._parser()\n"
@@ -102,7 +109,7 @@ def test_defaults_in_the_help_of_train_are_those_of_the_configuration():
             continue
         default = fields[action.dest]
         in_words = {"None": {"all", "no distillation", "random weights", "none", "as --batch", "never", "no decay"}}
-        in_words["None"].add("as the map")
+        in_words["None"] |= {"as the map", "all 1"}
         assert stated[1] in in_words.get(str(default), {str(default)}), action.dest
         compared += 1
     assert compared >= 20

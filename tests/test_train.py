@@ -561,9 +561,24 @@ def test_a_prior_of_boxes_is_that_of_the_batch(config, teacher):
 
     masked, anchors = maps(info_map="fgfi")
     torch.testing.assert_close(masked, priors.iou_mask(boxes, anchors, sizes, (64, 64), 4))
+    graded = maps(info_map="uniform", prior="graded_iou")[0]
+    torch.testing.assert_close(graded, priors.iou_mask(boxes, anchors, sizes, (64, 64), 4, graded=True))
     balanced, plain = maps(prior="box_balance")[0], maps(prior="none")[0]
     q = priors.box_balance(boxes, sizes, (64, 64), 4)
     torch.testing.assert_close(balanced, [x * y for x, y in zip(plain, q, strict=True)])
+
+
+def test_levels_have_their_factors(config, teacher, tmp_path):
+    run = replace(config, teacher=str(teacher), steps=1, level_weights=(1.0, 0.0, 2.0, 0.0, 0.0), log_every=1)
+    train(run)
+    assert read_config(run.out) == run
+    (entry,) = [x for x in read_log(Path(run.out) / "metrics.jsonl") if "distill" in x]
+    losses = [value for name, value in entry.items() if name.startswith("distill/")]
+    assert [bool(x) for x in losses] == [True, False, True, False, False]
+    with pytest.raises(ValueError, match=r"weights: expected .*5.*2"):
+        train(replace(run, level_weights=(1.0, 1.0), out=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="level_weights: expected None or finite numbers"):
+        replace(run, level_weights=(1.0, math.nan))
 
 
 def test_a_run_with_a_prior_of_boxes_is_inspected_on_its_own_pictures(config, teacher):

@@ -167,6 +167,11 @@ def product(*maps: Map) -> Map:
     return multiplied
 
 
+def root(base: Map) -> Map:
+    """Flatter: the square root."""
+    return lambda sight: [mean_one(weights.sqrt()) for weights in base(sight)]
+
+
 def sharpening(base: Map) -> Map:
     """Uniform weights at first, which sharpen to the map's square over the first ``SHARP_STEPS`` steps."""
 
@@ -200,6 +205,7 @@ MAPS: dict[str, Map] = {
     "doubt": doubt,
     "IoU mask": iou_mask,
     "graded IoU": graded_iou,
+    "root of graded IoU": root(graded_iou),
     "predicted IoU": predicted_iou,
     "object scale": object_scale,
     "graded IoU x confidence": product(graded_iou, confidence),

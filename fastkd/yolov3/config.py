@@ -143,6 +143,8 @@ class TrainConfig:
         for name, least in (("epochs", 1), ("batch", 1), ("save_every", 1), ("log_every", 1), ("eval_every", 0)):
             self._require(name, getattr(self, name) >= least, f"a number >= {least}")
         self._require("unlabelled_batch", self.unlabelled_batch is None or self.unlabelled_batch >= 1, "a number >= 1")
+        finite = self.level_weights is None or all(map(math.isfinite, self.level_weights))
+        self._require("level_weights", finite, "None or finite numbers, one a level")
         self._require("prior", self.prior is None or self.prior in PRIORS, f"None or one of {', '.join(PRIORS)}")
         if self.unlabelled is not None:
             self._require_explained()
