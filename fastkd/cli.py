@@ -492,7 +492,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from fastkd.study.report import write_report
+    from fastkd.study.report import draw_maps, write_report
     from fastkd.study.study import run_study
 
     results = arguments.results or str(Path(arguments.out) / "results.jsonl")
@@ -501,6 +501,8 @@ def _study(arguments: argparse.Namespace) -> int:
         run_study(arguments.out, results=results, workers=arguments.workers)
     if arguments.report:
         write_report(results, arguments.report)
+        if not arguments.only_report:
+            draw_maps(results, arguments.out, Path(arguments.report) / "maps.png")
         print(f"tables and pictures: {arguments.report}")
     print(f"results: {results}")
     return 0

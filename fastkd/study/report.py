@@ -13,13 +13,22 @@ from typing import TYPE_CHECKING, Any
 from scipy.stats import t as student_t
 
 from fastkd.files import replacing
-from fastkd.study.maps import MAPS, SHUFFLED
-from fastkd.study.runs import Result, read_results
-from fastkd.viz import COLORS, plot_curves
+from fastkd.study.maps import MAPS, SHUFFLED, prior_name
+from fastkd.study.runs import Result, read_results, train_config
+from fastkd.study.scenes import scene_files
+from fastkd.viz import COLORS, overlay_maps, plot_curves
+from fastkd.yolov3.data import DetectionDataset
+from fastkd.yolov3.overlays import some_batch
+from fastkd.yolov3.train import batches, build_objective, training_set
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+DRAWN_MAPS = (
+    *("self_information", "disagreement", "sensitivity", "confidence"),
+    *("graded IoU", "predicted IoU", "object scale", "shuffled graded IoU"),
+)
+DRAWN_SCENES = 3
 LEVEL = 0.95  # of the intervals
 SETTINGS = ("lr", "weight_decay", "steps", "zoom", "distill_share", "logit_weight")
 Row = dict[int, Result]  # by seed
@@ -85,6 +94,28 @@ def write_report(results_file: str | os.PathLike[str], folder: str | os.PathLike
     if page.is_file():
         with replacing(page) as part:
             part.write_text(_filled(page.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
+
+
+def draw_maps(results_file: str | os.PathLike[str], root: str | os.PathLike[str], file: Path) -> None:
+    """Draw some of the maps over test scenes, with the study's first teacher: its model must still be in ``root``.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    run = next(x.run for x in read_results(results_file) if x.run.teacher is not None)
+    config = train_config(run, Path(root))
+    data = training_set(config)
+    objective = build_objective(config, data)
+    distiller = objective.distiller
+    assert distiller is not None
+    distiller.calibrate(x.images for x in batches(data, config, 0, distiller.criterion.calibration_batches))
+    batch = some_batch(DetectionDataset(*scene_files(Path(root), "test"), config.size), DRAWN_SCENES)
+    weights = []
+    for name in DRAWN_MAPS:
+        objective.prior = prior_name(name)
+        weights.append(distiller.maps(batch.images, objective.prior_of(batch.images, batch.targets)).information[0])
+    with replacing(file) as part:
+        overlay_maps(batch.images, weights, DRAWN_MAPS).savefig(part, format="png", dpi=110)
 
 
 def _filled(page: str, found: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,9 +34,10 @@ from fastkd.yolov3.config import PATHS, TrainConfig
 from fastkd.yolov3.data import DetectionDataset
 from fastkd.yolov3.evaluate import evaluate
 from fastkd.yolov3.run_log import versions
-from fastkd.yolov3.train import train
+from fastkd.yolov3.train import epoch_steps, train, training_set
 
 SCORES = ("mAP", "AP50", "AP75")
+SAVE_STEPS = 200  # between two checkpoints, about
 ORPHAN_CHECK = 2.0  # seconds between two looks whether the study is still there
 
 
@@ -235,10 +236,12 @@ def train_config(run: Run, root: Path) -> TrainConfig:
     values["augmentation"] = Augmentation(flip=0.0) if zoom is None else Augmentation(flip=0.0, zoom=tuple(zoom))
     if run.teacher is not None:
         values["teacher"] = str(model_file(root, run.teacher[0]))
-    return TrainConfig(
+    config = TrainConfig(
         out=str(root / "runs" / run.key), seed=run.seed, cache=True, tensorboard=False, cpu=True, eval_every=0,
-        save_every=20, resume=True, **values,
+        resume=True, **values,
     )  # fmt: skip
+    epoch = epoch_steps(config, training_set(config))
+    return replace(config, save_every=max(1, round(SAVE_STEPS / epoch)))
 
 
 def _machine() -> str:
