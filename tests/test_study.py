@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ import fastkd
 from fastkd.study import study
 from fastkd.study.maps import MAPS, SHUFFLED, prior_name
 from fastkd.study.protocol import Protocol, Regime
-from fastkd.study.report import gain, interval, rows_of, write_report
+from fastkd.study.report import draw_maps, gain, interval, rows_of, write_report
 from fastkd.study.runs import Bench, Ledger, Result, Run, read_results
 from fastkd.study.scenes import labelled, unlabelled, write_scenes
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
@@ -320,6 +321,8 @@ def test_a_killed_study_keeps_its_results_and_leaves_no_worker(tmp_path):
     assert all(0 <= x.mAP <= x.AP50 <= 100 and x.versions["torch"] for x in results)
     assert [x.name for x in (tmp_path / "models").iterdir()] == [f"{results[0].run.key}.pt"]
     assert not any((tmp_path / "runs").iterdir())
+    draw_maps(file, tmp_path, tmp_path / "maps.png")  # with the teacher that was kept
+    assert cv2.imread(str(tmp_path / "maps.png")).std() > 10
 
 
 def children(parent):
