@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -280,7 +281,7 @@ if __name__ == "__main__":
     root = Path(sys.argv[1])
     write_scenes(root, train=TINY.train, val=TINY.val, test=TINY.test)
     ledger = Ledger(root / "results.jsonl")
-    bench = Bench(root, ledger, 2)
+    bench = Bench(root, ledger, 1)
     real_runs(root, bench)
     bench.close()
 """
@@ -295,25 +296,22 @@ def real_runs(root, bench):
     return bench.results([Run("few", "x", seed, "val", config, teacher) for seed in range(3)])
 
 
-def test_a_killed_study_keeps_its_results_and_leaves_no_worker(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    script = tmp_path / "script.py"
+def test_a_killed_or_interrupted_study_keeps_its_results_and_leaves_no_worker(tmp_path):
+    script, file = tmp_path / "script.py", tmp_path / "results.jsonl"
     script.write_text(STUDY)
-    process = subprocess.Popen([sys.executable, script, tmp_path], env=environment, stderr=subprocess.DEVNULL)
-    file = tmp_path / "results.jsonl"
     deadline = time.monotonic() + 240
-    while not (file.is_file() and file.read_text().count("\n") >= 2):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
+    process = started(script, tmp_path)
+    wait_for(lambda: file.is_file() and file.read_text().count("\n") >= 2, deadline, process)
     workers = children(process.pid)
     process.kill()
     process.wait()
     before = file.read_text().split("\n")[:2]
-    while any(map(alive, workers)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    subprocess.run([sys.executable, script, tmp_path], env=environment, check=True, stderr=subprocess.DEVNULL)
+    wait_for(lambda: not any(map(alive, workers)), deadline)
+    process = started(script, tmp_path)
+    wait_for(lambda: file.read_text().count("\n") >= 3 or process.poll() == 0, deadline)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    assert started(script, tmp_path).wait(timeout=240) == 0
     lines = file.read_text().splitlines()
     assert lines[:2] == before
     results = read_results(file)
@@ -323,6 +321,23 @@ def test_a_killed_study_keeps_its_results_and_leaves_no_worker(tmp_path):
     assert not any((tmp_path / "runs").iterdir())
     draw_maps(file, tmp_path, tmp_path / "maps.png")  # with the teacher that was kept
     assert cv2.imread(str(tmp_path / "maps.png")).std() > 10
+
+
+def started(script, root):
+    """A study in a process of its own, which hears of Ctrl-C, as one in a shell's foreground does."""
+    return subprocess.Popen(
+        [sys.executable, script, root],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for(condition, deadline, process=None):
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None
+        time.sleep(0.05)
 
 
 def children(parent):

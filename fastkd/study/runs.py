@@ -181,9 +181,9 @@ class Bench:
         try:
             for future in tqdm(as_completed(futures), name, len(futures), unit="run"):
                 self.ledger.add(future.result())
-        except BaseException:
-            for future in futures:
-                future.cancel()
+        except BaseException:  # Ctrl-C, say: what is running goes on from its checkpoint next time
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
 
 
