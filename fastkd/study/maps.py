@@ -214,6 +214,7 @@ MAPS: dict[str, Map] = {
     "sharpening self_information": sharpening(self_information),
     "confidence x self_information": product(confidence, self_information),
 }
+OF_BOXES = {"IoU mask", "object scale", *(name for name in MAPS if "graded IoU" in name)}  # of labels, that is
 SHUFFLED = "shuffled "  # before a map's name: its twin
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastkd.study import scenes
-from fastkd.study.maps import SHUFFLED
+from fastkd.study.maps import OF_BOXES, SHUFFLED
 from fastkd.study.protocol import LOGIT_ALONE, PLACES, PRESETS, UNIFORM, Config, Protocol, Regime, of_map
 from fastkd.study.runs import Bench, Ledger, Run
 
@@ -61,9 +61,10 @@ class Study:
         """Everything: settings for the plain student, for uniform weights, then the maps."""
         p = self.protocol
         usual: list[tuple[str, Sequence[object]]] = [("lr", p.lr), ("weight_decay", p.weight_decay)]
-        plain = self._tune(regime, "none", {}, [("steps", regime.plain_steps), *usual, ("zoom", p.zoom)])
-        axes = [("distill_share", p.share), *usual, ("steps", regime.distilled_steps)]
-        uniform = self._tune(regime, "uniform", UNIFORM, axes, teacher)
+        plain = self._tune(regime, "none", {}, [("steps", regime.plain_steps), *usual, ("zoom", p.plain_zoom)])
+        start = UNIFORM | {"steps": regime.distilled_steps}
+        axes = [("distill_share", p.share), *usual, ("zoom", p.distilled_zoom)]
+        uniform = self._tune(regime, "uniform", start, axes, teacher)
         logit = self._tune(regime, "logit", uniform | LOGIT_ALONE, [("logit_weight", p.logit_weight)], teacher)
         # all maps with uniform's settings; the best may then choose their own share, as uniform did
         trials = {name: uniform | of_map(name) for name in p.maps}
@@ -74,12 +75,13 @@ class Study:
         return Chosen(plain, uniform, tuned, logit)
 
     def _choose_again(self, regime: Regime, teacher: Teacher, first: Chosen) -> Chosen:
-        """Length, learning rate, zoom and share anew; the rest is what the first regime chose."""
+        """Learning rate, and zoom or share, anew; the rest is what the first regime chose."""
         p = self.protocol
-        plain = self._tune(regime, "none", first.plain, [("steps", regime.plain_steps), ("lr", p.lr), ("zoom", p.zoom)])
-        axes = [("distill_share", p.share), ("lr", p.lr), ("steps", regime.distilled_steps)]
-        uniform = self._tune(regime, "uniform", first.uniform, axes, teacher)
-        new = {name: uniform[name] for name, _ in axes}
+        axes = [("steps", regime.plain_steps), ("lr", p.lr), ("zoom", p.plain_zoom)]
+        plain = self._tune(regime, "none", first.plain, axes)
+        start = first.uniform | {"steps": regime.distilled_steps}
+        uniform = self._tune(regime, "uniform", start, [("distill_share", p.share), ("lr", p.lr)], teacher)
+        new = {name: uniform[name] for name in ("steps", "lr")}
         factor = uniform["distill_share"] / first.uniform["distill_share"]
         maps = {
             name: config | new | {"distill_share": config["distill_share"] * factor}
@@ -127,8 +129,13 @@ class Study:
         rows |= {f"{name} + logit": best | term}
         rows |= {f"{name}, {place}": best | config for place, config in PLACES.items()}
         rows |= {f"{SHUFFLED}{x}": config | of_map(SHUFFLED + x) for x, config in chosen.maps.items()}
-        rows |= {f"{name}, unlabelled": best | {"unlabelled": pictures}}
+        # pictures without labels have no boxes
+        free = next((x for x in chosen.maps if x not in OF_BOXES), "self_information")
+        own = chosen.maps.get(free, chosen.uniform | of_map(free))
+        rows |= {f"{free}, unlabelled": own | {"unlabelled": pictures}}
+        rows |= {f"{name} + logit, twice as long": _longer(best | term)}
         self._score(regime, rows, teacher)
+        self._score(regime, {"none, twice as long": _longer(chosen.plain)})
         self._score_teachers(regime, name, best)
 
     def _score_teachers(self, regime: Regime, name: str, best: Config) -> None:
@@ -183,6 +190,10 @@ class Study:
         p = self.protocol
         data = scenes.labelled(self.root, first, count)
         return Run(regime, row, seed, scored_on, {"size": p.size, "batch": p.batch} | data | config, teacher)
+
+
+def _longer(config: Config) -> Config:
+    return config | {"steps": 2 * config["steps"]}
 
 
 def run_study(
