@@ -131,10 +131,6 @@ def doubt(sight: Sight) -> list[Tensor]:
 # ---- from the boxes
 
 
-def iou_mask(sight: Sight) -> list[Tensor]:
-    return [mean_one(q) for q in PRIORS["iou_mask"](sight) if q is not None]
-
-
 def graded_iou(sight: Sight) -> list[Tensor]:
     return [mean_one(q) for q in PRIORS["graded_iou"](sight) if q is not None]
 
@@ -203,18 +199,16 @@ MAPS: dict[str, Map] = {
     "sensitivity": sensitivity,
     "confidence": confidence,
     "doubt": doubt,
-    "IoU mask": iou_mask,
     "graded IoU": graded_iou,
     "root of graded IoU": root(graded_iou),
     "predicted IoU": predicted_iou,
     "object scale": object_scale,
     "graded IoU x confidence": product(graded_iou, confidence),
     "graded IoU x self_information": product(graded_iou, self_information),
-    "graded IoU x disagreement": product(graded_iou, disagreement),
     "sharpening self_information": sharpening(self_information),
     "confidence x self_information": product(confidence, self_information),
 }
-OF_BOXES = {"IoU mask", "object scale", *(name for name in MAPS if "graded IoU" in name)}  # of labels, that is
+OF_BOXES = {"object scale", *(name for name in MAPS if "graded IoU" in name)}  # of labels, that is
 SHUFFLED = "shuffled "  # before a map's name: its twin
 
 

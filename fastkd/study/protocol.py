@@ -56,7 +56,7 @@ class Protocol:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (5, 6)
     lr: tuple[float, ...] = (3.2e-2, 1.6e-2, 6.4e-2, 1.28e-1)
-    weight_decay: tuple[float, ...] = (0.01, 0.05, 0.2)
+    weight_decay: tuple[float, ...] = (0.01, 0.05, 0.2, 0.8)
     plain_zoom: tuple[tuple[float, float], ...] = ((0.75, 1.33), (0.85, 1.18), (0.6, 1.67))
     distilled_zoom: tuple[tuple[float, float], ...] = ((0.75, 1.33), (0.85, 1.18))
     share: tuple[float, ...] = (4.0, 1.0, 16.0)
