@@ -65,7 +65,8 @@ class Study:
         start = UNIFORM | {"steps": regime.distilled_steps}
         axes = [("distill_share", p.share), *usual, ("zoom", p.distilled_zoom)]
         uniform = self._tune(regime, "uniform", start, axes, teacher)
-        logit = self._tune(regime, "logit", uniform | LOGIT_ALONE, [("logit_weight", p.logit_weight)], teacher)
+        axes = [("logit_weight", p.logit_weight), ("lr", p.lr)]
+        logit = self._tune(regime, "logit", uniform | LOGIT_ALONE, axes, teacher)
         # all maps with uniform's settings; the best may then choose their own share, as uniform did
         trials = {name: uniform | of_map(name) for name in p.maps}
         means = self._means(regime, trials, teacher)
@@ -90,8 +91,8 @@ class Study:
         return Chosen(plain, uniform, maps, first.logit | new)
 
     def _tune(self, regime: Regime, row: str, start: Config, axes: Axes, teacher: Teacher | None = None) -> Config:
-        """The best value of each axis in turn, the others being the best so far."""
-        best = start | {name: values[0] for name, values in axes}
+        """The best value of each axis in turn, the others being the best so far, at first the start's or the usual."""
+        best = {name: values[0] for name, values in axes} | start
         for name, values in axes:
             trials = {str(value): best | {name: value} for value in values}
             means = self._means(regime, trials, teacher, row)
