@@ -66,6 +66,9 @@ class Scored(Bench):
     def close(self):
         pass
 
+    def forget(self):
+        pass
+
     def _train(self, runs, *, keep):
         for run in runs:
             self.trained.append(run)

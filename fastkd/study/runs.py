@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from fastkd.files import replacing
 from fastkd.health import fingerprint
 from fastkd.study import maps  # noqa: F401  # the priors that only the study knows
+from fastkd.study.memo import remember
 from fastkd.study.scenes import scene_files
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
@@ -37,6 +39,7 @@ from fastkd.yolov3.run_log import versions
 from fastkd.yolov3.train import epoch_steps, train, training_set
 
 SCORES = ("mAP", "AP50", "AP75")
+MEMO = "memo"  # folder of what the teachers have said, by their fingerprints
 SAVE_STEPS = 200  # between two checkpoints, about
 ORPHAN_CHECK = 2.0  # seconds between two looks whether the study is still there
 
@@ -169,6 +172,10 @@ class Bench:
         self._train([run for run in runs if not model_file(self.root, run.key).is_file()], keep=True)
         return [(run.key, _fingerprint(model_file(self.root, run.key))) for run in runs]
 
+    def forget(self) -> None:
+        """Free the disk of what the teachers have said: some GB a seed."""
+        shutil.rmtree(self.root / MEMO, ignore_errors=True)
+
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -218,7 +225,7 @@ def _train_and_score(run: Run, root: Path, keep: bool) -> Result:
     out = root / "runs" / run.key
     config = train_config(run, root)
     with contextlib.redirect_stderr(io.StringIO()):  # the bars of several runs at a time
-        result = train(config)
+        result = train(config, on_teacher=partial(remember, folder=root / MEMO / str(run.teacher and run.teacher[1])))
     scenes = DetectionDataset(*scene_files(root, run.scored_on), config.size)
     metrics = evaluate(result.model, scenes)
     if keep:

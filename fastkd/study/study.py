@@ -51,9 +51,11 @@ class Study:
         first, *others = p.regimes
         chosen = self._choose(first, teachers[first.taught])
         self._compare_all(first, teachers[first.taught], chosen)
+        self.bench.forget()
         for regime in others:
             teacher = teachers[regime.taught]
             self._compare_main(regime, teacher, self._choose_again(regime, teacher, chosen))
+            self.bench.forget()
 
     # ---- what is chosen, on the validation scenes
 

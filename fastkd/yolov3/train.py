@@ -8,7 +8,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -53,11 +53,15 @@ class TrainResult:
     model_file: Path
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, on_teacher: Callable[[Detector], None] | None = None) -> TrainResult:
     """Train, evaluate and export a detector.
 
     Can be killed at any point and resumed: files appear whole. On a CPU the resumed run ends with the same weights,
     bit for bit, as one that was not interrupted (with the same number of threads).
+
+    Args:
+        config: of the run.
+        on_teacher: called with the teacher as soon as it is loaded, to change how it computes, not what.
 
     Raises:
         FileNotFoundError: a file of the configuration is missing.
@@ -66,7 +70,7 @@ def train(config: TrainConfig) -> TrainResult:
         FloatingPointError: a loss is not finite (names it).
         ConnectionError: of several processes another one is gone (says what is left, and how to go on).
     """
-    run = _Run(config)
+    run = _Run(config, on_teacher)
     try:
         while run.step < run.steps:
             run.go_on()
@@ -79,7 +83,13 @@ def train(config: TrainConfig) -> TrainResult:
         run.close()
 
 
-def build_objective(config: TrainConfig, data: DetectionDataset, *, ranks: int = 1) -> Objective:
+def build_objective(
+    config: TrainConfig,
+    data: DetectionDataset,
+    *,
+    ranks: int = 1,
+    on_teacher: Callable[[Detector], None] | None = None,
+) -> Objective:
     """Student with the run's initial weights, teacher, adapters and losses, on the CPU; for one of ``ranks`` processes.
 
     Raises:
@@ -92,6 +102,8 @@ def build_objective(config: TrainConfig, data: DetectionDataset, *, ranks: int =
         found = load_detector(config.teacher, model=config.teacher_model, num_classes=data.num_classes)
         require_classes("teacher", found, data)
         teacher = found.model
+        if on_teacher is not None:
+            on_teacher(teacher)
     objective = Objective(
         student,
         teacher,
@@ -137,7 +149,7 @@ def total_steps(config: TrainConfig, data: DetectionDataset) -> int:
 class _Run:
     """State of one training run; ``go_on`` trains to the next checkpoint."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, on_teacher: Callable[[Detector], None] | None) -> None:
         self.config, self.out = config, Path(config.out)
         self.data = training_set(config)
         self.val = validation_set(config)
@@ -156,7 +168,7 @@ class _Run:
         self.evaluated, self.metrics = False, cast(Metrics | None, None)
         saved = self._saved()
 
-        objective = build_objective(config, self.data, ranks=ranks).to(self.accelerator.device)
+        objective = build_objective(config, self.data, ranks=ranks, on_teacher=on_teacher).to(self.accelerator.device)
         self.student, self.distiller = objective.student, objective.distiller
         if self.distiller is not None:  # the teacher is no submodule
             self.distiller.teacher.to(self.accelerator.device)
