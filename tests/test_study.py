@@ -1,5 +1,6 @@
 """The study: its choices, its pairs, its intervals, its maps; and that a kill costs it one run at most."""
 
+import copy
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 import fastkd
 from fastkd.study import study
 from fastkd.study.maps import MAPS, SHUFFLED, prior_name
+from fastkd.study.memo import remember
 from fastkd.study.protocol import Protocol, Regime
 from fastkd.study.report import draw_maps, gain, interval, rows_of, write_report
 from fastkd.study.runs import Bench, Ledger, Result, Run, read_results
@@ -271,6 +273,28 @@ def test_sensitivity_leaves_the_teachers_features_as_they_were(objective):
     distiller.maps(images, look)
     torch.testing.assert_close(seen["after"], seen["before"], rtol=0, atol=0)
     assert not any(x.requires_grad for x in seen["after"])
+
+
+def test_a_teacher_that_remembers_says_the_same_bits_without_running(objective, tmp_path):
+    student, distiller = objective.student.eval(), objective.distiller
+    teacher = copy.deepcopy(distiller.teacher)
+    remember(teacher, tmp_path)
+    again = Objective(student, teacher, info_map="self_information", prior="confidence", logit_weight=1.0)
+    ran = []
+    teacher.get_submodule("block32").register_forward_hook(lambda *_: ran.append(1))
+    images, targets = torch.rand(2, 3, 64, 64), torch.tensor([[0, 1, 8, 8, 40, 40.0]])
+    again.distiller.prepare(images)
+    losses = [again(images, targets) for _ in range(2)]
+    assert len(ran) == 1
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    plain = Objective(student, copy.deepcopy(distiller.teacher), prior="confidence", logit_weight=1.0)
+    plain.distiller.prepare(images)
+    plain.distiller.load_state_dict(again.distiller.state_dict())
+    torch.testing.assert_close(plain(images, targets)[1], again(images, targets)[1], rtol=0, atol=0)
+    again(images.flip(0), targets)
+    assert len(ran) == 2
+    teacher(images)  # outside no_grad, as the sensitivity's: what was read would have no gradient
+    assert len(ran) == 3
 
 
 # ---- the runs themselves

@@ -136,7 +136,8 @@ class Study:
         free = next((x for x in chosen.maps if x not in OF_BOXES), "self_information")
         own = chosen.maps.get(free, chosen.uniform | of_map(free))
         rows |= {f"{free}, unlabelled": own | {"unlabelled": pictures}}
-        rows |= {f"{name} + logit, twice as long": _longer(best | term)}
+        longer = {"uniform": chosen.uniform, name: best, f"{name} + logit": best | term}
+        rows |= {f"{row}, twice as long": _longer(config) for row, config in longer.items()}
         self._score(regime, rows, teacher)
         self._score(regime, {"none, twice as long": _longer(chosen.plain)})
         self._score_teachers(regime, name, best)
