@@ -151,17 +151,9 @@ class Study:
     def _score_teachers(self, regime: Regime, name: str, best: Config) -> None:
         """Teachers that know no more than the student: what they give it was not knowledge."""
         p = self.protocol
+        kind, count = regime.scenes, regime.labelled
         own = [
-            self._teacher(
-                regime.scenes,
-                "the student's scenes",
-                s,
-                s * regime.labelled,
-                regime.labelled,
-                p.own_steps,
-                p.teacher_lr,
-            )
-            for s in p.seeds
+            self._teacher(kind, "the student's scenes", s, s * count, count, p.own_steps, p.teacher_lr) for s in p.seeds
         ]
         blank = self._teacher(kind, "nothing", 0, 0, p.train, p.blank_steps, NO_LR)
         *teachers, untrained = self.bench.teachers([*own, blank])
