@@ -327,9 +327,9 @@ def _add_demo(commands: Any) -> None:
 
 def _add_study(commands: Any) -> None:
     text = """\
-Train some 300 students with and without teachers, maps and levels, with several seeds, on digits scenes; and make the
-tables and pictures of docs/study. Hours on two cores. Each run is a line of the results file: stopped, the same command
-goes on.
+Train hundreds of students with and without teachers, maps and levels, with several seeds, on digits scenes; and make
+the tables and pictures of docs/study. Hours on two cores, and tens of GB of disk while it runs. Each run is a line of
+the results file: stopped, the same command goes on.
 
   fastkd study --report docs/study
   fastkd study --results docs/study/results.jsonl --report docs/study --only-report

@@ -50,7 +50,7 @@ class Run:
 
     Args:
         regime: how much data student and teacher have.
-        row: what is distilled, as the tables name it; ``"teacher"`` for a teacher.
+        row: what is distilled, as the tables name it; of a teacher, what it has learnt from.
         seed: of the initial weights, the order, the augmentation, and of which scenes are labelled.
         scored_on: ``"val"`` while something is chosen, ``"test"`` for the tables.
         config: what ``TrainConfig`` gets, but for ``out`` and ``teacher``; paths are relative to the study's folder.
