@@ -63,6 +63,7 @@ def test_boxes_are_tight_around_the_ink(monkeypatch):
     monkeypatch.setattr(digits, "_add_patch", lambda *args: None)
     monkeypatch.setattr(digits, "_add_stroke", lambda *args: None)
     monkeypatch.setattr(digits, "_between", lambda rng, low, high: low)  # no noise, no slant, opacity 0.7
+    monkeypatch.setattr(digits, "MAX_DIGITS", 1)
 
     def black_ink(canvas, alpha, place, opacity, rng):
         (y, x), (height, width) = place, alpha.shape
@@ -70,24 +71,9 @@ def test_boxes_are_tight_around_the_ink(monkeypatch):
 
     monkeypatch.setattr(digits, "_ink", black_ink)
     for index in range(20):
-        scene = make_scene(load_sources("train"), size=96, rng=scene_rng(0, "train", index), max_digits=1)
+        scene = make_scene(load_sources("train"), size=96, rng=scene_rng(0, "train", index))
         rows, columns = np.nonzero(scene.image[:, :, 0] < 128)
         assert scene.boxes.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
-
-
-def test_digits_can_be_few_and_small(tmp_path):
-    write_digits(tmp_path / "sparse", train=8, val=1, test=1, glyph_height=(14, 24), max_digits=1)
-    content = json.loads((tmp_path / "sparse/annotations/train.json").read_text())
-    assert sorted(x["image_id"] for x in content["annotations"]) == list(range(1, 9))
-    assert all(8 <= x["bbox"][3] <= 24 for x in content["annotations"])
-    with pytest.raises(FileExistsError):  # other scenes
-        write_digits(tmp_path / "sparse", train=8, val=1, test=1)
-    for wrong, message in (
-        ({"glyph_height": (8, 24)}, "glyph_height: expected"),
-        ({"max_digits": 0}, "max_digits: exp"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            write_digits(tmp_path / "other", **wrong)
 
 
 def test_splits_share_no_digit_and_train_no_photograph_half():
@@ -187,7 +173,7 @@ def test_losing_a_race_against_the_same_set_is_fine(tmp_path, monkeypatch):
         write_digits_in_other(*args)
         write_set(root, *args)
 
-    def write_digits_in_other(counts, size, seed, *_):
+    def write_digits_in_other(counts, size, seed):
         monkeypatch.setattr(digits.os, "getpid", lambda: -1)
         write_digits(out, **counts, size=size, seed=seed)
         monkeypatch.undo()

@@ -26,7 +26,7 @@ from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
 from fastkd.yolov3.objective import Objective
 
 TINY = Protocol(
-    regimes=(Regime("few", 4, 12, (2, 3), 2, tries_maps=True), Regime("equal", 12, 12, (2,), 2, scenes="sparse")),
+    regimes=(Regime("few", 4, 12, (2, 3), 2), Regime("equal", 12, 12, (2,), 2)),
     seeds=(0, 1),
     tuning_seeds=(2,),
     lr=(1e-3, 2e-3),
@@ -133,7 +133,7 @@ def test_rows_are_paired_and_controls_have_their_own_teachers(planned):
     taught = {x.run.key: x.run for x in results if x.run.regime == "teachers"}
     for x in own.values():
         assert taught[x.run.teacher[0]].config["annotations"] == x.run.config["annotations"]
-    assert few["self_information, unlabelled"][0].run.config["unlabelled"] == "unlabelled/digits/10-11"
+    assert few["self_information, unlabelled"][0].run.config["unlabelled"] == "unlabelled/10-11"
     twin = few[SHUFFLED + best][0].run.config
     assert twin == few[best][0].run.config | {"prior": prior_name(SHUFFLED + best)}
 
@@ -308,7 +308,7 @@ from fastkd.study.scenes import write_scenes
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    write_scenes(root, "digits", train=TINY.train, val=TINY.val, test=TINY.test)
+    write_scenes(root, train=TINY.train, val=TINY.val, test=TINY.test)
     ledger = Ledger(root / "results.jsonl")
     bench = Bench(root, ledger, 1)
     real_runs(root, bench)
@@ -318,10 +318,10 @@ if __name__ == "__main__":
 
 def real_runs(root, bench):
     """A teacher and three students."""
-    data = labelled(root, "digits", 0, 8) | {"size": 96, "batch": 4, "width": 0.125, "steps": 4}
+    data = labelled(root, 0, 8) | {"size": 96, "batch": 4, "width": 0.125, "steps": 4}
     (teacher,) = bench.teachers([Run("teachers", "t", 0, "test", data | {"model": "yolov3"})])
     config = data | {"info_map": "uniform", "prior": prior_name("sensitivity"), "zoom": [0.8, 1.2]}
-    config |= {"level_weights": [1, 1, 1, 0, 0], "unlabelled": unlabelled(root, "digits", 8, 4)}
+    config |= {"level_weights": [1, 1, 1, 0, 0], "unlabelled": unlabelled(root, 8, 4)}
     return bench.results([Run("few", "x", seed, "val", config, teacher) for seed in range(3)])
 
 
@@ -379,11 +379,11 @@ def alive(pid):
 
 
 def test_the_seeds_scenes_are_the_named_ones(tmp_path):
-    write_scenes(tmp_path, "sparse", train=6, val=1, test=1)
-    paths = labelled(tmp_path, "sparse", 2, 3)
+    write_scenes(tmp_path, train=6, val=1, test=1)
+    paths = labelled(tmp_path, 2, 3)
     images = json.loads((tmp_path / paths["annotations"]).read_text())["images"]
     assert [x["file_name"] for x in images] == ["000003.png", "000004.png", "000005.png"]
-    folder = tmp_path / unlabelled(tmp_path, "sparse", 4, 2)
+    folder = tmp_path / unlabelled(tmp_path, 4, 2)
     assert sorted(x.name for x in folder.iterdir()) == ["000005.png", "000006.png"]
     with pytest.raises(ValueError, match="count: expected scenes of the 6, got 4 to 7"):
-        labelled(tmp_path, "sparse", 4, 4)
+        labelled(tmp_path, 4, 4)

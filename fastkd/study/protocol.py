@@ -20,9 +20,6 @@ class Regime:
         plain_steps: lengths of the training without distillation to choose from.
         distilled_steps: length of that with distillation, of which a step takes about twice the time: half as long, so
             that all students train for about as many seconds.
-        scenes: what kind, of ``fastkd.study.scenes``.
-        tries_maps: whether all maps are tried here too, and the best compared with their twins; else the first
-            regime's best.
     """
 
     name: str
@@ -30,8 +27,6 @@ class Regime:
     taught: int
     plain_steps: tuple[int, ...]
     distilled_steps: int
-    scenes: str = "digits"
-    tries_maps: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,8 +34,7 @@ class Protocol:
     """Sizes, lengths and choices of the study; the defaults are those of the published one.
 
     Args:
-        regimes: few labels, some, equal data, and few small objects. All rows run in the first, the main ones in the
-            others.
+        regimes: few labels, some, equal data. All rows run in the first, the main ones in the others.
         seeds: one student of every row each.
         tuning_seeds: those that settings are chosen with; their scenes are their own.
         lr, weight_decay, plain_zoom, distilled_zoom, share, logit_weight: values to choose from, one after the other.
@@ -55,10 +49,9 @@ class Protocol:
     """
 
     regimes: tuple[Regime, ...] = (
-        Regime("few", 100, 4000, plain_steps=(640, 1280), distilled_steps=640, tries_maps=True),
+        Regime("few", 100, 4000, plain_steps=(640, 1280), distilled_steps=640),
         Regime("some", 300, 4000, plain_steps=(1280,), distilled_steps=640),
         Regime("equal", 2000, 2000, plain_steps=(1920,), distilled_steps=960),
-        Regime("sparse", 300, 4000, plain_steps=(1280,), distilled_steps=640, scenes="sparse", tries_maps=True),
     )
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (5, 6)

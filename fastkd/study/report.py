@@ -15,7 +15,7 @@ from scipy.stats import t as student_t
 from fastkd.files import replacing
 from fastkd.study.maps import MAPS, SHUFFLED, prior_name
 from fastkd.study.runs import Result, read_results, train_config
-from fastkd.study.scenes import kind_of, scene_files
+from fastkd.study.scenes import scene_files
 from fastkd.viz import COLORS, overlay_maps, plot_curves
 from fastkd.yolov3.data import DetectionDataset
 from fastkd.yolov3.overlays import some_batch
@@ -109,9 +109,7 @@ def draw_maps(results_file: str | os.PathLike[str], root: str | os.PathLike[str]
     distiller = objective.distiller
     assert distiller is not None
     distiller.calibrate(x.images for x in batches(data, config, 0, distiller.criterion.calibration_batches))
-    batch = some_batch(
-        DetectionDataset(*scene_files(Path(root), kind_of(run.config), "test"), config.size), DRAWN_SCENES
-    )
+    batch = some_batch(DetectionDataset(*scene_files(Path(root), "test"), config.size), DRAWN_SCENES)
     weights = []
     for name in DRAWN_MAPS:
         objective.prior = prior_name(name)

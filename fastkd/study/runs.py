@@ -29,7 +29,7 @@ from fastkd.files import replacing
 from fastkd.health import fingerprint
 from fastkd.study import maps  # noqa: F401  # the priors that only the study knows
 from fastkd.study.memo import remember
-from fastkd.study.scenes import kind_of, scene_files
+from fastkd.study.scenes import scene_files
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import PATHS, TrainConfig
@@ -226,7 +226,7 @@ def _train_and_score(run: Run, root: Path, keep: bool) -> Result:
     config = train_config(run, root)
     with contextlib.redirect_stderr(io.StringIO()):  # the bars of several runs at a time
         result = train(config, on_teacher=partial(remember, folder=root / MEMO / str(run.teacher and run.teacher[1])))
-    scenes = DetectionDataset(*scene_files(root, kind_of(run.config), run.scored_on), config.size)
+    scenes = DetectionDataset(*scene_files(root, run.scored_on), config.size)
     metrics = evaluate(result.model, scenes)
     if keep:
         with replacing(model_file(root, run.key)) as part:

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fastkd.files import replacing
 from fastkd.yolov3.digits import write_digits
 
-# what kinds of scenes there are, as options of ``write_digits``; a kind is also the name of its folder
-KINDS: dict[str, dict[str, Any]] = {"digits": {}, "sparse": {"glyph_height": (14, 24), "max_digits": 1}}
+TRAIN, VAL, TEST = 4000, 1000, 2000
+UNLABELLED = 1000  # the last of the training scenes, which no student has with labels
 
 
-def write_scenes(root: Path, kind: str, *, train: int, val: int, test: int, size: int = 96) -> None:
+def write_scenes(root: Path, *, train: int = TRAIN, val: int = VAL, test: int = TEST, size: int = 96) -> None:
     """Make the scenes; what is there stays."""
-    write_digits(root / kind, train=train, val=val, test=test, size=size, **KINDS[kind])
+    write_digits(root / "digits", train=train, val=val, test=test, size=size)
 
 
-def scene_files(root: Path, kind: str, split: str) -> tuple[Path, Path]:
+def scene_files(root: Path, split: str) -> tuple[Path, Path]:
     """Annotations and pictures of ``"val"`` or ``"test"``."""
-    return root / kind / f"annotations/{split}.json", root / kind / f"images/{split}"
+    return root / f"digits/annotations/{split}.json", root / f"digits/images/{split}"
 
 
-def labelled(root: Path, kind: str, first: int, count: int) -> dict[str, str]:
+def labelled(root: Path, first: int, count: int) -> dict[str, str]:
     """The training scenes ``first`` to ``first + count - 1`` as ``TrainConfig`` takes them, relative to ``root``."""
-    name = f"annotations/{'' if kind == 'digits' else f'{kind}-'}{first}-{first + count - 1}.json"
+    name = f"annotations/{first}-{first + count - 1}.json"
     if not (root / name).is_file():
-        content = json.loads((root / kind / "annotations/train.json").read_text(encoding="utf-8"))
+        content = json.loads((root / "digits/annotations/train.json").read_text(encoding="utf-8"))
         images = content["images"][first : first + count]
         if len(images) != count:
             raise ValueError(
@@ -39,20 +37,15 @@ def labelled(root: Path, kind: str, first: int, count: int) -> dict[str, str]:
         boxes = [x for x in content["annotations"] if x["image_id"] in ids]
         with replacing(root / name) as part:
             part.write_text(json.dumps(content | {"images": images, "annotations": boxes}), encoding="utf-8")
-    return {"annotations": name, "images": f"{kind}/images/train"}
+    return {"annotations": name, "images": "digits/images/train"}
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
-    """The kind of the scenes in ``labelled``'s paths."""
-    return str(config["images"]).partition("/")[0]
-
-
-def unlabelled(root: Path, kind: str, first: int, count: int) -> str:
+def unlabelled(root: Path, first: int, count: int) -> str:
     """A folder with these training scenes' pictures alone, relative to ``root``."""
-    folder = root / f"unlabelled/{kind}/{first}-{first + count - 1}"
+    folder = root / f"unlabelled/{first}-{first + count - 1}"
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(first + 1, first + count + 1):
         picture = f"{number:06d}.png"
         if not (folder / picture).exists():
-            os.link(root / kind / "images/train" / picture, folder / picture)
+            os.link(root / "digits/images/train" / picture, folder / picture)
     return str(folder.relative_to(root))

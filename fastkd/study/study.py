@@ -44,17 +44,16 @@ class Study:
 
     def run(self) -> None:
         p = self.protocol
-        for kind in dict.fromkeys(regime.scenes for regime in p.regimes):
-            scenes.write_scenes(self.root, kind, train=p.train, val=p.val, test=p.test, size=p.size)
-        needed = dict.fromkeys((regime.scenes, regime.taught) for regime in p.regimes)
-        runs = [self._teacher(kind, _named(kind, n), 0, 0, n, p.teacher_steps, p.teacher_lr) for kind, n in needed]
-        teachers = dict(zip(needed, self.bench.teachers(runs), strict=True))
+        scenes.write_scenes(self.root, train=p.train, val=p.val, test=p.test, size=p.size)
+        counts = list(dict.fromkeys(regime.taught for regime in p.regimes))
+        runs = [self._teacher(f"{count} scenes", 0, 0, count, p.teacher_steps, p.teacher_lr) for count in counts]
+        teachers = dict(zip(counts, self.bench.teachers(runs), strict=True))
         first, *others = p.regimes
-        chosen = self._choose(first, teachers[first.scenes, first.taught])
-        self._compare_all(first, teachers[first.scenes, first.taught], chosen)
+        chosen = self._choose(first, teachers[first.taught])
+        self._compare_all(first, teachers[first.taught], chosen)
         self.bench.forget()
         for regime in others:
-            teacher = teachers[regime.scenes, regime.taught]
+            teacher = teachers[regime.taught]
             self._compare_main(regime, teacher, self._choose_again(regime, teacher, chosen))
             self.bench.forget()
 
@@ -70,16 +69,13 @@ class Study:
         uniform = self._tune(regime, "uniform", start, axes, teacher)
         axes = [("logit_weight", p.logit_weight), ("lr", p.lr)]
         logit = self._tune(regime, "logit", uniform | LOGIT_ALONE, axes, teacher)
-        return Chosen(plain, uniform, self._choose_maps(regime, teacher, uniform), logit)
-
-    def _choose_maps(self, regime: Regime, teacher: Teacher, uniform: Config) -> dict[str, Config]:
-        """The best of all maps with uniform's settings; these may then choose their own share, as uniform did."""
-        p = self.protocol
+        # all maps with uniform's settings; the best may then choose their own share, as uniform did
         trials = {name: uniform | of_map(name) for name in p.maps}
         means = self._means(regime, trials, teacher)
         best = sorted(trials, key=lambda name: -means[name])[: p.finalists]
         shares = [("distill_share", [uniform["distill_share"] * factor for factor in p.map_shares])]
-        return {name: self._tune(regime, name, trials[name], shares, teacher) for name in best}
+        tuned = {name: self._tune(regime, name, trials[name], shares, teacher) for name in best}
+        return Chosen(plain, uniform, tuned, logit)
 
     def _choose_again(self, regime: Regime, teacher: Teacher, first: Chosen) -> Chosen:
         """Learning rate, and zoom or share, anew; the rest is what the first regime chose."""
@@ -89,8 +85,6 @@ class Study:
         start = first.uniform | {"steps": regime.distilled_steps}
         uniform = self._tune(regime, "uniform", start, [("distill_share", p.share), ("lr", p.lr)], teacher)
         new = {name: uniform[name] for name in ("steps", "lr")}
-        if regime.tries_maps:
-            return Chosen(plain, uniform, self._choose_maps(regime, teacher, uniform), first.logit | new)
         factor = uniform["distill_share"] / first.uniform["distill_share"]
         maps = {
             name: config | new | {"distill_share": config["distill_share"] * factor}
@@ -124,8 +118,6 @@ class Study:
 
     def _compare_main(self, regime: Regime, teacher: Teacher, chosen: Chosen) -> None:
         rows = {"uniform": chosen.uniform, **chosen.maps, "logit": chosen.logit}
-        if regime.tries_maps:
-            rows |= {f"{SHUFFLED}{x}": config | of_map(SHUFFLED + x) for x, config in chosen.maps.items()}
         self._score(regime, {"none": chosen.plain})
         self._score(regime, rows, teacher)
 
@@ -133,11 +125,13 @@ class Study:
         self._compare_main(regime, teacher, chosen)
         name, best = next(iter(chosen.maps.items()))
         term = {"logit_weight": chosen.logit["logit_weight"]}
-        p = self.protocol
-        pictures = scenes.unlabelled(self.root, regime.scenes, p.train - p.unlabelled, p.unlabelled)
+        pictures = scenes.unlabelled(
+            self.root, self.protocol.train - self.protocol.unlabelled, self.protocol.unlabelled
+        )
         rows = {x: chosen.uniform | config for x, config in PRESETS.items() if x not in chosen.maps}
         rows |= {f"{name} + logit": best | term}
         rows |= {f"{name}, {place}": best | config for place, config in PLACES.items()}
+        rows |= {f"{SHUFFLED}{x}": config | of_map(SHUFFLED + x) for x, config in chosen.maps.items()}
         # pictures without labels have no boxes
         free = next((x for x in chosen.maps if x not in OF_BOXES), "self_information")
         own = chosen.maps.get(free, chosen.uniform | of_map(free))
@@ -151,11 +145,11 @@ class Study:
     def _score_teachers(self, regime: Regime, name: str, best: Config) -> None:
         """Teachers that know no more than the student: what they give it was not knowledge."""
         p = self.protocol
-        kind, count = regime.scenes, regime.labelled
+        count = regime.labelled
         own = [
-            self._teacher(kind, "the student's scenes", s, s * count, count, p.own_steps, p.teacher_lr) for s in p.seeds
+            self._teacher("the student's scenes", s, s * count, count, p.own_steps, p.teacher_lr) for s in p.seeds
         ]
-        blank = self._teacher(kind, "nothing", 0, 0, p.train, p.blank_steps, NO_LR)
+        blank = self._teacher("nothing", 0, 0, p.train, p.blank_steps, NO_LR)
         *teachers, untrained = self.bench.teachers([*own, blank])
         runs = [
             self._student(regime, f"{name}, teacher of the student's scenes", seed, "test", best, teacher)
@@ -177,24 +171,27 @@ class Study:
     ) -> Run:
         first = seed * regime.labelled if (seed + 1) * regime.labelled <= regime.taught else 0
         whole = {"model": "yolov3-tiny", "width": self.protocol.student_width} | config
-        data = scenes.labelled(self.root, regime.scenes, first, regime.labelled)
-        return self._trained(regime.name, row, seed, scored_on, data | whole, teacher)
+        return self._trained(regime.name, row, seed, scored_on, first, regime.labelled, whole, teacher)
 
-    def _teacher(self, kind: str, what: str, seed: int, first: int, count: int, steps: int, lr: float) -> Run:
+    def _teacher(self, what: str, seed: int, first: int, count: int, steps: int, lr: float) -> Run:
         p = self.protocol
         config = {"model": "yolov3", "width": p.teacher_width, "match_threshold": p.teacher_match}
-        data = scenes.labelled(self.root, kind, first, count)
-        return self._trained("teachers", what, seed, "test", data | config | {"steps": steps, "lr": lr}, None)
+        return self._trained("teachers", what, seed, "test", first, count, config | {"steps": steps, "lr": lr}, None)
 
     def _trained(
-        self, regime: str, row: str, seed: int, scored_on: str, config: Config, teacher: Teacher | None
+        self,
+        regime: str,
+        row: str,
+        seed: int,
+        scored_on: str,
+        first: int,
+        count: int,
+        config: Config,
+        teacher: Teacher | None,
     ) -> Run:
         p = self.protocol
-        return Run(regime, row, seed, scored_on, {"size": p.size, "batch": p.batch} | config, teacher)
-
-
-def _named(kind: str, count: int) -> str:
-    return f"{count} scenes" if kind == "digits" else f"{count} {kind} scenes"
+        data = scenes.labelled(self.root, first, count)
+        return Run(regime, row, seed, scored_on, {"size": p.size, "batch": p.batch} | data | config, teacher)
 
 
 def _longer(config: Config) -> Config:

@@ -25,8 +25,8 @@ SPLITS = ("train", "val", "test")
 SUBSETS = (100, 300)  # the first scenes of "train" again, as small labelled sets
 
 CLASS_NAMES = tuple("0123456789")
-GLYPH_HEIGHT = (20, 48)  # pixels, by default
-MAX_DIGITS = 4  # by default
+GLYPH_HEIGHT = (20, 48)  # pixels
+MAX_DIGITS = 4
 MAX_IOU = 0.02  # between the boxes of one scene
 SHARE_OF_DIGITS = {"train": 0.6, "val": 0.2, "test": 0.2}  # of the 1,797 source digits
 
@@ -58,27 +58,17 @@ def write_digits(
     test: int = 500,
     size: int = 96,
     seed: int = 0,
-    glyph_height: tuple[int, int] = GLYPH_HEIGHT,
-    max_digits: int = MAX_DIGITS,
 ) -> Path:
     """Write digits scenes as PNG files and COCO JSON; return `out_dir`.
 
     Layout: `annotations/{train,val,test}.json`, `images/{train,val,test}/000001.png`, `manifest.json`, and, where
     `train` is larger, `annotations/train_100.json` and `train_300.json`: the first scenes of train. A scene depends on
-    (seed, split, its number, size, glyph_height, max_digits) only, not on how many there are.
+    (seed, split, its number, size) only, not on how many there are.
 
     The folder appears whole or not at all. One that holds the same set already is reused, untouched.
 
-    Args:
-        train, val, test: numbers of scenes.
-        size: side of a scene in pixels.
-        seed: of the scenes.
-        glyph_height: least and largest height of a digit in pixels.
-        max_digits: a scene has 1 to so many.
-
     Raises:
-        ValueError: a negative count, `size` outside 80..320 (a glyph must fit, and the crop the photograph half),
-            `glyph_height` not an ascending pair within 12..48, `max_digits` < 1.
+        ValueError: a negative count, or `size` outside 80..320 (a glyph must fit, and the crop the photograph half).
         FileExistsError: `out_dir` holds something else.
     """
     out = Path(out_dir)
@@ -88,20 +78,14 @@ def write_digits(
             raise ValueError(f"{name}: expected a number of scenes >= 0, got {count}")
     if not 80 <= size <= 320:
         raise ValueError(f"size: expected 80 to 320 pixels, got {size}")
-    if not 12 <= glyph_height[0] <= glyph_height[1] <= GLYPH_HEIGHT[1]:
-        raise ValueError(f"glyph_height: expected an ascending pair of 12 to 48 pixels, got {glyph_height}")
-    if max_digits < 1:
-        raise ValueError(f"max_digits: expected a number >= 1, got {max_digits}")
     manifest = {"format": "fastkd digits", "version": FORMAT_VERSION, "seed": seed, "size": size, "scenes": counts}
-    if (glyph_height, max_digits) != (GLYPH_HEIGHT, MAX_DIGITS):
-        manifest |= {"glyph_height": list(glyph_height), "max_digits": max_digits}
     if _holds(out, manifest):
         return out
 
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        _write_set(partial, counts, size, seed, glyph_height, max_digits)
+        _write_set(partial, counts, size, seed)
         _write_json(partial / "manifest.json", manifest)
         try:
             partial.rename(out)
@@ -113,26 +97,19 @@ def write_digits(
     return out
 
 
-def make_scene(
-    sources: Sources,
-    *,
-    size: int,
-    rng: np.random.Generator,
-    glyph_height: tuple[int, int] = GLYPH_HEIGHT,
-    max_digits: int = MAX_DIGITS,
-) -> Scene:
-    """Compose one scene: a photograph crop, clutter, then 1 to `max_digits` digits that (almost) do not overlap."""
+def make_scene(sources: Sources, *, size: int, rng: np.random.Generator) -> Scene:
+    """Compose one scene: a photograph crop, clutter, then 1 to 4 digits that (almost) do not overlap."""
     canvas = _photograph_crop(sources.photographs, size, rng)
     for _ in range(_integer(rng, 0, 2)):
         _add_patch(canvas, sources.photographs, rng)
     for _ in range(_integer(rng, 0, 2)):
-        _add_stroke(canvas, rng, glyph_height[1])
+        _add_stroke(canvas, rng)
 
     boxes: list[Box] = []
     classes: list[int] = []
-    for _ in range(_integer(rng, 1, max_digits)):
+    for _ in range(_integer(rng, 1, MAX_DIGITS)):
         source = _integer(rng, 0, len(sources.glyphs) - 1)
-        alpha = _enlarge(sources.glyphs[source], rng, glyph_height)
+        alpha = _enlarge(sources.glyphs[source], rng)
         found = _free_place(alpha, boxes, size, rng)
         if found is None:
             continue
@@ -193,9 +170,9 @@ def _add_patch(canvas: Array, photographs: list[Array], rng: np.random.Generator
     area += (fill - area) * opacity
 
 
-def _add_stroke(canvas: Array, rng: np.random.Generator, longest: int) -> None:
+def _add_stroke(canvas: Array, rng: np.random.Generator) -> None:
     """Draw a quadratic Bézier curve, about as long, wide and coloured as a digit's."""
-    size = _integer(rng, 12, longest)
+    size = _integer(rng, 12, GLYPH_HEIGHT[1])
     control = rng.random((3, 2)) * size
     t = (np.arange(33) / 32)[:, None]
     curve = control[0] * (1 - t) * (1 - t) + control[1] * 2 * t * (1 - t) + control[2] * t * t
@@ -222,9 +199,9 @@ def _ink(canvas: Array, alpha: Array, place: tuple[int, int], opacity: float, rn
     area += (colour - area) * (alpha * opacity)[:, :, None]
 
 
-def _enlarge(glyph: Array, rng: np.random.Generator, heights: tuple[int, int]) -> Array:
-    """Enlarge 8x8 ink to an opacity mask within these heights, its width jittered and its upright slanted a little."""
-    height = _integer(rng, *heights)
+def _enlarge(glyph: Array, rng: np.random.Generator) -> Array:
+    """Enlarge 8x8 ink to an opacity mask GLYPH_HEIGHT tall, its width jittered and its upright slanted a little."""
+    height = _integer(rng, *GLYPH_HEIGHT)
     width = max(6, int(height * glyph.shape[1] / glyph.shape[0] * _between(rng, 0.9, 1.1)))
     rows, columns = _cubic_weights(glyph.shape[0], height), _cubic_weights(glyph.shape[1], width)
     ink = (rows @ glyph @ columns.T) / (16 * 1024 * 1024)  # integer products: exact, so identical everywhere
@@ -314,9 +291,7 @@ def _holds(out: Path, manifest: dict[str, Any]) -> bool:
     raise FileExistsError(f"out_dir: {out} holds something else; expected {manifest}, found {found}; give a new folder")
 
 
-def _write_set(
-    root: Path, counts: dict[str, int], size: int, seed: int, glyph_height: tuple[int, int], max_digits: int
-) -> None:
+def _write_set(root: Path, counts: dict[str, int], size: int, seed: int) -> None:
     (root / "annotations").mkdir()
     first_id = 1
     for split, count in counts.items():
@@ -324,8 +299,7 @@ def _write_set(
         folder.mkdir(parents=True)
         sources, scenes = load_sources(split), []
         for index in range(count):
-            rng = scene_rng(seed, split, index)
-            scene = make_scene(sources, size=size, rng=rng, glyph_height=glyph_height, max_digits=max_digits)
+            scene = make_scene(sources, size=size, rng=scene_rng(seed, split, index))
             _write_png(folder / f"{index + 1:06d}.png", scene.image)
             scenes.append((scene.boxes, scene.classes))
         _write_json(root / "annotations" / f"{split}.json", _coco(scenes, size, first_id))
