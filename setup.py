@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -57,7 +59,6 @@ def cuda_archs() -> list[str]:
 def compile_cuda(nvcc: str, archs: list[str], include: Path, folder: Path) -> Path:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    folder.mkdir(parents=True, exist_ok=True)
     command = [
         *(nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-t0", "--compress-mode=size"),
         *("-Xcompiler=-fPIC,-fvisibility=hidden", *TARGET, *codes, f"-I{include}"),
@@ -69,6 +70,8 @@ def compile_cuda(nvcc: str, archs: list[str], include: Path, folder: Path) -> Pa
 
 
 class Build(build_ext):
+    """All sources side by side, as many as there are cores: each takes a minute or more."""
+
     def build_extension(self, ext: Extension) -> None:
         self.force = True  # setuptools does not see a changed header
         torch = torch_directory()
@@ -77,8 +80,20 @@ class Build(build_ext):
         nvcc = find_nvcc()
         archs = cuda_archs() if nvcc else []
         ext.define_macros.append(("FASTKD_CUDA_ARCHS", f'"{";".join(archs)}"'))
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        compile_one = self.compiler.compile
+
+        def compile_all(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                cuda = pool.submit(compile_cuda, nvcc, archs, torch / "include", folder) if nvcc else None
+                objects = [
+                    x for made in pool.map(lambda source: compile_one([source], **options), sources) for x in made
+                ]
+            return objects + ([str(cuda.result())] if cuda else [])
+
+        self.compiler.compile = compile_all
         if nvcc:
-            ext.extra_objects.append(str(compile_cuda(nvcc, archs, torch / "include", Path(self.build_temp))))
             # libtorch.so is empty, but of a CUDA torch it brings libtorch_cuda, whose current stream we ask for
             ext.extra_link_args += [str(cuda_runtime(nvcc)), "-Wl,--no-as-needed", "-ltorch", "-lrt", "-ldl"]
         super().build_extension(ext)
