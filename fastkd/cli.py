@@ -172,7 +172,7 @@ def _add_train(commands: Any) -> None:
     add(kd, "--unlabelled-batch", "how many of them a step (default: as --batch)", type=int)
     add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=weight_of, metavar="N")
     add(kd, "--distill-share", "auto: hold it at so many times the detection loss (default: 1.0)", type=float)
-    add(kd, "--info-map", "where in the features to look (default: self_information)", metavar="NAME")
+    add(kd, "--info-map", "where in the features to look (default: graded_iou)", metavar="NAME")
     priors = "confidence, iou_mask, graded_iou, box_balance or none"
     add(kd, "--prior", f"what else weighs the cells: {priors} (default: as the map)", metavar="NAME")
     add(
@@ -316,13 +316,7 @@ def _add_demo(commands: Any) -> None:
     )
     parser = _command(commands, "demo", _demo, "what distillation is worth, in minutes on a CPU", text)
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the demo (default: runs/demo)")
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        default=1,
-        metavar="N",
-        help="train both students N times; with 2 or more the plain one's learning rate is tuned first (default: 1)",
-    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train both students N times (default: 1)")
 
 
 def _add_study(commands: Any) -> None:

@@ -78,6 +78,8 @@ PRESETS: dict[str, InfoMap] = {
     "score": InfoMap("uniform", "none", normalizer="map", needs_prior="the teacher's confidence"),
     # FGFI (Wang et al., 2019, eq. 2-3).
     "fgfi": InfoMap("uniform", "none", normalizer="map", needs_prior="the IoU mask of anchors and boxes"),
+    # Ours: FGFI's region by degrees, of the standardised teacher; what the trainer does by default.
+    "graded_iou": InfoMap("uniform", "none", normalizer="map", standardize=True, needs_prior="the graded IoU mask"),
     "uniform": InfoMap("uniform", "none", standardize=True),
 }
 

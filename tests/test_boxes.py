@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd.yolov3 import HeadLayout, YOLOv3Tiny, box_iou, dataset_anchors, decode, detect, kmeans_anchors
+from fastkd.yolov3.boxes import likely_boxes
 
 LAYOUT = HeadLayout(torch.tensor([[[10.0, 14.0]], [[40.0, 60.0]]]), (16, 32), 2)
 
@@ -51,6 +52,35 @@ def test_huge_predictions_decode_to_finite_boxes() -> None:
     boxes = decode(outputs, LAYOUT.anchors, LAYOUT.strides)
     assert boxes.dtype == torch.float32
     assert bool(boxes.isfinite().all())
+
+
+def test_likely_boxes_are_the_best_above_the_least_score() -> None:
+    outputs = silent_outputs(images=3)
+    for image, row, column, objectness in (
+        (0, 1, 2, 3.0),
+        (0, 3, 4, 2.0),
+        (0, 2, 2, 1.0),
+        (2, 0, 5, -0.5),
+        (2, 3, 3, 4.0),
+    ):
+        outputs[0][image, 4, row, column] = objectness
+        outputs[0][image, 5, row, column] = 3.0
+    found = likely_boxes(outputs, LAYOUT, most=2, least=0.4)
+    assert found.shape == (3 * 2, 5)
+    assert found.dtype == torch.float32
+    assert found[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    decoded = decode(outputs, LAYOUT.anchors, LAYOUT.strides)[..., :4]
+    cells = [
+        (0, 1 * 6 + 2),
+        (0, 3 * 6 + 4),
+        None,
+        None,
+        (2, 3 * 6 + 3),
+        None,
+    ]  # the third best of an image is one too many
+    wanted = [torch.zeros(4) if cell is None else decoded[cell] for cell in cells]
+    torch.testing.assert_close(found[:, 1:], torch.stack(wanted))
+    assert len(likely_boxes(outputs, LAYOUT, most=100)) == 3 * 30  # no more than there are
 
 
 def test_decoding_does_not_change_the_outputs() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastkd import priors
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, run_log
+from fastkd.yolov3.boxes import likely_boxes
 from fastkd.yolov3.checkpoint import load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.digits import CLASS_NAMES, write_digits
@@ -419,7 +420,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(config, teacher, t
     with torch.no_grad():
         bad.model.neck32.conv.weight.fill_(math.nan)
     save_detector(bad.model, tmp_path / "bad.pt", CLASS_NAMES, 64)
-    config = replace(config, teacher=str(tmp_path / "bad.pt"), prior="none")
+    config = replace(config, teacher=str(tmp_path / "bad.pt"), info_map="self_information")
     with (
         pytest.warns(UserWarning, match="distillation may not work"),
         pytest.raises(FloatingPointError, match=r"the distill, distill/.* loss is not finite at step 1 "),
@@ -537,8 +538,6 @@ def test_unlabelled_pictures_want_a_teacher(config):
         replace(config, unlabelled="pictures")
     with pytest.raises(ValueError, match="unlabelled_batch: expected unlabelled beside it, got 4"):
         replace(config, teacher="teacher.pt", unlabelled_batch=4)
-    with pytest.raises(ValueError, match=r"unlabelled: expected a prior that needs no boxes, .* got 'iou_mask'"):
-        replace(config, teacher="teacher.pt", unlabelled="pictures", info_map="fgfi")
 
 
 def test_a_folder_of_unlabelled_pictures_that_is_absent_leaves_no_run(config, teacher, tmp_path):
@@ -563,7 +562,7 @@ def test_a_prior_of_boxes_is_that_of_the_batch(config, teacher):
     torch.testing.assert_close(masked, priors.iou_mask(boxes, anchors, sizes, (64, 64), 4))
     graded = maps(info_map="uniform", prior="graded_iou")[0]
     torch.testing.assert_close(graded, priors.iou_mask(boxes, anchors, sizes, (64, 64), 4, graded=True))
-    balanced, plain = maps(prior="box_balance")[0], maps(prior="none")[0]
+    balanced, plain = (maps(info_map="self_information", prior=x)[0] for x in ("box_balance", "none"))
     q = priors.box_balance(boxes, sizes, (64, 64), 4)
     torch.testing.assert_close(balanced, [x * y for x, y in zip(plain, q, strict=True)])
 
@@ -581,12 +580,44 @@ def test_levels_have_their_factors(config, teacher, tmp_path):
         replace(run, level_weights=(1.0, math.nan))
 
 
-def test_a_run_with_a_prior_of_boxes_is_inspected_on_its_own_pictures(config, teacher):
+def test_a_map_that_is_its_prior_alone_has_it_or_is_refused(config):
+    usual = {"score": "confidence", "fgfi": "iou_mask", "graded_iou": "graded_iou", "energy": "none", "uniform": "none"}
+    assert {name: replace(config, info_map=name).effective_prior for name in usual} == usual
+    assert replace(config, info_map="score", prior="iou_mask").effective_prior == "iou_mask"
+    with pytest.raises(ValueError, match="prior: expected one, as info_map 'graded_iou' weighs cells by it alone"):
+        replace(config, prior="none")
+
+
+def test_images_without_labels_have_the_boxes_that_the_teacher_finds(config, teacher):
+    run = replace(config, teacher=str(teacher), info_map="fgfi")
+    data = training_set(run)
+    batch, objective = next(batches(data, run, 0, 1)), build_objective(run, data)
+    outputs = [torch.full_like(x, -9) for x in objective.distiller.teacher(batch.images)]
+    outputs[0][1, 4, 3, 5] = outputs[0][1, 5, 3, 5] = outputs[0][3, 4, 6, 2] = outputs[0][3, 5, 6, 2] = 9
+    found = likely_boxes(outputs, objective.distiller.teacher)
+    sizes, labels = [(8, 8)], batch.targets[:, [0, 2, 3, 4, 5]]
+    anchors = objective.distiller.teacher.anchors[:1]
+
+    def prior(labelled, targets):
+        (q,) = objective.prior_of(batch.images, targets, labelled)(outputs, sizes)
+        return q
+
+    assert prior(0, batch.targets[:0])[[1, 3], [3, 6], [5, 2]].all()  # the cells of these two
+    torch.testing.assert_close(prior(0, batch.targets[:0]), *priors.iou_mask(found, anchors, sizes, (64, 64), 4))
+    of_labels = priors.iou_mask(labels, anchors, sizes, (64, 64), 4)[0]
+    torch.testing.assert_close(prior(None, batch.targets), of_labels)
+    two = batch.targets[batch.targets[:, 0] < 2]
+    mixed = prior(2, two)
+    torch.testing.assert_close(mixed[:2], of_labels[:2])
+    torch.testing.assert_close(mixed[2:], prior(0, batch.targets[:0])[2:])
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_a_run_with_a_prior_of_boxes_is_inspected(config, teacher, pictures):
     run = replace(config, teacher=str(teacher), info_map="fgfi", steps=1, log_every=1)
     train(run)
-    with pytest.raises(ValueError, match="pictures: expected none, as this run weighs cells by boxes"):
-        inspect_run(run.out, [config.images])
-    assert all(x.any() for x in inspect_run(run.out).now.information)
+    maps = inspect_run(run.out, [config.images] if pictures else []).now.information
+    assert all(x.any() for x in maps)  # pictures alone: this teacher, which knows nothing, still finds boxes
 
 
 def test_distillation_decays_and_stops_at_its_epoch(config, teacher, tmp_path):
@@ -602,7 +633,7 @@ def test_distillation_decays_and_stops_at_its_epoch(config, teacher, tmp_path):
     data = training_set(run)
     objective, batch = build_objective(run, data), next(batches(data, run, 0, 1))
     load_checkpoint(run, objective)
-    maps = objective.distiller.maps(batch.images[:1])
+    maps = objective.distiller.maps(batch.images, objective.prior_of(batch.images, batch.targets))
     assert level_loss_figure(Path(run.out), maps).axes[1].get_xlim() == (1, 6)
     terms = dict(zip(objective.terms, objective.train()(batch.images, batch.targets)[1].tolist(), strict=True))
     assert terms["distill"] == terms["logit"] == 0  # what the teacher said for the maps does not count

@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd import priors, reference
-from fastkd.yolov3.boxes import decode
 from fastkd.yolov3.objective import PRIORS, Sight
 
 TINY = torch.finfo(torch.float32).tiny
 SHARP_STEPS = 640
-BOXES, SEEN = 30, 0.3  # of the teacher's boxes: the most likely ones, and how likely one must be
 Map = Callable[[Sight], list[Tensor]]
 
 
@@ -137,15 +135,8 @@ def graded_iou(sight: Sight) -> list[Tensor]:
 
 def predicted_iou(sight: Sight) -> list[Tensor]:
     """The graded IoU of the boxes that the teacher finds: no label is needed, so pictures without any have it too."""
-    teacher = sight.teacher
-    found = decode(sight.outputs, teacher.anchors, teacher.strides)
-    score, index = (found[..., 4] * found[..., 5:].amax(-1)).topk(BOXES, dim=1)
-    corners = found[..., :4].gather(1, index[..., None].expand(-1, -1, 4)).float()
-    corners = torch.where(score[..., None] > SEEN, corners, 0.0)  # an empty box marks nothing
-    image = torch.arange(len(corners), device=corners.device).repeat_interleave(BOXES)
-    boxes = torch.cat([image[:, None].float(), corners.flatten(0, 1)], 1)
-    batch, anchors = len(sight.images), sight.anchors()
-    return [mean_one(q) for q in priors.iou_mask(boxes, anchors, sight.sizes, sight.image_size, batch, graded=True)]
+    unlabelled = sight._replace(labelled=0, targets=sight.targets[:0])
+    return [mean_one(q) for q in PRIORS["graded_iou"](unlabelled) if q is not None]
 
 
 def object_scale(sight: Sight) -> list[Tensor]:
@@ -208,7 +199,6 @@ MAPS: dict[str, Map] = {
     "sharpening self_information": sharpening(self_information),
     "confidence x self_information": product(confidence, self_information),
 }
-OF_BOXES = {"object scale", *(name for name in MAPS if "graded IoU" in name)}  # of labels, that is
 SHUFFLED = "shuffled "  # before a map's name: its twin
 
 

@@ -39,6 +39,7 @@ class Protocol:
         tuning_seeds: those that settings are chosen with; their scenes are their own.
         lr, weight_decay, plain_zoom, distilled_zoom, share, logit_weight: values to choose from, one after the other.
             Zoom is a range of the augmentation, of which the distilled student tries fewer, as it chooses its share.
+            Regimes after the first try the first two zooms or shares.
         maps: those that are tried, of ``fastkd.study.maps``.
         map_shares: factors of uniform's share that each of the best maps may choose from.
         finalists: how many maps go on from the trial of all to the tables.
@@ -62,7 +63,7 @@ class Protocol:
     share: tuple[float, ...] = (4.0, 1.0, 16.0)
     maps: tuple[str, ...] = tuple(MAPS)
     map_shares: tuple[float, ...] = (1.0, 0.5, 2.0)
-    logit_weight: tuple[float, ...] = (1.0, 0.5, 2.0)
+    logit_weight: tuple[float, ...] = (1.0, 0.5, 2.0, 0.25)
     finalists: int = 2
     train: int = 4000
     val: int = 1000
@@ -82,13 +83,15 @@ class Protocol:
 UNIFORM: Config = {"info_map": "uniform", "prior": "none"}
 LOGIT_ALONE: Config = {"distill_weight": 0.0}
 
-# the presets as their papers have them: the library's own, and the priors that they need
+# the library's presets as their papers have them, with the priors that they need; the last two are ours
 PRESETS: dict[str, Config] = {
     "self_information": {"info_map": "self_information", "prior": "none"},
     "energy": {"info_map": "energy", "prior": "none"},
     "attention": {"info_map": "attention", "prior": "none"},
     "score": {"info_map": "score", "prior": "confidence"},
     "fgfi": {"info_map": "fgfi", "prior": "iou_mask"},
+    "self_information, confidence prior": {"info_map": "self_information", "prior": "confidence"},
+    "graded_iou preset": {"info_map": "graded_iou", "prior": "graded_iou"},
 }
 
 # levels of YOLOv3-tiny: backbone at strides 8, 16, 32, neck at 16, 32

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DRAWN_MAPS = (
-    *("self_information", "disagreement", "sensitivity", "confidence"),
+    *("self_information", "whitened self_information", "sensitivity", "confidence"),
     *("graded IoU", "predicted IoU", "object scale", "shuffled graded IoU"),
 )
 DRAWN_SCENES = 3
@@ -136,7 +136,8 @@ def _filled(page: str, found: Mapping[str, str]) -> str:
 def tables(results: Sequence[Result]) -> dict[str, str]:
     """Markdown by name: ``rows REGIME``, ``settings``, ``maps``, ``tuning``, ``teachers`` and ``effort``."""
     regimes = list(dict.fromkeys(x.run.regime for x in results if x.run.regime != "teachers"))
-    found = {f"rows {regime}": _rows_table(rows_of(results, regime)) for regime in regimes if rows_of(results, regime)}
+    rows = {regime: whole_rows(results, regime) for regime in regimes}
+    found = {f"rows {regime}": _rows_table(x) for regime, x in rows.items() if x}
     found["settings"] = _settings_table(results, regimes)
     found["maps"] = _maps_table(results, regimes[0])
     found["teachers"] = _teachers_table(results)
@@ -151,6 +152,13 @@ def rows_of(results: Sequence[Result], regime: str, scored_on: str = "test") -> 
         if x.run.regime == regime and x.run.scored_on == scored_on:
             rows.setdefault(x.run.row, {})[x.run.seed] = x
     return rows
+
+
+def whole_rows(results: Sequence[Result], regime: str) -> dict[str, Row]:
+    """Those on the test scenes that have all their seeds: of a study that is not finished, fewer may mislead."""
+    rows = rows_of(results, regime)
+    seeds = max(map(len, rows.values()), default=0)
+    return {name: row for name, row in rows.items() if len(row) == seeds}
 
 
 def _rows_table(rows: Mapping[str, Row]) -> str:
@@ -254,10 +262,11 @@ def _markdown(table: Sequence[Sequence[str]]) -> str:
 def figures(results: Sequence[Result]) -> dict[str, Figure]:
     """``gains``: of every row over no distillation, by regime; ``learning_rates``: what the choice was made from."""
     regimes = list(dict.fromkeys(x.run.regime for x in results if x.run.regime != "teachers"))
-    rows = {regime: rows_of(results, regime) for regime in regimes}
+    rows = {regime: whole_rows(results, regime) for regime in regimes}
     gains = {
         regime: {name: gain(row, found["none"]) for name, row in found.items() if name != "none"}
         for regime, found in rows.items()
+        if found.keys() > {"none"}
     }
     curves = {}
     for name in ("none", "uniform"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastkd.study import scenes
-from fastkd.study.maps import OF_BOXES, SHUFFLED
+from fastkd.study.maps import SHUFFLED
 from fastkd.study.protocol import LOGIT_ALONE, PLACES, PRESETS, UNIFORM, Config, Protocol, Regime, of_map
 from fastkd.study.runs import Bench, Ledger, Run
 
@@ -78,12 +78,12 @@ class Study:
         return Chosen(plain, uniform, tuned, logit)
 
     def _choose_again(self, regime: Regime, teacher: Teacher, first: Chosen) -> Chosen:
-        """Learning rate, and zoom or share, anew; the rest is what the first regime chose."""
+        """Learning rate, and zoom or share of their first two, anew; the rest is what the first regime chose."""
         p = self.protocol
-        axes = [("steps", regime.plain_steps), ("lr", p.lr), ("zoom", p.plain_zoom)]
+        axes = [("steps", regime.plain_steps), ("lr", p.lr), ("zoom", p.plain_zoom[:2])]
         plain = self._tune(regime, "none", first.plain, axes)
         start = first.uniform | {"steps": regime.distilled_steps}
-        uniform = self._tune(regime, "uniform", start, [("distill_share", p.share), ("lr", p.lr)], teacher)
+        uniform = self._tune(regime, "uniform", start, [("distill_share", p.share[:2]), ("lr", p.lr)], teacher)
         new = {name: uniform[name] for name in ("steps", "lr")}
         factor = uniform["distill_share"] / first.uniform["distill_share"]
         maps = {
@@ -125,30 +125,25 @@ class Study:
         self._compare_main(regime, teacher, chosen)
         name, best = next(iter(chosen.maps.items()))
         term = {"logit_weight": chosen.logit["logit_weight"]}
-        pictures = scenes.unlabelled(
-            self.root, self.protocol.train - self.protocol.unlabelled, self.protocol.unlabelled
-        )
+        p = self.protocol
         rows = {x: chosen.uniform | config for x, config in PRESETS.items() if x not in chosen.maps}
         rows |= {f"{name} + logit": best | term}
         rows |= {f"{name}, {place}": best | config for place, config in PLACES.items()}
         rows |= {f"{SHUFFLED}{x}": config | of_map(SHUFFLED + x) for x, config in chosen.maps.items()}
-        # pictures without labels have no boxes
-        free = next((x for x in chosen.maps if x not in OF_BOXES), "self_information")
-        own = chosen.maps.get(free, chosen.uniform | of_map(free))
-        rows |= {f"{free}, unlabelled": own | {"unlabelled": pictures}}
-        longer = {"uniform": chosen.uniform, name: best, f"{name} + logit": best | term}
+        longer = {"uniform": chosen.uniform, name: best, "logit": chosen.logit, f"{name} + logit": best | term}
         rows |= {f"{row}, twice as long": _longer(config) for row, config in longer.items()}
         self._score(regime, rows, teacher)
         self._score(regime, {"none, twice as long": _longer(chosen.plain)})
+        self.bench.forget()
+        pictures = scenes.unlabelled(self.root, p.train - p.unlabelled, p.unlabelled)
+        self._score(regime, {f"{name}, unlabelled": best | {"unlabelled": pictures}}, teacher)
         self._score_teachers(regime, name, best)
 
     def _score_teachers(self, regime: Regime, name: str, best: Config) -> None:
         """Teachers that know no more than the student: what they give it was not knowledge."""
         p = self.protocol
         count = regime.labelled
-        own = [
-            self._teacher("the student's scenes", s, s * count, count, p.own_steps, p.teacher_lr) for s in p.seeds
-        ]
+        own = [self._teacher("the student's scenes", s, s * count, count, p.own_steps, p.teacher_lr) for s in p.seeds]
         blank = self._teacher("nothing", 0, 0, p.train, p.blank_steps, NO_LR)
         *teachers, untrained = self.bench.teachers([*own, blank])
         runs = [

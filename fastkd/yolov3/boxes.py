@@ -109,6 +109,32 @@ def detect(
     ]
 
 
+@torch.no_grad()
+def likely_boxes(outputs: Sequence[Tensor], heads: Heads, *, most: int = 30, least: float = 0.3) -> Tensor:
+    """The boxes that a detector believes in most, before suppression, packed as ``fastkd.priors`` takes them.
+
+    Its shape depends on those of the outputs alone, so nothing waits for the device.
+
+    Args:
+        outputs: raw head maps of a batch, as the detector returns them.
+        heads: the detector, or a ``HeadLayout``.
+        most: at most so many an image.
+        least: score, objectness times the likeliest class's probability, above which a box counts.
+
+    Returns:
+        (M, 5) float32: image index, x1, y1, x2, y2 in pixels; rows of boxes that do not count are empty boxes.
+
+    Raises:
+        ValueError: outputs that do not fit ``heads``.
+    """
+    found = decode(outputs, heads.anchors, heads.strides)
+    scores, index = (found[..., 4] * found[..., 5:].amax(-1)).topk(min(most, found.shape[1]), dim=1)
+    corners = found[..., :4].gather(1, index[..., None].expand(-1, -1, 4)).float()
+    corners = torch.where(scores[..., None] > least, corners, 0.0)
+    image = torch.arange(len(corners), device=corners.device, dtype=corners.dtype)
+    return torch.cat([image[:, None, None].expand_as(corners[..., :1]), corners], -1).flatten(0, 1)
+
+
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of boxes x1, y1, x2, y2, element by element with broadcasting: (..., 4) and (..., 4) to (...)."""
     overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastkd.info_map import resolve
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import MODELS
-from fastkd.yolov3.objective import OF_BOXES, PRIORS, usual_prior
+from fastkd.yolov3.objective import PRIORS, usual_prior
 
 OPTIMIZERS = ("adamw", "sgd")
 # what a resumed run may change: it has no influence on the weights
@@ -46,8 +47,8 @@ class TrainConfig:
         unlabelled_batch: how many of these a step has, over all processes; None: as many as ``batch``.
         match_threshold: IoU of sizes above which a box trains an anchor; 1: the best anchor alone, as in the paper.
         distill_weight, info_map, logit_weight: see ``Objective`` and ``fastkd.DistillLoss``.
-        prior: as in ``Objective``; None: the one that goes with the map, ``"iou_mask"`` for ``"fgfi"``, else
-            ``"confidence"``.
+        prior: as in ``Objective``; None: the one that goes with the map, ``"confidence"`` for ``"score"``,
+            ``"iou_mask"`` for ``"fgfi"``, ``"graded_iou"`` for that map, else none.
         level_weights: a factor for each level of the feature loss, backbone first; 0 leaves a level out; None: all 1.
         distill_share: where ``distill_weight`` is ``"auto"``: the distillation loss is held at so many times the
             detection loss.
@@ -96,7 +97,7 @@ class TrainConfig:
     unlabelled_batch: int | None = None
     distill_weight: float | str = "auto"
     distill_share: float = 1.0
-    info_map: str = "self_information"
+    info_map: str = "graded_iou"
     prior: str | None = None
     level_weights: tuple[float, ...] | None = None
     match_threshold: float = 0.5
@@ -146,9 +147,14 @@ class TrainConfig:
         finite = self.level_weights is None or all(map(math.isfinite, self.level_weights))
         self._require("level_weights", finite, "None or finite numbers, one a level")
         self._require("prior", self.prior is None or self.prior in PRIORS, f"None or one of {', '.join(PRIORS)}")
-        if self.unlabelled is not None:
-            self._require_explained()
-        elif self.unlabelled_batch is not None:
+        if resolve(self.info_map).needs_prior and self.effective_prior == "none":
+            raise ValueError(
+                f"prior: expected one, as info_map {self.info_map!r} weighs cells by it alone, got 'none'; to weigh "
+                "all cells alike, take info_map 'uniform'"
+            )
+        if self.unlabelled is not None and self.teacher is None:
+            raise ValueError("unlabelled: expected a teacher beside it, which explains these pictures, got None")
+        if self.unlabelled is None and self.unlabelled_batch is not None:
             raise ValueError(f"unlabelled_batch: expected unlabelled beside it, got {self.unlabelled_batch} alone")
         self._require("distill_stop", self.distill_stop is None or self.distill_stop >= 1, "None or an epoch >= 1")
         self._require("steps", self.steps is None or self.steps >= 1, "None or a number >= 1")
@@ -162,16 +168,6 @@ class TrainConfig:
     def effective_prior(self) -> str:
         """``prior``, or the one that goes with the map."""
         return self.prior or usual_prior(self.info_map)
-
-    def _require_explained(self) -> None:
-        """Pictures without labels teach nothing by themselves."""
-        if self.teacher is None:
-            raise ValueError("unlabelled: expected a teacher beside it, which explains these pictures, got None")
-        if self.effective_prior in OF_BOXES:
-            raise ValueError(
-                "unlabelled: expected a prior that needs no boxes, which these pictures have none of, got "
-                f"{self.effective_prior!r}"
-            )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

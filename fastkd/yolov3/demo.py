@@ -10,8 +10,8 @@ import shutil
 import statistics
 import textwrap
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from fastkd.files import replacing
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import TrainConfig
-from fastkd.yolov3.data import DetectionDataset, collate
+from fastkd.yolov3.data import Batch, DetectionDataset, collate
 from fastkd.yolov3.digits import write_digits
 from fastkd.yolov3.evaluate import Metrics, evaluate
 from fastkd.yolov3.inspect import inspect_run
@@ -50,13 +50,12 @@ class Settings:
     Args:
         scenes: how many for the teacher's training.
         labelled: how many of these the students are given, with labels.
-        val, test: scenes to choose the learning rate on, and to report on.
+        val, test: scenes for the curves, and to report on.
         teacher_width, student_width: of YOLOv3 and YOLOv3-tiny.
         teacher_steps, student_steps, batch: lengths of the trainings.
         teacher_lr: the teacher's learning rate.
-        student_lr: the students', where it is not tuned.
-        tuned_lr: those that the plain student may choose from, by its mAP on the validation scenes.
-        distill_weight: factor of the distillation loss.
+        plain, distilled: what else the configuration of each student has: what suits it best, as the study
+            (``fastkd.study``) chose it for 100 labelled scenes.
         teacher_match: the teacher's ``match_threshold``, lower than the student's: more of its heads train on each box,
             so that the coarse levels, which are those that the student has too, know every size.
         curve_points: evaluations during a student's training.
@@ -67,14 +66,15 @@ class Settings:
     val: int = 300
     test: int = 500
     teacher_width: float = 0.25
-    student_width: float = 0.5
+    student_width: float = 0.25
     teacher_steps: int = 1200
-    student_steps: int = 640
+    student_steps: int = 1280
     batch: int = 16
     teacher_lr: float = 1.6e-2
-    student_lr: float = 3.2e-2
-    tuned_lr: tuple[float, ...] = (1.6e-2, 3.2e-2, 6.4e-2)
-    distill_weight: float = 40.0
+    plain: Mapping[str, Any] = field(default_factory=lambda: {"lr": 6.4e-2, "weight_decay": 0.2})
+    distilled: Mapping[str, Any] = field(
+        default_factory=lambda: {"lr": 0.128, "weight_decay": 0.05, "distill_share": 4.0}
+    )
     teacher_match: float = 0.3
     curve_points: int = 5
     size: int = 96
@@ -86,10 +86,8 @@ class Student:
 
     kind: str  # PLAIN or DISTILLED
     seed: int
-    lr: float
     config: TrainConfig
     result: TrainResult
-    val: Metrics
 
 
 def run_demo(
@@ -103,8 +101,7 @@ def run_demo(
 
     Args:
         out: the folder.
-        seeds: how many times both students are trained. With 2 or more, the plain student first chooses its learning
-            rate on the validation scenes, and the distilled one uses the same.
+        seeds: how many times both students are trained.
         settings: sizes and lengths.
 
     Returns:
@@ -124,23 +121,22 @@ def run_demo(
     teacher = _train_teacher(root, settings)
     for run in (root / "students").glob("*/config.json"):
         shutil.rmtree(run.parent)
-    students, lr = _train_students(root, settings, seeds, teacher)
-    chosen = [s for s in students if s.lr == lr]
+    students = [_train_student(root, settings, seed, x) for x in (None, teacher) for seed in range(seeds)]
 
     print("scoring on the test scenes")
     test = _scenes(root, settings, "test")
     scores = {"teacher": evaluate(teacher.model, test)}
-    scores |= {_name(s): evaluate(s.result.model, test) for s in chosen}
-    last = next(s for s in chosen if s.kind == DISTILLED)
+    scores |= {_name(s): evaluate(s.result.model, test) for s in students}
+    last = next(s for s in students if s.kind == DISTILLED)
     objective = _restored(last)
     batch = collate([test[i] for i in range(min(settings.batch, len(test)))])
-    shares = _shares_of_step(objective, batch.images, last.result.seconds / last.result.steps)
-    results = _results(settings, seeds, lr, teacher, students, scores, shares, time.perf_counter() - started)
+    shares = _shares_of_step(objective, batch, last.result.seconds / last.result.steps)
+    results = _results(settings, seeds, teacher, students, scores, shares, time.perf_counter() - started)
     report = _report(results)
     for name, text in (("results.json", json.dumps(results, indent=2)), ("report.txt", report)):
         with replacing(root / name) as part:
             part.write_text(text + "\n", encoding="utf-8")
-    _draw(root, settings, teacher, chosen, test)
+    _draw(root, settings, teacher, students, test)
     print("\n" + report)
     print(f"\n{', '.join(f'{name}.png' for name in DRAWN)}, results.json and report.txt are in {root}")
     return results
@@ -171,39 +167,26 @@ def _train_teacher(root: Path, settings: Settings) -> TrainResult:
     )
 
 
-def _train_students(root: Path, settings: Settings, seeds: int, teacher: TrainResult) -> tuple[list[Student], float]:
-    """All students, and the learning rate that counts: of several, the plain student's best on validation scenes."""
-    rates = settings.tuned_lr if seeds > 1 else (settings.student_lr,)
-    plain = [_train_student(root, settings, seed, lr, None) for lr in rates for seed in range(seeds)]
-    best = max(rates, key=lambda lr: statistics.mean(s.val.mAP for s in plain if s.lr == lr))
-    distilled = [_train_student(root, settings, seed, best, teacher) for seed in range(seeds)]
-    return plain + distilled, best
-
-
-def _train_student(root: Path, settings: Settings, seed: int, lr: float, teacher: TrainResult | None) -> Student:
-    kind = PLAIN if teacher is None else DISTILLED
-    print(f"training the student {kind}, seed {seed}, learning rate {lr:g}, on {settings.labelled} scenes")
+def _train_student(root: Path, settings: Settings, seed: int, teacher: TrainResult | None) -> Student:
+    kind, options = (PLAIN, settings.plain) if teacher is None else (DISTILLED, settings.distilled)
+    print(f"training the student {kind}, seed {seed}, on {settings.labelled} scenes")
     epochs = settings.student_steps / math.ceil(settings.labelled / settings.batch)
     config = TrainConfig(
         **_data(root, f"train_{settings.labelled}", "train"),
         val_annotations=str(root / "digits/annotations/val.json"),
         val_images=str(root / "digits/images/val"),
-        out=str(root / "students" / f"{kind.split()[0]}-lr{lr:g}-seed{seed}"),
+        out=str(root / "students" / f"{kind.split()[0]}-seed{seed}"),
         model="yolov3-tiny",
         width=settings.student_width,
         size=settings.size,
         teacher=None if teacher is None else str(teacher.model_file),
-        distill_weight=settings.distill_weight,
         steps=settings.student_steps,
         batch=settings.batch,
-        lr=lr,
         seed=seed,
         eval_every=max(1, round(epochs / settings.curve_points)),
+        **options,
     )
-    result = train(config)
-    if result.metrics is None:
-        raise RuntimeError("the student was not evaluated")
-    return Student(kind, seed, lr, config, result, result.metrics)
+    return Student(kind, seed, config, train(config))
 
 
 def _data(root: Path, annotations: str, images: str) -> dict[str, Any]:
@@ -242,37 +225,37 @@ def _distiller(objective: Objective) -> fastkd.Distiller:
 
 
 def _loss_arguments(
-    objective: Objective, images: Tensor
-) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None]:
-    """What the distillation loss gets for these images, to time it with: student and teacher features, prior."""
+    objective: Objective, batch: Batch
+) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None, Tensor]:
+    """What the distillation loss gets for these scenes, to time it with: features of both, prior and a task loss."""
     caught: list[Any] = []
     distiller = _distiller(objective)
     hook = distiller.criterion.register_forward_pre_hook(lambda _, arguments: caught.append(arguments))
     try:
         with torch.no_grad():
-            objective.eval().student(images)
-            distiller.loss(images)
+            objective.eval().student(batch.images)
+            distiller.loss(batch.images, objective.prior_of(batch.images, batch.targets), torch.ones(()))
     finally:
         hook.remove()
-    student, teacher, prior, _ = caught[0]
-    return student, teacher, prior
+    student, teacher, prior, task_loss = caught[0]
+    return student, teacher, prior, task_loss
 
 
-def _shares_of_step(objective: Objective, images: Tensor, step_seconds: float, repeats: int = 15) -> dict[str, float]:
+def _shares_of_step(objective: Objective, batch: Batch, step_seconds: float, repeats: int = 15) -> dict[str, float]:
     """Share of a mean training step spent in the distillation loss, forward and backward, and in the teacher."""
     distiller = _distiller(objective)
     criterion, model = distiller.criterion, distiller.teacher
-    student, teacher, prior = _loss_arguments(objective, images)
+    student, *constants = _loss_arguments(objective, batch)
     criterion.reuse_teacher_memory = False  # the same features again and again
     leaves = [x.detach().requires_grad_() for x in student]
     parameters = [*leaves, *criterion.parameters()]
 
     def loss() -> None:
-        torch.autograd.grad(criterion(leaves, teacher, prior), parameters)
+        torch.autograd.grad(criterion(leaves, *constants), parameters)
 
     @torch.no_grad()
     def forward() -> None:
-        model(images)
+        model(batch.images)
 
     return {
         "distillation_loss": _median_seconds(loss, repeats) / step_seconds,
@@ -292,26 +275,23 @@ def _median_seconds(work: Any, repeats: int) -> float:
 def _results(
     settings: Settings,
     seeds: int,
-    lr: float,
     teacher: TrainResult,
     students: Sequence[Student],
     scores: dict[str, Metrics],
     shares: dict[str, float],
     seconds: float,
 ) -> dict[str, Any]:
-    chosen = [s for s in students if s.lr == lr]
-    by_kind = {kind: [scores[_name(s)] for s in chosen if s.kind == kind] for kind in (PLAIN, DISTILLED)}
+    by_kind = {kind: [scores[_name(s)] for s in students if s.kind == kind] for kind in (PLAIN, DISTILLED)}
     gains = {
         name: [getattr(b, name) - getattr(a, name) for a, b in zip(by_kind[PLAIN], by_kind[DISTILLED], strict=True)]
         for name in SHOWN
     }
     return {
-        "note": _note(settings, seeds, lr),
+        "note": _note(settings),
         "versions": versions(),
         "machine": {"system": platform.system(), "cpu_threads": torch.get_num_threads()},
         "settings": asdict(settings),
         "seeds": list(range(seeds)),
-        "learning_rate": lr,
         "teacher": {
             "test": scores["teacher"].as_dict(),
             "seconds": teacher.seconds,
@@ -322,12 +302,10 @@ def _results(
             {
                 "kind": s.kind,
                 "seed": s.seed,
-                "learning_rate": s.lr,
                 "seconds": s.result.seconds,
                 "steps": s.result.steps,
                 "labelled_scenes": settings.labelled,
-                "val": s.val.as_dict(),
-                "test": scores[_name(s)].as_dict() if s.lr == lr else None,
+                "test": scores[_name(s)].as_dict(),
             }
             for s in students
         ],
@@ -348,19 +326,14 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "standard_deviation": spread, "values": list(values)}
 
 
-def _note(settings: Settings, seeds: int, lr: float) -> str:
-    chosen = (
-        f"The plain student's learning rate, {lr:g}, is its best of {', '.join(f'{x:g}' for x in settings.tuned_lr)} "
-        f"on the validation scenes, over {seeds} seeds; the distilled student uses the same."
-        if seeds > 1
-        else f"Both students use the learning rate {lr:g}; --seeds 3 tunes it for the plain one and repeats both."
-    )
+def _note(settings: Settings) -> str:
     return (
         f"The teacher had what the students had not: the labels of {settings.scenes} scenes and "
         f"{settings.teacher_steps} steps. Both students see the same {settings.labelled} of these scenes with labels, "
         f"for the same {settings.student_steps} steps, from the same initial weights; the distilled one also sees the "
         "teacher's features on them. So what distillation passes on is what the teacher learnt from its larger data. "
-        f"{chosen} "
+        "Learning rate and weight decay are those that suit each best, as the study of the maps chose them on other "
+        "scenes. "
         f"Scores are on {settings.test} test scenes, made of other digits and the other halves of the "
         "photographs than the training scenes, on which nothing was chosen."
     )
@@ -369,13 +342,12 @@ def _note(settings: Settings, seeds: int, lr: float) -> str:
 def _report(results: dict[str, Any]) -> str:
     """The table and the note, as text."""
     settings = results["settings"]
-    counted = [s for s in results["students"] if s["learning_rate"] == results["learning_rate"]]
     rows = [f"{'on the test scenes':<34}{'mAP':>12}{'AP50':>12}{'AP75':>12}{'seconds':>9}"]
     test = results["teacher"]["test"]
     name = f"teacher, YOLOv3 x{settings['teacher_width']:g}"
     rows.append(_row(name, [f"{100 * test[x]:.1f}" for x in SHOWN], f"{results['teacher']['seconds']:.0f}"))
     for kind, means in results["mean_test"].items():
-        seconds = statistics.mean(s["seconds"] for s in counted if s["kind"] == kind)
+        seconds = statistics.mean(s["seconds"] for s in results["students"] if s["kind"] == kind)
         rows.append(_row(f"student, {kind}", [_points(means[x]) for x in SHOWN], f"{seconds:.0f}"))
     rows.append(_row("gain, paired by seed", [_points(results["gain"][x], "+") for x in SHOWN], ""))
     shares = results["share_of_step"]

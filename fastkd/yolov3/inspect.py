@@ -17,7 +17,6 @@ from fastkd.files import replacing
 from fastkd.level_maps import DistillMaps
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.data import fit, read_image
-from fastkd.yolov3.objective import OF_BOXES
 from fastkd.yolov3.overlays import map_figures, some_batch, spread
 from fastkd.yolov3.predict import listed
 from fastkd.yolov3.run_log import read_log
@@ -100,7 +99,7 @@ def inspect_run(
     if config.teacher is None:
         raise ValueError(f"{os.fspath(run)}: this run has no teacher, so no distillation to look at; see --teacher")
     images, targets = _read(pictures, count, config) if pictures else _own(config, split, count)
-    before, now = _before_and_now(config, images, targets)
+    before, now = _before_and_now(config, images, targets, 0 if pictures else len(images))
     figures = map_figures(images, now, before) | {"level_losses": level_loss_figure(Path(run), now)}
     folder = Path(run) / "inspect" if out is None else Path(out)
     files = tuple(folder / f"{name}.png" for name in figures)
@@ -125,11 +124,6 @@ def level_loss_figure(run: Path, maps: DistillMaps) -> Figure:
 
 def _read(pictures: Sequence[str | os.PathLike[str]], count: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """(n, 3, size, size) float, 0..1, and targets, which they have none of."""
-    if config.effective_prior in OF_BOXES:
-        raise ValueError(
-            f"pictures: expected none, as this run weighs cells by boxes (prior {config.effective_prior!r}), which "
-            "they do not have; leave them out, to look at the run's own"
-        )
     files = listed(pictures)
     squares = [fit(read_image(files[i]), config.size)[0] for i in spread(len(files), count)]
     images = torch.stack([torch.from_numpy(x.copy()) for x in squares]).permute(0, 3, 1, 2).float() / 255
@@ -146,7 +140,9 @@ def _own(config: TrainConfig, split: str | None, count: int) -> tuple[Tensor, Te
     return batch.images, batch.targets
 
 
-def _before_and_now(config: TrainConfig, images: Tensor, targets: Tensor) -> tuple[DistillMaps, DistillMaps]:
+def _before_and_now(
+    config: TrainConfig, images: Tensor, targets: Tensor, labelled: int
+) -> tuple[DistillMaps, DistillMaps]:
     """Maps of the run's initial student and of its last checkpoint's, against the teacher as standardised now."""
     if not (Path(config.out) / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"{config.out}: no checkpoint yet (checkpoint.pt is missing); let it train on")
@@ -157,7 +153,7 @@ def _before_and_now(config: TrainConfig, images: Tensor, targets: Tensor) -> tup
     learning = (objective.student, distiller.criterion.adapters)
     initial = [copy.deepcopy(x.state_dict()) for x in learning]
     load_checkpoint(config, objective)
-    prior = objective.prior_of(images, targets)
+    prior = objective.prior_of(images, targets, labelled)
     now = distiller.maps(images, prior)
     for module, state in zip(learning, initial, strict=True):
         module.load_state_dict(state)

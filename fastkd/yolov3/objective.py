@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastkd import priors
 from fastkd.distiller import Distiller, Prior
 from fastkd.info_map import InfoMap, require_known
+from fastkd.yolov3.boxes import likely_boxes
 from fastkd.yolov3.checkpoint import Detector
 from fastkd.yolov3.logits import logit_distill_loss
 from fastkd.yolov3.loss import DetectionLoss
@@ -22,6 +23,7 @@ class Sight(NamedTuple):
     """What a prior may look at, of one batch."""
 
     images: Tensor  # (N, 3, H, W), those without labels last
+    labelled: int  # how many of them have labels
     targets: Tensor  # (M, 6) as ``DetectionLoss`` takes them
     outputs: Sequence[Tensor]  # of the teacher's heads
     sizes: list[tuple[int, int]]  # (height, width) of each level
@@ -34,8 +36,13 @@ class Sight(NamedTuple):
 
     @property
     def boxes(self) -> Tensor:
-        """(M, 5): image index and corners, as ``fastkd.priors`` takes them."""
-        return self.targets[:, [0, 2, 3, 4, 5]]
+        """(M, 5): image index and corners, as ``fastkd.priors`` takes them; without labels, what the teacher finds."""
+        labels = self.targets[:, [0, 2, 3, 4, 5]]
+        if self.labelled == len(self.images):
+            return labels
+        found = likely_boxes([x[self.labelled :] for x in self.outputs], self.teacher)
+        found[:, 0] += self.labelled
+        return torch.cat([labels, found.to(labels)])
 
     def anchors(self) -> list[Tensor]:
         """The teacher's, of the head that is nearest to each level in stride."""
@@ -76,12 +83,15 @@ PRIORS: dict[str, Callable[[Sight], LevelPriors]] = {
     "box_balance": _box_balance,
     "none": _none,
 }
-OF_BOXES = ("iou_mask", "graded_iou", "box_balance")  # pictures without labels have none of these
+
+
+# of the maps that go with one
+_USUAL = {"score": "confidence", "fgfi": "iou_mask", "graded_iou": "graded_iou"}
 
 
 def usual_prior(info_map: str | InfoMap) -> str:
     """The prior that goes with a map."""
-    return "iou_mask" if info_map == "fgfi" else "confidence"
+    return _USUAL.get(info_map, "none") if isinstance(info_map, str) else "none"
 
 
 class Objective(nn.Module):
@@ -95,7 +105,8 @@ class Objective(nn.Module):
             decay and stop are its too.
         match_threshold: see ``DetectionLoss``.
         prior: what also weighs the cells, one of ``PRIORS``: ``"confidence"``, the teacher's own; ``"iou_mask"``,
-            ``"graded_iou"`` or ``"box_balance"``, of the boxes (and the teacher's anchors); ``"none"``.
+            ``"graded_iou"`` or ``"box_balance"``, of the boxes (and the teacher's anchors), which in images without
+            labels are those that the teacher finds; ``"none"``.
         **loss_options: of ``fastkd.DistillLoss``: ``info_map``, ``penalty``, ``warmup_steps``, ...
 
     Raises:
@@ -110,7 +121,7 @@ class Objective(nn.Module):
         distill_weight: float | str = "auto",
         logit_weight: float = 0.0,
         match_threshold: float = 0.5,
-        prior: str = "confidence",
+        prior: str = "none",
         **loss_options: Any,
     ) -> None:
         super().__init__()
@@ -167,7 +178,7 @@ class Objective(nn.Module):
         levels = loss.new_zeros(0)
         if self.distiller is not None:
             self._teacher_outputs = ()  # whoever ran the teacher since the last step, for maps say, left its own
-            distill = self.distiller.loss(images, self.prior_of(images, targets), loss)
+            distill = self.distiller.loss(images, self.prior_of(images, targets, labelled), loss)
             loss, report = loss + distill, [*report, distill.detach()]
             levels = self.distiller.criterion.level_losses
             if self.logit_weight:
@@ -176,18 +187,21 @@ class Objective(nn.Module):
             self._teacher_outputs = ()
         return loss, torch.cat([torch.stack([loss.detach(), *report]), levels.to(loss)])
 
-    def prior_of(self, images: Tensor, targets: Tensor) -> Prior:
-        """What weighs the cells of this batch, as ``Distiller.loss``, ``maps`` and ``check`` take it."""
-        return partial(self._prior, images, targets)
+    def prior_of(self, images: Tensor, targets: Tensor, labelled: int | None = None) -> Prior:
+        """What weighs the cells of this batch, as ``Distiller.loss``, ``maps`` and ``check`` take it.
+
+        The first ``labelled`` images have labels, ``targets``; None: all.
+        """
+        return partial(self._prior, images, targets, len(images) if labelled is None else labelled)
 
     def _prior(
-        self, images: Tensor, targets: Tensor, outputs: Sequence[Tensor], sizes: list[tuple[int, int]]
+        self, images: Tensor, targets: Tensor, labelled: int, outputs: Sequence[Tensor], sizes: list[tuple[int, int]]
     ) -> LevelPriors:
         """The teacher's outputs are kept for the logit term, so that it runs once a step."""
         self._teacher_outputs = outputs
         (teacher,) = self._teacher
         assert self.distiller is not None
-        return PRIORS[self.prior](Sight(images, targets, outputs, sizes, teacher, self.distiller))
+        return PRIORS[self.prior](Sight(images, labelled, targets, outputs, sizes, teacher, self.distiller))
 
     def _logit_loss(self, outputs: Sequence[Tensor]) -> Tensor:
         """Weighted, and with the feature term's warm-up, decay and stop."""
