@@ -70,7 +70,7 @@ def compile_cuda(nvcc: str, archs: list[str], include: Path, folder: Path) -> Pa
 
 
 class Build(build_ext):
-    """All sources side by side, as many as there are cores: each takes a minute or more."""
+    """All sources side by side, as many as MAX_JOBS or as there are cores: each takes a minute or more."""
 
     def build_extension(self, ext: Extension) -> None:
         self.force = True  # setuptools does not see a changed header
@@ -85,7 +85,7 @@ class Build(build_ext):
         compile_one = self.compiler.compile
 
         def compile_all(sources: list[str], **options: Any) -> list[str]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                 cuda = pool.submit(compile_cuda, nvcc, archs, torch / "include", folder) if nvcc else None
                 objects = [
                     x for made in pool.map(lambda source: compile_one([source], **options), sources) for x in made

@@ -56,8 +56,8 @@ Train a detector; with --teacher, distil that teacher into it.
   fastkd data digits --out runs/digits
   fastkd train --data runs/digits --out runs/teacher --model yolov3 --width 0.25 --size 96 --steps 1200 \\
                --lr 1.6e-2 --match-threshold 0.3 --cache
-  fastkd train --data runs/digits --train train_100 --out runs/student --width 0.5 --size 96 --steps 640 \\
-               --lr 3.2e-2 --cache --teacher runs/teacher/model.pt
+  fastkd train --data runs/digits --train train_100 --out runs/student --width 0.25 --size 96 --steps 1280 \\
+               --lr 0.128 --weight-decay 0.05 --distill-share 4 --cache --teacher runs/teacher/model.pt
 
 The folder of --out gets model.pt (the detector alone), model.weights (Darknet's format), checkpoint.pt (to go on from,
 with --resume), metrics.jsonl and TensorBoard curves (tensorboard --logdir runs).
@@ -174,7 +174,7 @@ def _add_train(commands: Any) -> None:
     add(kd, "--distill-share", "auto: hold it at so many times the detection loss (default: 1.0)", type=float)
     add(kd, "--info-map", "where in the features to look (default: graded_iou)", metavar="NAME")
     priors = "confidence, iou_mask, graded_iou, box_balance or none"
-    add(kd, "--prior", f"what else weighs the cells: {priors} (default: as the map)", metavar="NAME")
+    add(kd, "--prior", f"what weighs the cells beside the map: {priors} (default: as the map)", metavar="NAME")
     add(
         kd,
         "--level-weights",

@@ -308,7 +308,7 @@ from fastkd.study.scenes import write_scenes
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    write_scenes(root, train=TINY.train, val=TINY.val, test=TINY.test)
+    write_scenes(root, train=TINY.train, val=TINY.val, test=TINY.test, size=96)
     ledger = Ledger(root / "results.jsonl")
     bench = Bench(root, ledger, 1)
     real_runs(root, bench)
@@ -379,7 +379,7 @@ def alive(pid):
 
 
 def test_the_seeds_scenes_are_the_named_ones(tmp_path):
-    write_scenes(tmp_path, train=6, val=1, test=1)
+    write_scenes(tmp_path, train=6, val=1, test=1, size=96)
     paths = labelled(tmp_path, 2, 3)
     images = json.loads((tmp_path / paths["annotations"]).read_text())["images"]
     assert [x["file_name"] for x in images] == ["000003.png", "000004.png", "000005.png"]

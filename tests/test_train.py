@@ -580,12 +580,20 @@ def test_levels_have_their_factors(config, teacher, tmp_path):
         replace(run, level_weights=(1.0, math.nan))
 
 
+def test_a_run_without_a_teacher_resumes_whatever_the_map_would_be(config):
+    train(config := replace(config, steps=1))
+    train(replace(config, info_map="uniform", distill_share=2.0, resume=True))
+    with pytest.raises(ValueError, match=r"resume: .* it differs in lr"):
+        train(replace(config, lr=1e-5, resume=True))
+
+
 def test_a_map_that_is_its_prior_alone_has_it_or_is_refused(config):
     usual = {"score": "confidence", "fgfi": "iou_mask", "graded_iou": "graded_iou", "energy": "none", "uniform": "none"}
     assert {name: replace(config, info_map=name).effective_prior for name in usual} == usual
     assert replace(config, info_map="score", prior="iou_mask").effective_prior == "iou_mask"
     with pytest.raises(ValueError, match="prior: expected one, as info_map 'graded_iou' weighs cells by it alone"):
-        replace(config, prior="none")
+        replace(config, prior="none", teacher="teacher.pt")
+    assert replace(config, prior="none").teacher is None  # where nothing is distilled, it does not matter
 
 
 def test_images_without_labels_have_the_boxes_that_the_teacher_finds(config, teacher):

@@ -30,6 +30,7 @@ DRAWN_MAPS = (
 )
 DRAWN_SCENES = 3
 LEVEL = 0.95  # of the intervals
+UNDER_WAY = "*Under way.*"  # of a regime that has no row with all its seeds
 SETTINGS = ("lr", "weight_decay", "steps", "zoom", "distill_share", "logit_weight")
 Row = dict[int, Result]  # by seed
 Table = list[tuple[str, ...]]
@@ -124,9 +125,10 @@ def _filled(page: str, found: Mapping[str, str]) -> str:
     for piece in pieces[1:]:
         name, _, rest = piece.partition(" -->")
         _, end, after = rest.partition("<!-- end -->")
-        if name not in found or not end:
+        filling = found.get(name, UNDER_WAY if name.startswith("rows ") else "")
+        if not filling or not end:
             raise ValueError(f"README.md: expected a table among {', '.join(found)} with its end, got {name!r}")
-        out.append(f"<!-- table {name} -->\n\n{found[name]}\n\n{end}{after}")
+        out.append(f"<!-- table {name} -->\n\n{filling}\n\n{end}{after}")
     return "".join(out)
 
 
@@ -155,10 +157,9 @@ def rows_of(results: Sequence[Result], regime: str, scored_on: str = "test") -> 
 
 
 def whole_rows(results: Sequence[Result], regime: str) -> dict[str, Row]:
-    """Those on the test scenes that have all their seeds: of a study that is not finished, fewer may mislead."""
-    rows = rows_of(results, regime)
-    seeds = max(map(len, rows.values()), default=0)
-    return {name: row for name, row in rows.items() if len(row) == seeds}
+    """Those on the test scenes that have all seeds: of a study that is not finished, fewer may mislead."""
+    seeds = {x.run.seed for x in results if x.run.scored_on == "test" and x.run.regime != "teachers"}
+    return {name: row for name, row in rows_of(results, regime).items() if row.keys() == seeds}
 
 
 def _rows_table(rows: Mapping[str, Row]) -> str:
@@ -200,6 +201,8 @@ def _settings_table(results: Sequence[Result], regimes: Sequence[str]) -> str:
 
 def _setting(config: Mapping[str, Any], key: str) -> str:
     value = config.get(key, "")
+    if key == "distill_share" and config.get("distill_weight") == 0:
+        return ""
     return " to ".join(f"{x:g}" for x in value) if isinstance(value, (list, tuple)) else f"{value:g}" if value else ""
 
 

@@ -9,11 +9,8 @@ from pathlib import Path
 from fastkd.files import replacing
 from fastkd.yolov3.digits import write_digits
 
-TRAIN, VAL, TEST = 4000, 1000, 2000
-UNLABELLED = 1000  # the last of the training scenes, which no student has with labels
 
-
-def write_scenes(root: Path, *, train: int = TRAIN, val: int = VAL, test: int = TEST, size: int = 96) -> None:
+def write_scenes(root: Path, *, train: int, val: int, test: int, size: int) -> None:
     """Make the scenes; what is there stays."""
     write_digits(root / "digits", train=train, val=val, test=test, size=size)
 

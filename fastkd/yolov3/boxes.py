@@ -110,7 +110,7 @@ def detect(
 
 
 @torch.no_grad()
-def likely_boxes(outputs: Sequence[Tensor], heads: Heads, *, most: int = 30, least: float = 0.3) -> Tensor:
+def likely_boxes(outputs: Sequence[Tensor], heads: Heads, *, most: int = 100, least: float = 0.3) -> Tensor:
     """The boxes that a detector believes in most, before suppression, packed as ``fastkd.priors`` takes them.
 
     Its shape depends on those of the outputs alone, so nothing waits for the device.

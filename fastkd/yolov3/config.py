@@ -20,6 +20,10 @@ FREE_TO_CHANGE = {
     *("out", "resume", "workers", "cache", "eval_every", "save_every", "log_every", "tensorboard", "cpu"),
     *("val_annotations", "val_images"),
 }
+OF_DISTILLATION = {  # without a teacher they do nothing
+    *("teacher_model", "distill_weight", "distill_share", "info_map", "prior", "level_weights", "logit_weight"),
+    *("distill_warmup", "distill_stop", "distill_decay"),
+}
 PATHS = {"annotations", "images", "teacher", "init", "unlabelled"}
 
 
@@ -147,7 +151,7 @@ class TrainConfig:
         finite = self.level_weights is None or all(map(math.isfinite, self.level_weights))
         self._require("level_weights", finite, "None or finite numbers, one a level")
         self._require("prior", self.prior is None or self.prior in PRIORS, f"None or one of {', '.join(PRIORS)}")
-        if resolve(self.info_map).needs_prior and self.effective_prior == "none":
+        if self.teacher is not None and resolve(self.info_map).needs_prior and self.effective_prior == "none":
             raise ValueError(
                 f"prior: expected one, as info_map {self.info_map!r} weighs cells by it alone, got 'none'; to weigh "
                 "all cells alike, take info_map 'uniform'"
@@ -198,7 +202,8 @@ def require_same_run(saved: dict[str, Any], asked: dict[str, Any], step: int) ->
     Raises:
         ValueError: names what differs.
     """
-    differ = [k for k in asked if k not in FREE_TO_CHANGE and _plain(k, saved.get(k)) != _plain(k, asked[k])]
+    free = FREE_TO_CHANGE if saved.get("teacher") or asked["teacher"] else FREE_TO_CHANGE | OF_DISTILLATION
+    differ = [k for k in asked if k not in free and _plain(k, saved.get(k)) != _plain(k, asked[k])]
     if differ:
         raise ValueError(
             "resume: expected the configuration that the run was begun with; it differs in "

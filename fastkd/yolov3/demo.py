@@ -331,9 +331,9 @@ def _note(settings: Settings) -> str:
         f"The teacher had what the students had not: the labels of {settings.scenes} scenes and "
         f"{settings.teacher_steps} steps. Both students see the same {settings.labelled} of these scenes with labels, "
         f"for the same {settings.student_steps} steps, from the same initial weights; the distilled one also sees the "
-        "teacher's features on them. So what distillation passes on is what the teacher learnt from its larger data. "
-        "Learning rate and weight decay are those that suit each best, as the study of the maps chose them on other "
-        "scenes. "
+        "teacher's features on them, which takes more time. So what distillation passes on is what the teacher learnt "
+        "from its larger data. "
+        "Learning rate and weight decay of each are those that the study of the maps chose on other scenes. "
         f"Scores are on {settings.test} test scenes, made of other digits and the other halves of the "
         "photographs than the training scenes, on which nothing was chosen."
     )

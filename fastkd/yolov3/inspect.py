@@ -78,7 +78,8 @@ def inspect_run(
 
     Args:
         run: the run's folder.
-        pictures: files or folders to look at; by default some of the run's own.
+        pictures: files or folders to look at, where a map of boxes is that of the boxes which the teacher finds; by
+            default some of the run's own, with their labels.
         out: folder for the three; by default ``inspect`` in the run's.
         split: ``"val"`` or ``"train"``: whose pictures, where none are given; by default the validation set's if the
             run has one.

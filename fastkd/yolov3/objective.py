@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastkd import priors
 from fastkd.distiller import Distiller, Prior
-from fastkd.info_map import InfoMap, require_known
+from fastkd.info_map import require_known
 from fastkd.yolov3.boxes import likely_boxes
 from fastkd.yolov3.checkpoint import Detector
 from fastkd.yolov3.logits import logit_distill_loss
@@ -37,7 +37,7 @@ class Sight(NamedTuple):
     @property
     def boxes(self) -> Tensor:
         """(M, 5): image index and corners, as ``fastkd.priors`` takes them; without labels, what the teacher finds."""
-        labels = self.targets[:, [0, 2, 3, 4, 5]]
+        labels = torch.cat([self.targets[:, :1], self.targets[:, 2:]], 1)  # a list as index would wait for the device
         if self.labelled == len(self.images):
             return labels
         found = likely_boxes([x[self.labelled :] for x in self.outputs], self.teacher)
@@ -85,13 +85,13 @@ PRIORS: dict[str, Callable[[Sight], LevelPriors]] = {
 }
 
 
-# of the maps that go with one
+# of the maps that are nothing without one
 _USUAL = {"score": "confidence", "fgfi": "iou_mask", "graded_iou": "graded_iou"}
 
 
-def usual_prior(info_map: str | InfoMap) -> str:
-    """The prior that goes with a map."""
-    return _USUAL.get(info_map, "none") if isinstance(info_map, str) else "none"
+def usual_prior(info_map: str) -> str:
+    """The prior that goes with a preset."""
+    return _USUAL.get(info_map, "none")
 
 
 class Objective(nn.Module):
