@@ -70,14 +70,8 @@ def test_likely_boxes_are_the_best_above_the_least_score() -> None:
     assert found.dtype == torch.float32
     assert found[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
     decoded = decode(outputs, LAYOUT.anchors, LAYOUT.strides)[..., :4]
-    cells = [
-        (0, 1 * 6 + 2),
-        (0, 3 * 6 + 4),
-        None,
-        None,
-        (2, 3 * 6 + 3),
-        None,
-    ]  # the third best of an image is one too many
+    # the third best of an image is one too many
+    cells = [(0, 1 * 6 + 2), (0, 3 * 6 + 4), None, None, (2, 3 * 6 + 3), None]
     wanted = [torch.zeros(4) if cell is None else decoded[cell] for cell in cells]
     torch.testing.assert_close(found[:, 1:], torch.stack(wanted))
     assert len(likely_boxes(outputs, LAYOUT, most=100)) == 3 * 30  # no more than there are

@@ -38,7 +38,7 @@ def test_results_hold_every_run_with_its_seed_and_the_versions(demo):
     assert all(share > 0 for share in results["share_of_step"].values())  # timed, so no upper bound holds under load
 
 
-def test_each_student_has_the_settings_that_suit_it(demo):
+def test_each_student_has_settings_of_its_own(demo):
     out, _ = demo
     for kind, options in (("without", TINY.plain), ("with", TINY.distilled)):
         for seed in (0, 1):

@@ -173,6 +173,21 @@ def test_the_report_fills_tables_between_its_marks(planned, tmp_path):
         write_report(tmp_path / "none.jsonl", tmp_path)
 
 
+def test_the_report_of_an_unfinished_study_has_rows_with_all_seeds(planned, tmp_path):
+    def there(x):
+        return x["scored_on"] == "val" or (x["regime"] == "few" and (x["row"], x["seed"]) != ("energy", 1))
+
+    lines = planned.bench.ledger.file.read_text().splitlines(keepends=True)
+    some, page = tmp_path / "some.jsonl", tmp_path / "README.md"
+    some.write_text("".join(line for line in lines if there(json.loads(line)["run"])))
+    page.write_text("<!-- table rows few -->\n<!-- end -->\n<!-- table rows equal -->\n<!-- end -->\n")
+    write_report(some, tmp_path)
+    few, equal = page.read_text().split("<!-- end -->")[:2]
+    assert "| attention |" in few
+    assert "| energy |" not in few
+    assert equal.endswith("<!-- table rows equal -->\n\n*Under way.*\n\n")
+
+
 def test_an_interval_is_that_of_students_t():
     x = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (x.mean, x.half) == pytest.approx((3.0, 2.7764451 * math.sqrt(2.5 / 5)))

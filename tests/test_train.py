@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -594,6 +595,16 @@ def test_a_map_that_is_its_prior_alone_has_it_or_is_refused(config):
     with pytest.raises(ValueError, match="prior: expected one, as info_map 'graded_iou' weighs cells by it alone"):
         replace(config, prior="none", teacher="teacher.pt")
     assert replace(config, prior="none").teacher is None  # where nothing is distilled, it does not matter
+
+
+def test_the_check_of_a_map_of_boxes_looks_at_pictures_that_have_some(config, teacher, digits, tmp_path):
+    content = json.loads(Path(config.annotations).read_text())
+    content["annotations"] = [x for x in content["annotations"] if x["image_id"] > content["images"][5]["id"]]
+    (tmp_path / "late.json").write_text(json.dumps(content))
+    run = replace(config, annotations=str(tmp_path / "late.json"), teacher=str(teacher), steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "distillation may not work")
+        train(run)
 
 
 def test_images_without_labels_have_the_boxes_that_the_teacher_finds(config, teacher):

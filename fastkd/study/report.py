@@ -14,6 +14,7 @@ from scipy.stats import t as student_t
 
 from fastkd.files import replacing
 from fastkd.study.maps import MAPS, SHUFFLED, prior_name
+from fastkd.study.protocol import Protocol
 from fastkd.study.runs import Result, read_results, train_config
 from fastkd.study.scenes import scene_files
 from fastkd.viz import COLORS, overlay_maps, plot_curves
@@ -125,10 +126,9 @@ def _filled(page: str, found: Mapping[str, str]) -> str:
     for piece in pieces[1:]:
         name, _, rest = piece.partition(" -->")
         _, end, after = rest.partition("<!-- end -->")
-        filling = found.get(name, UNDER_WAY if name.startswith("rows ") else "")
-        if not filling or not end:
+        if name not in found or not end:
             raise ValueError(f"README.md: expected a table among {', '.join(found)} with its end, got {name!r}")
-        out.append(f"<!-- table {name} -->\n\n{filling}\n\n{end}{after}")
+        out.append(f"<!-- table {name} -->\n\n{found[name]}\n\n{end}{after}")
     return "".join(out)
 
 
@@ -136,10 +136,11 @@ def _filled(page: str, found: Mapping[str, str]) -> str:
 
 
 def tables(results: Sequence[Result]) -> dict[str, str]:
-    """Markdown by name: ``rows REGIME``, ``settings``, ``maps``, ``tuning``, ``teachers`` and ``effort``."""
+    """Markdown by name: ``rows REGIME``, ``settings``, ``maps``, ``teachers`` and ``effort``."""
     regimes = list(dict.fromkeys(x.run.regime for x in results if x.run.regime != "teachers"))
+    found = {f"rows {regime.name}": UNDER_WAY for regime in Protocol().regimes}
     rows = {regime: whole_rows(results, regime) for regime in regimes}
-    found = {f"rows {regime}": _rows_table(x) for regime, x in rows.items() if x}
+    found |= {f"rows {regime}": _rows_table(x) for regime, x in rows.items() if x}
     found["settings"] = _settings_table(results, regimes)
     found["maps"] = _maps_table(results, regimes[0])
     found["teachers"] = _teachers_table(results)
