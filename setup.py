@@ -59,9 +59,10 @@ def cuda_archs() -> list[str]:
 def compile_cuda(nvcc: str, archs: list[str], include: Path, folder: Path) -> Path:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    host = [f"-ccbin={os.environ['CXX'].split()[-1]}"] if os.environ.get("CXX") else []  # one compiler for all objects
     command = [
         *(nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-t0", "--compress-mode=size"),
-        *("-Xcompiler=-fPIC,-fvisibility=hidden", *TARGET, *codes, f"-I{include}"),
+        *("-Xcompiler=-fPIC,-fvisibility=hidden", *host, *TARGET, *codes, f"-I{include}"),
         *("-c", str(CSRC / "cuda" / "ops.cu"), "-o", str(folder / "cuda.o")),
     ]
     if subprocess.run(command).returncode:

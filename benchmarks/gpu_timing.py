@@ -26,7 +26,7 @@ from workloads import WORKLOADS, Loss, features, providers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 REPEATS = 25
-SLEEP_CYCLES = 20_000_000  # about 10 ms, longer than any provider takes to launch a step
+SLEEP_CYCLES = 12_000_000  # about 6 ms, longer than any provider takes to launch a step
 
 
 def cases(workload: str | None = None) -> Iterator[tuple[str, int, str, bool]]:

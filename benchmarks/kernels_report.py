@@ -64,7 +64,7 @@ def compiled_launches(
     kept: list[tuple[str, Any]] = []
 
     def compile_only(kernel: Any, programs: int, *arguments: Any, near: Any, **options: Any) -> None:
-        kept.append((kernel.fn.__name__, kernel.warmup(*arguments, **options, grid=(programs,), num_warps=4)))
+        kept.append((kernel.fn.__name__, kernel.warmup(*arguments, **options, grid=(programs,))))
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
     student, teacher = ([torch.zeros(s, dtype=dtype).to(memory_format=layout) for s in SHAPES] for _ in range(2))
@@ -122,7 +122,7 @@ def cuda_kernels(tool: str) -> list[Kernel]:
 
 
 def faults(kernel: Kernel) -> list[str]:
-    """What no kernel may do: keep values in local memory, or read features in pieces where they lie in 16 bytes.
+    """What no kernel may do: keep many values in local memory, or read features in pieces where they lie in 16 bytes.
 
     A CUDA kernel has its code for features that are not aligned beside that for those that are; a Triton kernel is
     compiled for the one or the other, here for aligned ones.
@@ -160,7 +160,7 @@ def main() -> int:
     for kernel in itertools.chain(of_cuda, of_triton):
         wrong += [f"{kernel.name}, {kernel.options}, {kernel.target}: {fault}" for fault in faults(kernel)]
         print(row(kernel), flush=True)
-    print("\n".join(["", *wrong]) if wrong else "\nno local memory; aligned features move in 16 bytes")
+    print("\n".join(["", *wrong]) if wrong else "\nat most 32 bytes of local memory; aligned features move in 16 bytes")
     return 1 if wrong else 0
 
 

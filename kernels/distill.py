@@ -31,7 +31,7 @@ LOWEST_LOGIT = tl.constexpr(-1000.0)
 class Feature(NamedTuple):
     """An (N, C, H, W) tensor by its strides, in elements. ``row`` is None where rows have no gaps between them."""
 
-    data: Any
+    data: Any  # None: absent (Triton 3.6 cannot ask whether a tuple is None)
     image: int
     channel: int
     row: int | None
@@ -50,7 +50,7 @@ class Level(NamedTuple):
     scale: float  # weight / Z, of smooth_l1 also by beta; where Z depends on the map, without Z
     student: Feature
     teacher: Feature
-    grad: Feature | None  # written by the backward
+    grad: Feature  # written by the backward; absent where nobody wants it
     prior: Any  # (N, H, W) or None: 1
     mean: Any  # (C,) or None: identity
     rstd: Any
@@ -209,7 +209,8 @@ def entropy_score(total, weighted, highest, channels, inverse_temperature):
     total = tl.sum((total * tl.exp(shift)).to(tl.float64), 1)
     log_channels = tl.log(channels.to(tl.float64))
     entropy = tl.log(total) - weighted * reciprocal(total)
-    return 1 - entropy * reciprocal(tl.where(log_channels > TINY, log_channels, TINY))
+    # the difference first: of equal channels it must be 0, and the reciprocal may miss by a bit
+    return tl.where(log_channels > TINY, (log_channels - entropy) * reciprocal(log_channels), 1.0)
 
 
 @triton.jit
@@ -371,32 +372,30 @@ def is_other(g, assumed, number):
 
 @triton.jit
 def differentiate(
-    level, image, block, span, slope, map, beta,
-    PENALTY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SPAN: tl.constexpr, INDEX: tl.constexpr,
+    level, image, block, channel, slope, map, beta,
+    PENALTY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_P cells and SPAN * BLOCK_C channels; ``map`` points to the image's weights."""
+    """The gradient of BLOCK_P cells and BLOCK_C channels; ``map`` points to the image's weights."""
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < level.cells
     slope_of_cell = slope.to(tl.float32) * tl.load(map + p, mask=inside, other=0.0)
     student = at_cells(level.student, level.width, image, block, BLOCK_P, INDEX)
     teacher = at_cells(level.teacher, level.width, image, block, BLOCK_P, INDEX)
     grad = at_cells(level.grad, level.width, image, block, BLOCK_P, INDEX)
-    for i in range(SPAN):
-        c = (span * SPAN + i) * BLOCK_C
-        x = read_teacher(level, teacher, c, inside, BLOCK_C, INDEX)
-        s = read(level.student, student, c, inside, level.channels, BLOCK_C, INDEX)
-        ds = slope_of_cell[:, None] * scaled_slope(s - x, beta, PENALTY)
-        at, mask = places(level.grad, grad, c, inside, level.channels, BLOCK_C, INDEX)
-        tl.store(at, ds.to(grad.dtype.element_ty), mask=mask)
+    x = read_teacher(level, teacher, channel, inside, BLOCK_C, INDEX)
+    s = read(level.student, student, channel, inside, level.channels, BLOCK_C, INDEX)
+    ds = slope_of_cell[:, None] * scaled_slope(s - x, beta, PENALTY)
+    at, mask = places(level.grad, grad, channel, inside, level.channels, BLOCK_C, INDEX)
+    tl.store(at, ds.to(grad.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def backward(
     levels, upstream, upstream_stride, assumed, mass, maps, beta,
     L: tl.constexpr, PENALTY: tl.constexpr, Z_OF_MAP: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SPAN: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """ds = g * weight / Z * w * rho'(s - t') of all levels; a program takes BLOCK_P cells and SPAN * BLOCK_C channels.
+    """ds = g * weight / Z * w * rho'(s - t') of all levels; a program takes BLOCK_P cells and BLOCK_C channels.
 
     Args:
         levels: as in ``forward``.
@@ -408,20 +407,20 @@ def backward(
     program_0, first = 0, 0  # programs and cells of the levels before
     for l in tl.static_range(L):
         level = levels[l]
-        if level.grad is not None:
-            spans = tl.cdiv(level.channels, SPAN * BLOCK_C)
+        if level.grad.data is not None:
+            steps = tl.cdiv(level.channels, BLOCK_C)
             blocks = tl.cdiv(level.cells, BLOCK_P)
-            end = program_0 + level.images * blocks * spans
+            end = program_0 + level.images * blocks * steps
             if (program >= program_0) & (program < end):
                 g = tl.load(upstream + level.number * upstream_stride)
                 if is_other(g, assumed, level.number):
                     slope = g.to(tl.float64) * scale_of(level, tl.load(mass + level.number).to(tl.float64), Z_OF_MAP)
-                    span = (program - program_0) % spans
-                    block = (program - program_0) // spans % blocks
-                    image = (program - program_0) // spans // blocks
+                    channel = (program - program_0) % steps * BLOCK_C
+                    block = (program - program_0) // steps % blocks
+                    image = (program - program_0) // steps // blocks
                     begin = first + image.to(tl.int64) * level.cells
                     differentiate(
-                        level, image, block, span, slope, maps + begin, beta, PENALTY, BLOCK_P, BLOCK_C, SPAN, INDEX
+                        level, image, block, channel, slope, maps + begin, beta, PENALTY, BLOCK_P, BLOCK_C, INDEX
                     )
             program_0 = end
         first += tl.cast(level.cells, tl.int64) * level.images

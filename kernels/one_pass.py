@@ -74,7 +74,7 @@ def imitate(
         x = read_teacher(level, teacher, c, inside, BLOCK_C, INDEX)
         s = read(level.student, student, c, inside, level.channels, BLOCK_C, INDEX)
         d += scaled_penalty(s - x, beta, PENALTY)
-        if level.grad is not None:
+        if level.grad.data is not None:
             grad = at_cells(level.grad, level.width, image, block, BLOCK_P, INDEX)
             ds = slope_of_cell[:, None] * scaled_slope(s - x, beta, PENALTY)
             at, mask = places(level.grad, grad, c, inside, level.channels, BLOCK_C, INDEX)

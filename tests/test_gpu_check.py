@@ -29,6 +29,26 @@ FOUND = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "LOGS", tmp_path / "logs")
+
+
+def test_it_begins_where_fastkd_is_not_built_yet() -> None:
+    program = "import sys; sys.modules['fastkd'] = None; import gpu_check"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=BENCHMARKS)
+
+
+def test_tests_that_were_cut_short_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = (
+        "[gw0] [ 10%] PASSED tests/a.py::b \n[gw1] [ 20%] FAILED tests/a.py::c \n[gw1] [ 30%] PASSED tests/a.py::d \n"
+    )
+    monkeypatch.setattr(gpu_check, "run", lambda *_: (124, output))
+    found = gpu_check.test("cpp", False, 1)
+    assert found == ("tests, cpp", ["tests/a.py::c", "not done in its time"], "2 passed so far")
+    assert (gpu_check.LOGS / "tests_cpp.log").read_text() == output
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py")]

@@ -82,6 +82,15 @@ def test_entropy_is_one_for_a_single_active_channel_and_zero_for_equal_ones() ->
     torch.testing.assert_close(w, torch.tensor([[[1.0, 0.0]]]), rtol=0, atol=1e-6)
 
 
+@on_every_target
+def test_equal_channels_have_no_weight_to_the_last_bit(backend: str) -> None:
+    """Else the mean of what is left of rounding would make it a map."""
+    s, t = ([torch.randn(1, c, 2, 2) for c in (3, 5, 7, 11, 40)] for _ in range(2))
+    t = [x[:, :1].expand_as(x) for x in t]
+    for norm in ("none", "mean"):
+        assert not distill_loss(s, t, info_map=InfoMap("entropy", norm), reduction="none", backend=backend).any()
+
+
 def test_the_map_shown_is_the_map_used() -> None:
     (s,), (t,) = features()
     prior = [torch.rand(2, 4, 5)]

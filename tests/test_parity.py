@@ -67,7 +67,7 @@ def test_error_is_at_most_twice_that_of_eager(
             assert all(x.dtype == s.dtype for x, s in zip(gradients[1:], sample["student_feats"], strict=True))
             for i, error in enumerate(errors(gradients, exact)):
                 largest[i] = max(largest[i], error)
-    floor = 2e-15 if dtype == torch.float64 else 6e-8  # half a unit in the last place of the sums' dtype
+    floor = 2e-15 if dtype == torch.float64 else 1.5e-7  # of a cell with few channels: each term is rounded five times
     ours, eager = worst[backend], worst["reference"]
     target = f"{backend}-{torch.get_default_device().type}"
     record = {"backend": target, "dtype": str(dtype).removeprefix("torch."), "map": f"{info.score}, {info.norm}"}

@@ -45,7 +45,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     area = (x[:, 2:] - x[:, :2]).prod(1)
     overlap = (torch.minimum(x[:, None, 2:], x[:, 2:]) - torch.maximum(x[:, None, :2], x[:, :2])).clamp(min=0).prod(2)
     suppresses = (overlap / (area[:, None] + area - overlap) > iou_threshold).triu(1)
-    kept = torch.ones(len(x), dtype=torch.bool)
+    kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for i in range(len(x)):
         if kept[i]:
             kept &= ~suppresses[i]

@@ -9,42 +9,43 @@
 
 namespace fastkd::cuda {
 
-template <Penalty P, int V, int kRows, class Acc, class Cell>
-__device__ __forceinline__ void differentiate(const Acc (&t)[kRows][V], const Acc* weight, Acc beta, const Cell& cell,
-                                              Acc (&s)[kRows][V]) {
+template <class E, Penalty P, bool kChannelsLast, int V, class Features, class Offsets, class Acc>
+__device__ __forceinline__ void differentiate(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
+                                              const Features& features, const Acc* weight, const Offsets& grad,
+                                              int channel, int rows) {
+  using Shape = Patch<kChannelsLast, V, Acc>;
+  const Acc beta = Acc(launch.options.beta);
 #pragma unroll
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < Shape::kRows; ++i)
+    if (i < rows) {
+      Acc t[V], x[V];
+      features.teacher(level, tile, channel, i, t);
+      features.differences(t, i, x);
 #pragma unroll
-    for (int v = 0; v < V; ++v) s[i][v] = weight[cell(i, v)] * scaled_slope<P>(s[i][v] - t[i][v], beta);
+      for (int v = 0; v < V; ++v) x[v] = weight[Shape::cell(i, v)] * scaled_slope<P>(x[v], beta);
+      store<E>(x, level.grad, grad.at(channel, i));
+    }
 }
 
 template <class E, bool kChannelsLast, int V, class Acc>
 __device__ __forceinline__ void differentiate_cells(const Launch<Acc>& launch, const Level<Acc>& level,
                                                     const Tile& tile, Acc slope, int64_t first) {
   using P = Patch<kChannelsLast, V, Acc>;
-  constexpr int kRows = P::kRows;
   using Offsets = Rows<kChannelsLast, V, Acc>;
   const Places<kChannelsLast, V, Acc> places(level, tile, first);
   const Offsets student(level.student, tile, places), teacher(level.teacher, tile, places),
       grad(level.grad, tile, places);
-  const Acc beta = Acc(launch.options.beta);
-  if (launch.options.penalty == Penalty::smooth_l1) slope /= beta;
+  if (launch.options.penalty == Penalty::smooth_l1) slope /= Acc(launch.options.beta);
   Acc weight[P::kCells];  // of a cell's scaled slopes
 #pragma unroll
   for (int i = 0; i < P::kCells; ++i)
     weight[i] = first + i < level.cells() ? slope * level.map[tile.image * level.cells() + first + i] : Acc(0);
   each_patch<kChannelsLast, V>(level, tile, first, [&](int c, int rows) {
-    Acc s[kRows][V] = {}, t[kRows][V] = {};
-    read_patch<E>(level, tile, student, teacher, c, rows, s, t);
-    const auto cell = [](int i, int v) { return P::cell(i, v); };
-    switch (launch.options.penalty) {
-      case Penalty::l2: differentiate<Penalty::l2>(t, weight, beta, cell, s); break;
-      case Penalty::l1: differentiate<Penalty::l1>(t, weight, beta, cell, s); break;
-      case Penalty::smooth_l1: differentiate<Penalty::smooth_l1>(t, weight, beta, cell, s); break;
-    }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      if (i < rows) store<E>(s[i], level.grad, grad.at(c, i));
+    const Features<E, kChannelsLast, V, Acc> features(level, student, teacher, c, rows);
+    const auto by = [&](auto penalty) {
+      differentiate<E, penalty, kChannelsLast, V>(launch, level, tile, features, weight, grad, c, rows);
+    };
+    with_penalty(launch.options.penalty, by);
   });
 }
 
@@ -58,7 +59,7 @@ __device__ __forceinline__ void differentiate_tile(const Launch<Acc>& launch, co
 }
 
 template <class E, class Acc>
-__global__ void __launch_bounds__(kThreads, 2) backward(const __grid_constant__ Launch<Acc> launch) {
+__global__ void __launch_bounds__(kThreads, kBlocks<false>) backward(const __grid_constant__ Launch<Acc> launch) {
   constexpr int V = kVector<E, Acc>;
   const Tile tile = find_tile(launch, V);
   const Level<Acc>& level = launch.level[tile.level];

@@ -21,6 +21,7 @@ namespace fastkd::cuda {
 // sum of exp(u) and of u exp(u), u being the logit below the highest.
 template <class Acc, int kCells, bool kEntropy>
 struct Sums {
+  static constexpr bool kOfEntropy = kEntropy;
   static constexpr int kValues = kEntropy ? 4 : 2;
   Acc value[kValues][kCells];  // D; e, or highest, sum, weighted
 
@@ -32,24 +33,6 @@ struct Sums {
         value[k][i] = kEntropy && k == 1 ? -std::numeric_limits<Acc>::infinity() : Acc(0);
   }
 };
-
-// Adds f(row, v) over a patch's valid rows to the sum of each cell: a patch is summed first, so that chains of
-// additions stay short, and their rounding small.
-template <bool kChannelsLast, int V, int kRows, int kCells, class Acc, class F>
-__device__ __forceinline__ void add_patch(int rows, Acc (&sum)[kCells], const F& f) {
-  Acc part[kCells] = {};
-#pragma unroll
-  for (int i = 0; i < kRows; ++i)
-    if (i < rows)
-#pragma unroll
-      for (int v = 0; v < V; ++v) part[Patch<kChannelsLast, V, Acc>::cell(i, v)] += f(i, v);
-#pragma unroll
-  for (int i = 0; i < kCells; ++i) sum[i] += part[i];
-}
-
-// Not fused with the product that x may be: where x is the highest, the difference must be 0.
-__device__ __forceinline__ float difference(float x, float y) { return __fsub_rn(x, y); }
-__device__ __forceinline__ double difference(double x, double y) { return __dsub_rn(x, y); }
 
 template <class Acc>
 __device__ __forceinline__ Acc below(Acc x, Acc highest, Acc inverse_temperature) {
@@ -89,35 +72,60 @@ __device__ __forceinline__ void add_entropy(const Acc (&t)[kRows][V], int rows, 
       }
 }
 
+// |t| or t^2, without a branch: straight code needs the fewest registers.
+template <class Acc>
+__device__ __forceinline__ Acc score_of(Acc t, bool energy) {
+  const Acc size = score_term<Score::magnitude>(t);
+  return size * (energy ? size : Acc(1));
+}
+
+// Adds up a patch, then that to the sums: chains of additions stay short, and their rounding small.
+template <Penalty P, bool kChannelsLast, int V, class Features, class Acc, class Sums>
+__device__ __forceinline__ void add_patch(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
+                                          const Features& features, int channel, int rows, Sums& sums) {
+  using Shape = Patch<kChannelsLast, V, Acc>;
+  const Acc beta = Acc(launch.options.beta);
+  const bool energy = launch.options.score == Score::energy;
+  Acc d[Shape::kCells] = {}, e[Shape::kCells] = {};
+#pragma unroll
+  for (int i = 0; i < Shape::kRows; ++i)
+    if (i < rows) {
+      Acc t[V], x[V];
+      features.teacher(level, tile, channel, i, t);
+      features.differences(t, i, x);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        d[Shape::cell(i, v)] += scaled_penalty<P>(x[v], beta);
+        if constexpr (!Sums::kOfEntropy) e[Shape::cell(i, v)] += score_of(t[v], energy);
+      }
+    }
+#pragma unroll
+  for (int i = 0; i < Shape::kCells; ++i) {
+    sums.value[0][i] += d[i];
+    if constexpr (!Sums::kOfEntropy) sums.value[1][i] += e[i];
+  }
+}
+
 template <class E, bool kChannelsLast, int V, bool kEntropy, class Acc>
 __device__ __forceinline__ auto measure(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
                                         int64_t first) {
   using P = Patch<kChannelsLast, V, Acc>;
   using Offsets = Rows<kChannelsLast, V, Acc>;
   const Places<kChannelsLast, V, Acc> places(level, tile, first);
-  constexpr int kRows = P::kRows;
   const Offsets student(level.student, tile, places), teacher(level.teacher, tile, places);
-  const Acc beta = Acc(launch.options.beta), inverse_temperature = Acc(launch.inverse_temperature);
   Sums<Acc, P::kCells, kEntropy> sums;
   each_patch<kChannelsLast, V>(level, tile, first, [&](int c, int rows) {
-    Acc s[kRows][V] = {}, t[kRows][V] = {};
-    read_patch<E>(level, tile, student, teacher, c, rows, s, t);
-    const auto add = [&](int k, const auto& f) { add_patch<kChannelsLast, V, kRows>(rows, sums.value[k], f); };
+    const Features<E, kChannelsLast, V, Acc> features(level, student, teacher, c, rows);
     if constexpr (kEntropy) {
-      add_entropy<kChannelsLast>(t, rows, inverse_temperature, sums);
-    } else if (launch.options.score == Score::energy) {
-      add(1, [&](int i, int v) { return score_term<Score::energy>(t[i][v]); });
-    } else if (launch.options.score == Score::magnitude) {
-      add(1, [&](int i, int v) { return score_term<Score::magnitude>(t[i][v]); });
+      Acc t[P::kRows][V] = {};
+#pragma unroll
+      for (int i = 0; i < P::kRows; ++i)
+        if (i < rows) features.teacher(level, tile, c, i, t[i]);
+      add_entropy<kChannelsLast>(t, rows, Acc(launch.inverse_temperature), sums);
     }
-    switch (launch.options.penalty) {
-      case Penalty::l2:
-        return add(0, [&](int i, int v) { return scaled_penalty<Penalty::l2>(s[i][v] - t[i][v], beta); });
-      case Penalty::l1:
-        return add(0, [&](int i, int v) { return scaled_penalty<Penalty::l1>(s[i][v] - t[i][v], beta); });
-      case Penalty::smooth_l1:
-        return add(0, [&](int i, int v) { return scaled_penalty<Penalty::smooth_l1>(s[i][v] - t[i][v], beta); });
-    }
+    with_penalty(launch.options.penalty, [&](auto penalty) {
+      add_patch<penalty, kChannelsLast, V>(launch, level, tile, features, c, rows, sums);
+    });
   });
   return sums;
 }
@@ -315,7 +323,7 @@ __device__ __forceinline__ void total(const Launch<Acc>& launch, int l, double* 
 }
 
 template <class E, bool kEntropy, class Acc>
-__global__ void __launch_bounds__(kThreads, 2) forward(const __grid_constant__ Launch<Acc> launch) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kEntropy>) forward(const __grid_constant__ Launch<Acc> launch) {
   constexpr int V = kVector<E, Acc>, kMost = V > kThreadCells<Acc> ? V : kThreadCells<Acc>;  // cells of a thread
   __shared__ Acc parts[(kEntropy ? 4 : 2) * kMost * kRowLength<kMost>];
   __shared__ double shared[kThreads];

@@ -28,20 +28,33 @@ struct alignas(sizeof(E) * V) Pack {
   E x[V];
 };
 
+// What a thread holds of a feature until it computes with it: the elements as they lie in memory, half the registers of
+// what they become.
+template <class E, class Acc>
+using Held = std::conditional_t<std::is_same_v<E, Any>, Acc, E>;
+
+template <class To, class From, int V>
+__device__ __forceinline__ void convert(const Pack<From, V>& pack, To (&out)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) out[v] = To(pack.x[v]);
+}
+
 template <class E, class Acc, int V>
-__device__ __forceinline__ void load(const Feature& f, int64_t offset, Acc (&out)[V]) {
+__device__ __forceinline__ void load(const Feature& f, int64_t offset, Pack<Held<E, Acc>, V>& out) {
   if constexpr (std::is_same_v<E, Any>) {
+    const auto through = [&]<class D>(Pack<D, V> pack) {
+      load<D, D>(f, offset, pack);
+      convert(pack, out.x);
+    };
     switch (f.dtype) {
-      case DType::float16: return load<Half>(f, offset, out);
-      case DType::bfloat16: return load<BFloat16>(f, offset, out);
-      case DType::float32: return load<float>(f, offset, out);
+      case DType::float16: return through(Pack<Half, V>());
+      case DType::bfloat16: return through(Pack<BFloat16, V>());
+      case DType::float32: return through(Pack<float, V>());
       case DType::float64:
-        if constexpr (sizeof(Acc) == 8) return load<double>(f, offset, out);
+        if constexpr (sizeof(Acc) == 8) return through(Pack<double, V>());
     }
   } else {
-    const auto pack = *reinterpret_cast<const Pack<E, V>*>(static_cast<const E*>(f.data) + offset);
-#pragma unroll
-    for (int v = 0; v < V; ++v) out[v] = Acc(pack.x[v]);
+    out = *reinterpret_cast<const Pack<E, V>*>(static_cast<const E*>(f.data) + offset);
   }
 }
 
@@ -94,7 +107,7 @@ __device__ __forceinline__ Tile find_tile(const Launch<Acc>& launch, int vector)
 // channels_last: a row is V channels of one cell. Else: V cells of one channel.
 template <bool kChannelsLast, int V, class Acc>
 struct Patch {
-  static constexpr int kRows = V > 1 || sizeof(Acc) == 8 ? 2 : kChannelsLast ? 4 : 8;
+  static constexpr int kRows = V == 1 && !kChannelsLast && sizeof(Acc) == 4 ? 8 : 2;
   static constexpr int kCells = kChannelsLast ? kRows : V;
   static constexpr int kPasses = kChannelsLast ? kThreadCells<Acc> / kRows : 1;  // over all channels
   // index of an element's cell among those of the pass
@@ -156,48 +169,69 @@ struct Rows {
   }
 
   __device__ __forceinline__ int64_t at(int channel, int row) const {
-    if constexpr (kChannelsLast) return start[row] + channel * channel_stride;
+    if constexpr (kChannelsLast) return start[row] + channel;
     return start[0] + channel * channel_stride + row * row_stride;
   }
 };
 
-// t' = (t - mean) * rstd, in place.
-template <bool kChannelsLast, int V, int kRows, class Acc>
-__device__ __forceinline__ void standardise(const Level<Acc>& level, const Tile& tile, int channel, int rows,
-                                            Acc (&t)[kRows][V]) {
-  if (!level.mean) return;
-  using Moments = Pack<Acc, V>;
-  if constexpr (kChannelsLast) {
-    const auto mean = *reinterpret_cast<const Moments*>(level.mean + channel);
-    const auto rstd = *reinterpret_cast<const Moments*>(level.rstd + channel);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int v = 0; v < V; ++v) t[i][v] = (t[i][v] - mean.x[v]) * rstd.x[v];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int c = channel + i * tile.groups;
-      const Acc mean = i < rows ? level.mean[c] : Acc(0), rstd = i < rows ? level.rstd[c] : Acc(0);
-#pragma unroll
-      for (int v = 0; v < V; ++v) t[i][v] = (t[i][v] - mean) * rstd;
-    }
+// Never fused with a product before it: where student and teacher, or a logit and the highest, are equal, it is 0.
+__device__ __forceinline__ float difference(float x, float y) { return __fsub_rn(x, y); }
+__device__ __forceinline__ double difference(double x, double y) { return __dsub_rn(x, y); }
+
+// Calls f with the penalty as a constant, outside of what must be straight code.
+template <class F>
+__device__ __forceinline__ void with_penalty(Penalty penalty, const F& f) {
+  switch (penalty) {
+    case Penalty::l2: return f(std::integral_constant<Penalty, Penalty::l2>());
+    case Penalty::l1: return f(std::integral_constant<Penalty, Penalty::l1>());
+    case Penalty::smooth_l1: return f(std::integral_constant<Penalty, Penalty::smooth_l1>());
   }
 }
 
-// Student and standardised teacher of a patch from a channel on. All loads are issued before any value is used.
-template <class E, bool kChannelsLast, int V, int kRows, class Acc>
-__device__ __forceinline__ void read_patch(const Level<Acc>& level, const Tile& tile,
-                                           const Rows<kChannelsLast, V, Acc>& student,
-                                           const Rows<kChannelsLast, V, Acc>& teacher, int channel, int rows,
-                                           Acc (&s)[kRows][V], Acc (&t)[kRows][V]) {
+// Student and teacher of a patch from a channel on. All loads are issued before any value is used.
+template <class E, bool kChannelsLast, int V, class Acc>
+struct Features {
+  static constexpr int kRows = Patch<kChannelsLast, V, Acc>::kRows;
+  using Offsets = Rows<kChannelsLast, V, Acc>;
+  Pack<Held<E, Acc>, V> s[kRows] = {}, t[kRows] = {};
+  Pack<Acc, V> mean, rstd;  // channels_last: the same for all rows
+
+  __device__ __forceinline__ Features(const Level<Acc>& level, const Offsets& student, const Offsets& teacher,
+                                      int channel, int rows) {
 #pragma unroll
-  for (int i = 0; i < kRows; ++i)
-    if (i < rows) {
-      load<E>(level.student, student.at(channel, i), s[i]);
-      load<E>(level.teacher, teacher.at(channel, i), t[i]);
+    for (int i = 0; i < kRows; ++i)
+      if (i < rows) {
+        load<E, Acc>(level.student, student.at(channel, i), s[i]);
+        load<E, Acc>(level.teacher, teacher.at(channel, i), t[i]);
+      }
+    if (kChannelsLast && level.mean) {
+      mean = *reinterpret_cast<const Pack<Acc, V>*>(level.mean + channel);
+      rstd = *reinterpret_cast<const Pack<Acc, V>*>(level.rstd + channel);
     }
-  standardise<kChannelsLast>(level, tile, channel, rows, t);
-}
+  }
+
+  // t' = (t - mean) * rstd of a row
+  __device__ __forceinline__ void teacher(const Level<Acc>& level, const Tile& tile, int channel, int row,
+                                          Acc (&out)[V]) const {
+    convert(t[row], out);
+    if (!level.mean) return;
+    if constexpr (kChannelsLast) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) out[v] = (out[v] - mean.x[v]) * rstd.x[v];
+    } else {
+      const int c = channel + row * tile.groups;
+      const Acc mu = level.mean[c], r = level.rstd[c];
+#pragma unroll
+      for (int v = 0; v < V; ++v) out[v] = (out[v] - mu) * r;
+    }
+  }
+
+  // s - t' of a row
+  __device__ __forceinline__ void differences(const Acc (&teacher)[V], int row, Acc (&out)[V]) const {
+    convert(s[row], out);
+#pragma unroll
+    for (int v = 0; v < V; ++v) out[v] = difference(out[v], teacher[v]);
+  }
+};
 
 }  // namespace fastkd::cuda
