@@ -6,6 +6,7 @@ CUDA kernels. FASTKD_CUDA_ARCH="80;90;100;120" says which cards they are for; th
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,17 +57,24 @@ def cuda_archs() -> list[str]:
     return sorted(archs, key=int)
 
 
+def host_compiler() -> list[str]:
+    """CXX, so that one compiler makes all objects: exceptions may not pass between those of two."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    words = [word for word in words if Path(word).name not in ("ccache", "sccache", "distcc")]
+    return [f"-ccbin={words[0]}"] if words and "NVCC_CCBIN" not in os.environ else []
+
+
 def compile_cuda(nvcc: str, archs: list[str], include: Path, folder: Path) -> Path:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    host = [f"-ccbin={os.environ['CXX'].split()[-1]}"] if os.environ.get("CXX") else []  # one compiler for all objects
     command = [
         *(nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-t0", "--compress-mode=size"),
-        *("-Xcompiler=-fPIC,-fvisibility=hidden", *host, *TARGET, *codes, f"-I{include}"),
+        *("-Xcompiler=-fPIC,-fvisibility=hidden", *host_compiler(), *TARGET, *codes, f"-I{include}"),
         *("-c", str(CSRC / "cuda" / "ops.cu"), "-o", str(folder / "cuda.o")),
     ]
     if subprocess.run(command).returncode:
-        sys.exit(f"fastkd: {nvcc} failed (12.8 or newer is needed); to build without CUDA kernels: FASTKD_CUDA=0")
+        needs = "12.8 or newer is needed, and a host compiler that it knows: CXX or NVCC_CCBIN name another"
+        sys.exit(f"fastkd: {nvcc} failed ({needs}); to build without CUDA kernels: FASTKD_CUDA=0")
     return folder / "cuda.o"
 
 

@@ -46,8 +46,11 @@ for backend in ("cpp", "triton"):
         for dtype, info in ((torch.bfloat16, "attention"), (torch.float32, fastkd.InfoMap("entropy", "minmax"))):
             with torch.device("cuda"):
                 sample = levels(dtype, layout, shapes=[(2, 7, 5, 3), (2, 64, 9, 9)])
-            loss = fastkd.distill_loss(**sample, info_map=info, reduction="none", backend=backend)
-            loss_and_gradients(loss, sample["student_feats"])
+            for one_pass in (False, True)[: 1 + (backend == "triton")]:
+                loss = fastkd.distill_loss(
+                    **sample, info_map=info, reduction="none", backend=backend, one_pass=one_pass
+                )
+                loss_and_gradients(loss, sample["student_feats"])
 torch.cuda.synchronize()
 """
 
@@ -171,6 +174,7 @@ def time_all(seconds: float) -> tuple[Outcome, dict[str, Any]]:
 def machine() -> dict[str, Any]:
     card = torch.cuda.get_device_properties(0)
     nvcc = re.findall(r"release ([\d.]+)", run(["nvcc", "--version"], 20)[1]) if shutil.which("nvcc") else []
+    commit = run(["git", "describe", "--always", "--dirty"], 20)[1].strip() if shutil.which("git") else None
     return {
         "gpu": card.name,
         "memory_gib": round(card.total_memory / 2**30),
@@ -179,6 +183,8 @@ def machine() -> dict[str, Any]:
         "triton": __import__("triton").__version__,
         "nvcc": nvcc[0] if nvcc else None,
         "python": platform.python_version(),
+        "commit": commit,
+        "arguments": " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 

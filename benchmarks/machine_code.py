@@ -41,7 +41,8 @@ class Kernel:
     def leaks(self) -> bool:
         """Whether it keeps more than a few values in local memory, which is as far away as global memory.
 
-        Few: of three blocks on an SM instead of two, on an H200, a third more speed, and 8 registers that spill.
+        Few: the CUDA kernels spill up to 8 registers so that three blocks share an SM, not two, which on an H200 took a
+        fifth to a third off their time.
         """
         return max(self.stack, self.local) > 32
 

@@ -62,7 +62,7 @@ def distill_loss(
             the batches of all ranks, divided by their number, so that averaged gradients (DDP) are those of one
             process with the whole batch; ``"batch"`` N. By default the one that goes with the map.
         reduction: ``"sum"`` over levels, a scalar; ``"none"``: one loss per level, (L,).
-        backend: ``"cpp"``, ``"triton"``, ``"reference"``, or None for the fastest that works here, see
+        backend: ``"cpp"``, ``"triton"``, ``"reference"``, or None for the one that suits most here, see
             ``fastkd.backends()``.
         reuse_teacher_memory: the student's gradient may replace the teacher's features in memory, so that none is
             allocated: use them before, they are gone afterwards. Nor may that memory be filled again, by a teacher that

@@ -128,8 +128,8 @@ _prefers_one_pass = {("cpp", "cpu")}  # where it was measured to be faster
 _cuda_archs: list[int] = []  # compute capabilities, times 10, that the extension has CUDA kernels for, ascending
 _devices = {"cpp": ("cpu", "cuda"), "triton": ("cuda",)}
 _unavailable = {"cpp": _load_cpp(), "triton": _load_triton(), "reference": None}
-# By device, what suits most first. On an H200 Triton's kernels take 3 to 25 % less of the device, some 20 to 130 us a
-# step, but 0.8 ms more of the host to launch, and seconds to compile for each set of shapes.
+# By device, what suits most first. On an H200 Triton's kernels take 3 to 25 % less of the device, 7 to 129 us a step,
+# but 0.7 to 1.0 ms more of the host, and have to be compiled when first met (benchmarks/results/nvidia-h200.md).
 _preferred = {"cpu": ("cpp",), "cuda": ("cpp", "triton")}
 
 
@@ -166,7 +166,7 @@ def require_one_pass(backend: str, device: torch.device, normalizer: str) -> Non
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The named backend, or the fastest that can take these tensors.
+    """The named backend, or the first of the preferred ones that can take these tensors.
 
     Args:
         dtype: that of the sums.

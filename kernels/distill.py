@@ -10,10 +10,11 @@ backward   3 b: reads s and t,       about 5: standardise 2, slope 3            
            writes ds
 =========  ========================  ==========================================  ===================
 
-A program takes BLOCK_P cells of one image of one level and walks over its channels in steps of BLOCK_C. Which axis of
-the tile is contiguous (NCHW: the cells, channels_last: the channels) follows from strides of 1, which Triton compiles
-as constants; so each layout is read in place. Every load is widened to float32 at once; what is summed over an image's
-cells is in float64, as a difference of near-equal scores may decide a weight.
+A program takes BLOCK_P cells of one image of one level; in the forward it walks over their channels in steps of
+BLOCK_C, in the backward it takes one such step. Which axis of the tile is contiguous (NCHW: the cells, channels_last:
+the channels) follows from strides of 1, which Triton compiles as constants; so each layout is read in place. Every load
+is widened to float32 at once; what is summed over an image's cells is in float64, as a difference of near-equal scores
+may decide a weight.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ def entropy_score(total, weighted, highest, channels, inverse_temperature):
     log_channels = tl.log(channels.to(tl.float64))
     entropy = tl.log(total) - weighted * reciprocal(total)
     # the difference first: of equal channels it must be 0, and the reciprocal may miss by a bit
-    return tl.where(log_channels > TINY, (log_channels - entropy) * reciprocal(log_channels), 1.0)
+    return tl.where(log_channels > TINY, (log_channels - entropy) * reciprocal(log_channels), 1.0 - entropy)
 
 
 @triton.jit

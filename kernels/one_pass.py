@@ -1,8 +1,9 @@
-"""The one-pass Triton kernel: map, loss and gradient of all levels in one launch, the teacher's second read from L2.
+"""The one-pass Triton kernel: map, loss and gradient of all levels in one launch, reading the teacher again from L2.
 
 What must move, for features of b bytes an element: 3 b (reads s and t, writes ds), if the teacher of the images under
-way stays in L2, from where it is read again; about 12 floating-point operations an element. Where Z is of the map it is
-known only after the last image: then all scores come first, and 4 b move.
+way stays in L2, which the times of an H200 do not show (benchmarks/results/nvidia-h200.md); about 12 floating-point
+operations an element. Where Z is of the map it is known only after the last image: then all scores come first, and 4 b
+move.
 
 Programs take their work by a ticket: first the scores of some images, then in turn a piece of an image's gradient and
 one of the scores of an image further on. A gradient waits until its image is weighed, which only needs programs that
@@ -95,7 +96,7 @@ def one_pass(
         tickets: int32 (1 + 3 * images + 2 * levels,), zeros: programs so far; per image, programs done with its scores,
             whether it is weighed, programs done with its gradient; two per level, images weighed, images done.
         assumed: (levels,) float32.
-        AHEAD: programs whose scores come before the first gradient of a level: about those that run at once.
+        AHEAD: programs whose scores come before the first gradient of a level: more than run at once.
     """
     turn = tl.atomic_add(tickets, 1, sem="relaxed", scope="gpu")  # counted from where the level at hand begins
     scored = tickets + 1

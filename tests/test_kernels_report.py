@@ -1,4 +1,4 @@
-"""Every GPU kernel compiled for cards that are not here, and its machine code read: nothing spills, loads are wide."""
+"""Every GPU kernel compiled for cards that are not here, and its machine code read: little spills, loads are wide."""
 
 from __future__ import annotations
 

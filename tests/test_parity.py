@@ -67,7 +67,8 @@ def test_error_is_at_most_twice_that_of_eager(
             assert all(x.dtype == s.dtype for x, s in zip(gradients[1:], sample["student_feats"], strict=True))
             for i, error in enumerate(errors(gradients, exact)):
                 largest[i] = max(largest[i], error)
-    floor = 2e-15 if dtype == torch.float64 else 1.5e-7  # of a cell with few channels: each term is rounded five times
+    # in a level of one cell eager's own roundings may cancel: each of its terms has three to five of half a unit
+    floor = {torch.float64: 2e-15, torch.float32: 1.5e-7}.get(dtype, 6e-8)
     ours, eager = worst[backend], worst["reference"]
     target = f"{backend}-{torch.get_default_device().type}"
     record = {"backend": target, "dtype": str(dtype).removeprefix("torch."), "map": f"{info.score}, {info.norm}"}

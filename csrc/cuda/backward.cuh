@@ -9,10 +9,10 @@
 
 namespace fastkd::cuda {
 
-template <class E, Penalty P, bool kChannelsLast, int V, class Features, class Offsets, class Acc>
+template <class E, Penalty P, bool kChannelsLast, int V, class Read, class Offsets, class Acc>
 __device__ __forceinline__ void differentiate(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
-                                              const Features& features, const Acc* weight, const Offsets& grad,
-                                              int channel, int rows) {
+                                              const Read& features, const Acc* weight, const Offsets& grad, int channel,
+                                              int rows) {
   using Shape = Patch<kChannelsLast, V, Acc>;
   const Acc beta = Acc(launch.options.beta);
 #pragma unroll

@@ -6,9 +6,9 @@
 //
 // Must move, for an element of b bytes: 2 b (student and teacher once), and per cell 36 bytes of e, D (written, read
 // back from L2) and w: under 2 % of it from 512 channels of bfloat16 on. Must do 5 operations an element (l2, energy:
-// difference, 2 multiply-adds, and 2 to standardise) and 2 conversions; entropy about 25. The floor is 2 units of
-// design.md's five, bytes / bandwidth: an SM of an H200 has 24 lane-operations a pair of bfloat16 until memory brings
-// the next.
+// difference, 2 multiply-adds, and 2 to standardise; 2 more choose the score) and 2 conversions; entropy about 25. The
+// floor is 2 units of design.md's five, bytes / bandwidth: an SM of an H200 has 24 lane-operations a pair of bfloat16
+// until memory brings the next.
 #pragma once
 
 #include "tile.cuh"
@@ -80,9 +80,9 @@ __device__ __forceinline__ Acc score_of(Acc t, bool energy) {
 }
 
 // Adds up a patch, then that to the sums: chains of additions stay short, and their rounding small.
-template <Penalty P, bool kChannelsLast, int V, class Features, class Acc, class Sums>
+template <Penalty P, bool kChannelsLast, int V, class Read, class Acc, class Totals>
 __device__ __forceinline__ void add_patch(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
-                                          const Features& features, int channel, int rows, Sums& sums) {
+                                          const Read& features, int channel, int rows, Totals& sums) {
   using Shape = Patch<kChannelsLast, V, Acc>;
   const Acc beta = Acc(launch.options.beta);
   const bool energy = launch.options.score == Score::energy;
@@ -96,13 +96,13 @@ __device__ __forceinline__ void add_patch(const Launch<Acc>& launch, const Level
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         d[Shape::cell(i, v)] += scaled_penalty<P>(x[v], beta);
-        if constexpr (!Sums::kOfEntropy) e[Shape::cell(i, v)] += score_of(t[v], energy);
+        if constexpr (!Totals::kOfEntropy) e[Shape::cell(i, v)] += score_of(t[v], energy);
       }
     }
 #pragma unroll
   for (int i = 0; i < Shape::kCells; ++i) {
     sums.value[0][i] += d[i];
-    if constexpr (!Sums::kOfEntropy) sums.value[1][i] += e[i];
+    if constexpr (!Totals::kOfEntropy) sums.value[1][i] += e[i];
   }
 }
 

@@ -14,7 +14,8 @@
 namespace fastkd::cuda {
 
 constexpr int kThreads = 256;
-// Blocks that share an SM: with 2 an H200 had too few reads under way, with 4 registers spill. An entropy needs more.
+// Blocks that share an SM: with 2 an H200 had too few reads under way, with 4 too many registers spill. An entropy
+// needs more of them.
 template <bool kEntropy>
 constexpr int kBlocks = kEntropy ? 2 : 3;
 constexpr int kMaxLevels = 12;  // of one launch, as its parameters have 4 KiB on every card; more take more launches

@@ -28,8 +28,8 @@ struct alignas(sizeof(E) * V) Pack {
   E x[V];
 };
 
-// What a thread holds of a feature until it computes with it: the elements as they lie in memory, half the registers of
-// what they become.
+// What a thread holds of a feature until it computes with it: the elements as they lie in memory, which of 16 bits take
+// half the registers.
 template <class E, class Acc>
 using Held = std::conditional_t<std::is_same_v<E, Any>, Acc, E>;
 
@@ -188,7 +188,7 @@ __device__ __forceinline__ void with_penalty(Penalty penalty, const F& f) {
   }
 }
 
-// Student and teacher of a patch from a channel on. All loads are issued before any value is used.
+// Student and teacher of a patch from a channel on. All their loads are issued before any value is used, but of Any.
 template <class E, bool kChannelsLast, int V, class Acc>
 struct Features {
   static constexpr int kRows = Patch<kChannelsLast, V, Acc>::kRows;

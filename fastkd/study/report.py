@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from scipy.stats import t as student_t
 
 from fastkd.files import replacing
+from fastkd.info_map import PRESETS
 from fastkd.study.maps import MAPS, SHUFFLED, prior_name
 from fastkd.study.protocol import Protocol
 from fastkd.study.runs import Result, read_results, train_config
@@ -292,7 +293,7 @@ def _plot_gains(gains: Mapping[str, Mapping[str, Interval]]) -> Figure:
     axes = figure.subplots(len(gains), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0]
     for axis, (regime, rows) in zip(axes, gains.items(), strict=True):
         for place, (name, x) in enumerate(reversed(list(rows.items()))):
-            colour = COLORS[3] if name.startswith(SHUFFLED) else COLORS[1] if name in MAPS else COLORS[0]
+            colour = COLORS[3] if name.startswith(SHUFFLED) else COLORS[1] if _is_map(name) else COLORS[0]
             axis.errorbar(x.mean, place, xerr=x.half, fmt="o", markersize=4, color=colour, capsize=2, linewidth=1.2)
         axis.set_yticks(range(len(rows)), list(reversed(list(rows))), fontsize=8)
         axis.set_title(regime, fontsize=9, loc="left")
@@ -300,8 +301,13 @@ def _plot_gains(gains: Mapping[str, Mapping[str, Interval]]) -> Figure:
         axis.grid(visible=True, axis="x", color="0.9", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(-0.6, len(rows) - 0.4)
-    axes[-1].set_xlabel("mAP over the student without distillation, on test scenes, 95 % interval", fontsize=9)
+    axes[-1].set_xlabel("mAP gained over no distillation, 95 % interval", fontsize=9)
     return figure
+
+
+def _is_map(row: str) -> bool:
+    """Whether a map is all that a row has over uniform weights."""
+    return row in MAPS or (row != "uniform" and row.removesuffix(" preset") in PRESETS)
 
 
 def _by_learning_rate(results: Sequence[Result], regime: str, row: str) -> dict[float, list[float]]:
