@@ -112,8 +112,9 @@ def test_plain_and_distilled_student_have_as_many_trials(planned):
         first, *others = p.regimes
         assert len(first.plain_steps) - 1 + len(p.plain_zoom) - 1 == len(p.share) - 1 + len(p.distilled_zoom) - 1
         assert all(len(x.plain_steps) - 1 + len(p.plain_zoom[:2]) - 1 == len(p.share[:2]) - 1 for x in others)
+        assert len(p.later_decays) == len(p.later_shares)
     runs = [x.run for x in planned.bench.ledger.results.values() if x.run.scored_on == "val"]
-    for regime, count in (("few", 4), ("equal", 3)):  # the first axis's values, and of each other one all but the best
+    for regime, count in (("few", 4), ("equal", 4)):  # the first axis's values, and of each other one all but the best
         tried = [run.row for run in runs if run.regime == regime]
         assert tried.count("none") == tried.count("uniform") == count
 
@@ -122,7 +123,8 @@ def test_rows_are_paired_and_controls_have_their_own_teachers(planned):
     results = list(planned.bench.ledger.results.values())
     few, equal = rows_of(results, "few"), rows_of(results, "equal")
     best = "graded IoU"
-    assert list(equal) == ["none", "uniform", best, "logit"]
+    assert list(equal) == ["none", "uniform", best, "logit", f"{best}, twice as long"]
+    assert equal[f"{best}, twice as long"][0].run.config["steps"] == 2 * equal[best][0].run.config["steps"]
     assert {*equal, "self_information", "energy", "attention", "score", "fgfi", f"{best} + logit"} < few.keys()
     assert {f"{best}, {place}" for place in ("backbone only", "neck only", "without stride 8")} < few.keys()
     assert all(row.keys() == set(TINY.seeds) for rows in (few, equal) for row in rows.values())

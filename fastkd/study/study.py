@@ -54,7 +54,7 @@ class Study:
         self.bench.forget()
         for regime in others:
             teacher = teachers[regime.taught]
-            self._compare_main(regime, teacher, self._choose_again(regime, teacher, chosen))
+            self._compare_again(regime, teacher, self._choose_again(regime, teacher, chosen))
             self.bench.forget()
 
     # ---- what is chosen, on the validation scenes
@@ -73,17 +73,21 @@ class Study:
         trials = {name: uniform | of_map(name) for name in p.maps}
         means = self._means(regime, trials, teacher)
         best = sorted(trials, key=lambda name: -means[name])[: p.finalists]
-        shares = [("distill_share", [uniform["distill_share"] * factor for factor in p.map_shares])]
+        shares = [("distill_share", _times(uniform["distill_share"], p.map_shares))]
         tuned = {name: self._tune(regime, name, trials[name], shares, teacher) for name in best}
         return Chosen(plain, uniform, tuned, logit)
 
     def _choose_again(self, regime: Regime, teacher: Teacher, first: Chosen) -> Chosen:
-        """Learning rate, and zoom or share of their first two, anew; the rest is what the first regime chose."""
+        """Learning rate, zoom and weight decay, or share, anew; the rest is what the first regime chose."""
         p = self.protocol
         axes = [("steps", regime.plain_steps), ("lr", p.lr), ("zoom", p.plain_zoom[:2])]
         plain = self._tune(regime, "none", first.plain, axes)
+        less: Axes = [("weight_decay", _times(plain["weight_decay"], p.later_decays))]
+        plain = self._tune(regime, "none", plain, less)
         start = first.uniform | {"steps": regime.distilled_steps}
         uniform = self._tune(regime, "uniform", start, [("distill_share", p.share[:2]), ("lr", p.lr)], teacher)
+        less = [("distill_share", _times(uniform["distill_share"], p.later_shares))]
+        uniform = self._tune(regime, "uniform", uniform, less, teacher)
         new = {name: uniform[name] for name in ("steps", "lr")}
         factor = uniform["distill_share"] / first.uniform["distill_share"]
         maps = {
@@ -120,6 +124,11 @@ class Study:
         rows = {"uniform": chosen.uniform, **chosen.maps, "logit": chosen.logit}
         self._score(regime, {"none": chosen.plain})
         self._score(regime, rows, teacher)
+
+    def _compare_again(self, regime: Regime, teacher: Teacher, chosen: Chosen) -> None:
+        self._compare_main(regime, teacher, chosen)
+        name, best = next(iter(chosen.maps.items()))
+        self._score(regime, {f"{name}, twice as long": _longer(best)}, teacher)  # as many steps as the plain student
 
     def _compare_all(self, regime: Regime, teacher: Teacher, chosen: Chosen) -> None:
         self._compare_main(regime, teacher, chosen)
@@ -187,6 +196,10 @@ class Study:
         p = self.protocol
         data = scenes.labelled(self.root, first, count)
         return Run(regime, row, seed, scored_on, {"size": p.size, "batch": p.batch} | data | config, teacher)
+
+
+def _times(value: float, factors: Sequence[float]) -> list[float]:
+    return [value * factor for factor in factors]
 
 
 def _longer(config: Config) -> Config:
