@@ -15,16 +15,11 @@ __device__ __forceinline__ void differentiate(const Launch<Acc>& launch, const L
                                               int rows) {
   using Shape = Patch<kChannelsLast, V, Acc>;
   const Acc beta = Acc(launch.options.beta);
+  features.each_row(level, tile, channel, rows, [&](int i, const Acc(&)[V], Acc(&x)[V]) {
 #pragma unroll
-  for (int i = 0; i < Shape::kRows; ++i)
-    if (i < rows) {
-      Acc t[V], x[V];
-      features.teacher(level, tile, channel, i, t);
-      features.differences(t, i, x);
-#pragma unroll
-      for (int v = 0; v < V; ++v) x[v] = weight[Shape::cell(i, v)] * scaled_slope<P>(x[v], beta);
-      store<E>(x, level.grad, grad.at(channel, i));
-    }
+    for (int v = 0; v < V; ++v) x[v] = weight[Shape::cell(i, v)] * scaled_slope<P>(x[v], beta);
+    store<E>(x, level.grad, grad.at(channel, i));
+  });
 }
 
 template <class E, bool kChannelsLast, int V, class Acc>

@@ -87,18 +87,13 @@ __device__ __forceinline__ void add_patch(const Launch<Acc>& launch, const Level
   const Acc beta = Acc(launch.options.beta);
   const bool energy = launch.options.score == Score::energy;
   Acc d[Shape::kCells] = {}, e[Shape::kCells] = {};
+  features.each_row(level, tile, channel, rows, [&](int i, const Acc(&t)[V], const Acc(&x)[V]) {
 #pragma unroll
-  for (int i = 0; i < Shape::kRows; ++i)
-    if (i < rows) {
-      Acc t[V], x[V];
-      features.teacher(level, tile, channel, i, t);
-      features.differences(t, i, x);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        d[Shape::cell(i, v)] += scaled_penalty<P>(x[v], beta);
-        if constexpr (!Totals::kOfEntropy) e[Shape::cell(i, v)] += score_of(t[v], energy);
-      }
+    for (int v = 0; v < V; ++v) {
+      d[Shape::cell(i, v)] += scaled_penalty<P>(x[v], beta);
+      if constexpr (!Totals::kOfEntropy) e[Shape::cell(i, v)] += score_of(t[v], energy);
     }
+  });
 #pragma unroll
   for (int i = 0; i < Shape::kCells; ++i) {
     sums.value[0][i] += d[i];

@@ -226,6 +226,20 @@ struct Features {
     }
   }
 
+  // Calls f(row, t', s - t') for each row that is there.
+  template <class F>
+  __device__ __forceinline__ void each_row(const Level<Acc>& level, const Tile& tile, int channel, int rows,
+                                           const F& f) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      if (i < rows) {
+        Acc t[V], x[V];
+        teacher(level, tile, channel, i, t);
+        differences(t, i, x);
+        f(i, t, x);
+      }
+  }
+
   // s - t' of a row
   __device__ __forceinline__ void differences(const Acc (&teacher)[V], int row, Acc (&out)[V]) const {
     convert(s[row], out);
