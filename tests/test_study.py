@@ -136,6 +136,9 @@ def test_rows_are_paired_and_controls_have_their_own_teachers(planned):
     for x in own.values():
         assert taught[x.run.teacher[0]].config["annotations"] == x.run.config["annotations"]
     assert few[f"{best}, unlabelled"][0].run.config["unlabelled"] == "unlabelled/10-11"
+    longer = few[f"{best}, unlabelled, twice as long"][0].run.config
+    assert longer == few[f"{best}, unlabelled"][0].run.config | {"steps": 2 * few[best][0].run.config["steps"]}
+    assert few["none, four times as long"][0].run.config["steps"] == 4 * few["none"][0].run.config["steps"]
     twin = few[SHUFFLED + best][0].run.config
     assert twin == few[best][0].run.config | {"prior": prior_name(SHUFFLED + best)}
 

@@ -142,10 +142,13 @@ class Study:
         longer = {"uniform": chosen.uniform, name: best, "logit": chosen.logit, f"{name} + logit": best | term}
         rows |= {f"{row}, twice as long": _longer(config) for row, config in longer.items()}
         self._score(regime, rows, teacher)
-        self._score(regime, {"none, twice as long": _longer(chosen.plain)})
+        longer = _longer(chosen.plain)
+        self._score(regime, {"none, twice as long": longer})
         self.bench.forget()
-        pictures = scenes.unlabelled(self.root, p.train - p.unlabelled, p.unlabelled)
-        self._score(regime, {f"{name}, unlabelled": best | {"unlabelled": pictures}}, teacher)
+        pictures = best | {"unlabelled": scenes.unlabelled(self.root, p.train - p.unlabelled, p.unlabelled)}
+        self._score(regime, {f"{name}, unlabelled": pictures}, teacher)
+        self._score(regime, {f"{name}, unlabelled, twice as long": _longer(pictures)}, teacher)
+        self._score(regime, {"none, four times as long": _longer(longer)})  # about the time of the row before
         self._score_teachers(regime, name, best)
 
     def _score_teachers(self, regime: Regime, name: str, best: Config) -> None:
