@@ -85,15 +85,19 @@ class Scored(Bench):
         return score - 1 * str(config.get("prior")).startswith(prior_name(SHUFFLED))
 
 
-@pytest.fixture
-def planned(tmp_path, monkeypatch):
+def plan(root, monkeypatch, bench=Scored):
     """A whole study without training."""
-    monkeypatch.setattr(study, "Bench", Scored)
-    ledger = Ledger(tmp_path / "results.jsonl")
-    done = study.Study(tmp_path, ledger, TINY, 2)
+    monkeypatch.setattr(study, "Bench", bench)
+    ledger = Ledger(root / "results.jsonl")
+    done = study.Study(root, ledger, TINY, 2)
     done.run()
     ledger.close()
     return done
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    return plan(tmp_path, monkeypatch)
 
 
 def test_settings_are_chosen_on_validation_scenes_with_seeds_that_no_table_has(planned):
@@ -117,6 +121,29 @@ def test_plain_and_distilled_student_have_as_many_trials(planned):
     for regime, count in (("few", 4), ("equal", 4)):  # the first axis's values, and of each other one all but the best
         tried = [run.row for run in runs if run.regime == regime]
         assert tried.count("none") == tried.count("uniform") == count
+
+
+def test_a_map_and_uniform_weights_may_choose_unlike_shares_in_later_regimes(tmp_path, monkeypatch):
+    class LessIfUniform(Scored):
+        @staticmethod
+        def score(run):
+            return Scored.score(run) + 9 * (run.config.get("distill_share") == 0.5 and run.config["prior"] == "none")
+
+    done = plan(tmp_path, monkeypatch, LessIfUniform)
+    equal = rows_of(list(done.bench.ledger.results.values()), "equal")
+    shares = {name: row[0].run.config["distill_share"] for name, row in equal.items() if row[0].run.teacher}
+    assert shares == {"uniform": 0.5, "graded IoU": 2.0, "graded IoU, twice as long": 2.0, "logit": 2.0}
+
+
+def test_a_row_has_one_setting_that_of_most_seeds_or_the_latest():
+    def row(share, scores):
+        runs = [Run("few", "uniform", seed, "test", {"distill_share": share}) for seed in range(len(scores))]
+        return [result(run, score) for run, score in zip(runs, scores, strict=True)]
+
+    whole, begun = row(4.0, [1.0, 2.0]), row(1.0, [7.0])
+    assert rows_of([*whole, *begun], "few") == {"uniform": {0: whole[0], 1: whole[1]}}
+    later = row(1.0, [7.0, 8.0])
+    assert rows_of([*whole, *later], "few") == {"uniform": {0: later[0], 1: later[1]}}
 
 
 def test_rows_are_paired_and_controls_have_their_own_teachers(planned):

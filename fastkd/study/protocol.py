@@ -40,8 +40,9 @@ class Protocol:
         lr, weight_decay, plain_zoom, distilled_zoom, share, logit_weight: values to choose from, one after the other.
             Zoom is a range of the augmentation, of which the distilled student tries fewer, as it chooses its share.
             Regimes after the first try the first two zooms or shares.
-        later_decays, later_shares: factors of the plain student's weight decay, and of the distilled one's share, that
-            regimes after the first then choose from: with more labels both may want less.
+        later_decays, later_shares: factors of the plain student's weight decay, and of the share of uniform weights
+            and of each of the best maps, that regimes after the first then choose from: with more labels all may want
+            less.
         maps: those that are tried, of ``fastkd.study.maps``.
         map_shares: factors of uniform's share that each of the best maps may choose from.
         finalists: how many maps go on from the trial of all to the tables.

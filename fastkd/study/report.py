@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -150,12 +151,13 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
 
 
 def rows_of(results: Sequence[Result], regime: str, scored_on: str = "test") -> dict[str, Row]:
-    """A regime's rows by name, in their order."""
-    rows: dict[str, Row] = {}
+    """A regime's rows by name, in their order; of a row with several settings, those of most seeds, or the latest."""
+    rows: dict[str, dict[str, Row]] = {}
     for x in results:
         if x.run.regime == regime and x.run.scored_on == scored_on:
-            rows.setdefault(x.run.row, {})[x.run.seed] = x
-    return rows
+            settings = json.dumps(_settings_of(x.run.config), sort_keys=True)
+            rows.setdefault(x.run.row, {}).setdefault(settings, {})[x.run.seed] = x
+    return {name: max(reversed(found.values()), key=len) for name, found in rows.items()}
 
 
 def whole_rows(results: Sequence[Result], regime: str) -> dict[str, Row]:

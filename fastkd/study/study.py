@@ -86,15 +86,15 @@ class Study:
         plain = self._tune(regime, "none", plain, less)
         start = first.uniform | {"steps": regime.distilled_steps}
         uniform = self._tune(regime, "uniform", start, [("distill_share", p.share[:2]), ("lr", p.lr)], teacher)
-        less = [("distill_share", _times(uniform["distill_share"], p.later_shares))]
-        uniform = self._tune(regime, "uniform", uniform, less, teacher)
         new = {name: uniform[name] for name in ("steps", "lr")}
         factor = uniform["distill_share"] / first.uniform["distill_share"]
-        maps = {
-            name: config | new | {"distill_share": config["distill_share"] * factor}
-            for name, config in first.maps.items()
-        }
-        return Chosen(plain, uniform, maps, first.logit | new)
+        rows = {"uniform": first.uniform, **first.maps}
+        tuned = {}
+        for name, config in rows.items():  # a map may want more or less than uniform weights, as in the first regime
+            less = [("distill_share", _times(factor * config["distill_share"], p.later_shares))]
+            tuned[name] = self._tune(regime, name, config | new, less, teacher)
+        uniform = tuned.pop("uniform")
+        return Chosen(plain, uniform, tuned, first.logit | new)
 
     def _tune(self, regime: Regime, row: str, start: Config, axes: Axes, teacher: Teacher | None = None) -> Config:
         """The best value of each axis in turn, the others being the best so far, at first the start's or the usual."""
