@@ -150,7 +150,7 @@ def test_rows_are_paired_and_controls_have_their_own_teachers(planned):
     results = list(planned.bench.ledger.results.values())
     few, equal = rows_of(results, "few"), rows_of(results, "equal")
     best = "graded IoU"
-    assert list(equal) == ["none", "uniform", best, "logit", f"{best}, twice as long"]
+    assert list(equal) == ["none", "uniform", best, "logit", f"{best}, twice as long", "none, twice as long"]
     assert equal[f"{best}, twice as long"][0].run.config["steps"] == 2 * equal[best][0].run.config["steps"]
     assert {*equal, "self_information", "energy", "attention", "score", "fgfi", f"{best} + logit"} < few.keys()
     assert {f"{best}, {place}" for place in ("backbone only", "neck only", "without stride 8")} < few.keys()

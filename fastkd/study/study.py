@@ -129,6 +129,7 @@ class Study:
         self._compare_main(regime, teacher, chosen)
         name, best = next(iter(chosen.maps.items()))
         self._score(regime, {f"{name}, twice as long": _longer(best)}, teacher)  # as many steps as the plain student
+        self._score(regime, {"none, twice as long": _longer(chosen.plain)})  # about the time of the row before
 
     def _compare_all(self, regime: Regime, teacher: Teacher, chosen: Chosen) -> None:
         self._compare_main(regime, teacher, chosen)
