@@ -70,19 +70,11 @@ data.yaml"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Returns:
-        The exit status: 0; 1, where doctor found a fault or nobody reads on; 2, wrong input; 130, stopped.
-    """
+    """Run one command; returns the exit status: 0, or 1 (doctor found a fault), 2 (wrong input), 130 (stopped)."""
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.command(arguments)
-        sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever read it, ``head`` say, has enough; the interpreter flushes once more as it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing not in EXTRAS.values():

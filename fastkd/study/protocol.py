@@ -36,7 +36,7 @@ class Protocol:
     Args:
         regimes: few labels, some, equal data. All rows run in the first, the main ones in the others.
         seeds: one student of every row each.
-        tuning_seeds: those that settings are chosen with; their scenes are their own.
+        tuning_seeds: those that settings are chosen with; their scenes are their own, as far as there are.
         lr, weight_decay, plain_zoom, distilled_zoom, share, logit_weight: values to choose from, one after the other.
             Zoom is a range of the augmentation, of which the distilled student tries fewer, as it chooses its share.
             Regimes after the first try the first two zooms or shares.

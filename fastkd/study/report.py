@@ -151,7 +151,11 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
 
 
 def rows_of(results: Sequence[Result], regime: str, scored_on: str = "test") -> dict[str, Row]:
-    """A regime's rows by name, in their order; of a row with several settings, those of most seeds, or the latest."""
+    """A regime's rows by name, in their order.
+
+    Of a row with several settings those of most seeds, or else those that were begun last: a choice that is taken back
+    needs its lines removed.
+    """
     rows: dict[str, dict[str, Row]] = {}
     for x in results:
         if x.run.regime == regime and x.run.scored_on == scored_on:
