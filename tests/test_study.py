@@ -116,7 +116,6 @@ def test_plain_and_distilled_student_have_as_many_trials(planned):
         first, *others = p.regimes
         assert len(first.plain_steps) - 1 + len(p.plain_zoom) - 1 == len(p.share) - 1 + len(p.distilled_zoom) - 1
         assert all(len(x.plain_steps) - 1 + len(p.plain_zoom[:2]) - 1 == len(p.share[:2]) - 1 for x in others)
-        assert len(p.later_decays) == len(p.later_shares)
     runs = [x.run for x in planned.bench.ledger.results.values() if x.run.scored_on == "val"]
     for regime, count in (("few", 4), ("equal", 4)):  # the first axis's values, and of each other one all but the best
         tried = [run.row for run in runs if run.regime == regime]

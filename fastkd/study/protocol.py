@@ -40,9 +40,8 @@ class Protocol:
         lr, weight_decay, plain_zoom, distilled_zoom, share, logit_weight: values to choose from, one after the other.
             Zoom is a range of the augmentation, of which the distilled student tries fewer, as it chooses its share.
             Regimes after the first try the first two zooms or shares.
-        later_decays, later_shares: factors of the plain student's weight decay, and of the share of uniform weights
-            and of each of the best maps, that regimes after the first then choose from: with more labels all may want
-            less.
+        later_factors: of the plain student's weight decay, and of the share of uniform weights and of each of the best
+            maps, that regimes after the first then choose from: with more labels all may want less.
         maps: those that are tried, of ``fastkd.study.maps``.
         map_shares: factors of uniform's share that each of the best maps may choose from.
         finalists: how many maps go on from the trial of all to the tables.
@@ -64,8 +63,7 @@ class Protocol:
     plain_zoom: tuple[tuple[float, float], ...] = ((0.75, 1.33), (0.85, 1.18), (0.6, 1.67))
     distilled_zoom: tuple[tuple[float, float], ...] = ((0.75, 1.33), (0.85, 1.18))
     share: tuple[float, ...] = (4.0, 1.0, 16.0)
-    later_decays: tuple[float, ...] = (1.0, 0.25)
-    later_shares: tuple[float, ...] = (1.0, 0.25)
+    later_factors: tuple[float, ...] = (1.0, 0.25)
     maps: tuple[str, ...] = tuple(MAPS)
     map_shares: tuple[float, ...] = (1.0, 0.5, 2.0)
     logit_weight: tuple[float, ...] = (1.0, 0.5, 2.0, 0.25)

@@ -80,10 +80,9 @@ class Study:
     def _choose_again(self, regime: Regime, teacher: Teacher, first: Chosen) -> Chosen:
         """Learning rate, zoom and weight decay, or share, anew; the rest is what the first regime chose."""
         p = self.protocol
-        axes = [("steps", regime.plain_steps), ("lr", p.lr), ("zoom", p.plain_zoom[:2])]
+        less = ("weight_decay", _times(first.plain["weight_decay"], p.later_factors))
+        axes: Axes = [("steps", regime.plain_steps), ("lr", p.lr), ("zoom", p.plain_zoom[:2]), less]
         plain = self._tune(regime, "none", first.plain, axes)
-        less: Axes = [("weight_decay", _times(plain["weight_decay"], p.later_decays))]
-        plain = self._tune(regime, "none", plain, less)
         start = first.uniform | {"steps": regime.distilled_steps}
         uniform = self._tune(regime, "uniform", start, [("distill_share", p.share[:2]), ("lr", p.lr)], teacher)
         new = {name: uniform[name] for name in ("steps", "lr")}
@@ -91,8 +90,8 @@ class Study:
         rows = {"uniform": first.uniform, **first.maps}
         tuned = {}
         for name, config in rows.items():  # a map may want more or less than uniform weights, as in the first regime
-            less = [("distill_share", _times(factor * config["distill_share"], p.later_shares))]
-            tuned[name] = self._tune(regime, name, config | new, less, teacher)
+            axes = [("distill_share", _times(factor * config["distill_share"], p.later_factors))]
+            tuned[name] = self._tune(regime, name, config | new, axes, teacher)
         uniform = tuned.pop("uniform")
         return Chosen(plain, uniform, tuned, first.logit | new)
 
@@ -140,16 +139,16 @@ class Study:
         rows |= {f"{name} + logit": best | term}
         rows |= {f"{name}, {place}": best | config for place, config in PLACES.items()}
         rows |= {f"{SHUFFLED}{x}": config | of_map(SHUFFLED + x) for x, config in chosen.maps.items()}
-        longer = {"uniform": chosen.uniform, name: best, "logit": chosen.logit, f"{name} + logit": best | term}
-        rows |= {f"{row}, twice as long": _longer(config) for row, config in longer.items()}
+        prolonged = {"uniform": chosen.uniform, name: best, "logit": chosen.logit, f"{name} + logit": best | term}
+        rows |= {f"{row}, twice as long": _longer(config) for row, config in prolonged.items()}
         self._score(regime, rows, teacher)
-        longer = _longer(chosen.plain)
-        self._score(regime, {"none, twice as long": longer})
+        twice = _longer(chosen.plain)
+        self._score(regime, {"none, twice as long": twice})
         self.bench.forget()
         pictures = best | {"unlabelled": scenes.unlabelled(self.root, p.train - p.unlabelled, p.unlabelled)}
         self._score(regime, {f"{name}, unlabelled": pictures}, teacher)
         self._score(regime, {f"{name}, unlabelled, twice as long": _longer(pictures)}, teacher)
-        self._score(regime, {"none, four times as long": _longer(longer)})  # about the time of the row before
+        self._score(regime, {"none, four times as long": _longer(twice)})  # about the time of the row before
         self._score_teachers(regime, name, best)
 
     def _score_teachers(self, regime: Regime, name: str, best: Config) -> None:
