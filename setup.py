@@ -64,18 +64,19 @@ def host_compiler() -> list[str]:
     return [f"-ccbin={words[0]}"] if words and "NVCC_CCBIN" not in os.environ else []
 
 
-def compile_cuda(nvcc: str, archs: list[str], include: Path, folder: Path) -> Path:
+def compile_cuda(nvcc: str, archs: list[str], include: Path, folder: Path, source: Path) -> Path:
+    made = folder / f"cuda_{source.stem}.o"
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     command = [
         *(nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-t0", "--compress-mode=size"),
         *("-Xcompiler=-fPIC,-fvisibility=hidden", *host_compiler(), *TARGET, *codes, f"-I{include}"),
-        *("-c", str(CSRC / "cuda" / "ops.cu"), "-o", str(folder / "cuda.o")),
+        *("-c", str(source), "-o", str(made)),
     ]
     if subprocess.run(command).returncode:
         needs = "12.8 or newer is needed, and a host compiler that it knows: CXX or NVCC_CCBIN name another"
         sys.exit(f"fastkd: {nvcc} failed ({needs}); to build without CUDA kernels: FASTKD_CUDA=0")
-    return folder / "cuda.o"
+    return made
 
 
 class Build(build_ext):
@@ -95,11 +96,12 @@ class Build(build_ext):
 
         def compile_all(sources: list[str], **options: Any) -> list[str]:
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                cuda = pool.submit(compile_cuda, nvcc, archs, torch / "include", folder) if nvcc else None
+                with_nvcc = sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
+                cuda = [pool.submit(compile_cuda, nvcc, archs, torch / "include", folder, x) for x in with_nvcc]
                 objects = [
                     x for made in pool.map(lambda source: compile_one([source], **options), sources) for x in made
                 ]
-            return objects + ([str(cuda.result())] if cuda else [])
+            return objects + [str(x.result()) for x in cuda]
 
         self.compiler.compile = compile_all
         if nvcc:
@@ -110,7 +112,7 @@ class Build(build_ext):
 
 extension = Extension(
     "fastkd._C",
-    sources=[str(path) for path in [CSRC / "ops.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]],
+    sources=[str(path) for folder in (CSRC, CSRC / "cpu") for path in sorted(folder.glob("*.cpp"))],
     define_macros=[("Py_LIMITED_API", "0x030a0000")],
     extra_compile_args=[
         *TARGET,

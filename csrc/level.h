@@ -1,5 +1,5 @@
 // What one call computes, and on what: shared by every device. The order of each enum is that of the names in
-// fastkd/info_map.py.
+// fastkd/ops/presets.py.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,12 @@
 namespace fastkd {
 
 enum class Score : int64_t { uniform, magnitude, energy, entropy };
-enum class Norm : int64_t { none, mean, softmax, minmax };
+enum class MapNorm : int64_t { none, mean, softmax, minmax };
 enum class Penalty : int64_t { l2, l1, smooth_l1 };
-enum class Normalizer : int64_t { elements, map, batch, map_all_ranks };
+enum class Divisor : int64_t { elements, map, batch, map_all_ranks };
 enum class DType { float16, bfloat16, float32, float64 };
 
-constexpr double kEps = 1e-9;                      // of min-max and of Z = map, as in fastkd/reference.py
+constexpr double kEps = 1e-9;                      // of min-max and of Z = map, as in fastkd/ops/reference.py
 constexpr double kTiny = 1.17549435082228751e-38;  // smallest normal float32: guards mean = 0 and log C = 0
 constexpr double kLowestLogit = -1000;             // exp() of it is 0 in every dtype
 
@@ -34,23 +34,29 @@ template <class Acc>
 struct Level {
   int64_t images = 0, channels = 0, height = 0, width = 0;
   Feature student, teacher, grad;
-  const Acc* mean = nullptr;   // (C,), null: identity
+  const Acc* mean = nullptr;   // (C,); mean, rstd and bias are all there, or all null: t' = t and no bias
   const Acc* rstd = nullptr;   // (C,)
+  const Acc* bias = nullptr;   // (C,): of the student's adapter, whose output comes without: x = (s + bias) - t'
   const Acc* prior = nullptr;  // (N, H, W), null: 1
   double* score = nullptr;     // (N, H, W): e, in double, as a difference of near-equal scores may decide the weight
   double* distance = nullptr;  // (N, H, W): D, the penalty summed over channels
   Acc* map = nullptr;          // (N, H, W): the weight w
-  Acc slope = 0;               // of the loss by sum w D: upstream gradient * level weight / Z
-  bool streams = false;        // CPU: the gradient is written past the caches
+  Acc* bias_grad = nullptr;    // (C,): the gradient summed over cells, null: nobody wants it
+  Acc slope = 0;               // of the loss by sum w D: upstream gradient or factor * level weight / Z
 
   FASTKD_INLINE int64_t cells() const { return height * width; }
 };
 
+// What a call computes; the twin of fastkd/ops/options.py.
 struct Options {
   Score score = Score::energy;
-  Norm norm = Norm::mean;
+  MapNorm map_norm = MapNorm::mean;
   Penalty penalty = Penalty::l2;
+  Divisor divisor = Divisor::elements;
   double temperature = 1, beta = 1;
+
+  // Whether the weight of each cell is its prior, known before any feature is read.
+  FASTKD_INLINE bool weights_are_known() const { return score == Score::uniform && map_norm == MapNorm::none; }
 };
 
 }  // namespace fastkd

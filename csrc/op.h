@@ -1,5 +1,5 @@
 // The host's half of the ops, the same on every device: checks, levels, outputs. Schemas, fakes and autograd are in
-// fastkd/ops.py, and so are the messages that users read: the checks here only keep a direct call of the op from
+// fastkd/ops/schema.py, and so are the messages that users read: the checks here only keep a direct call of the op from
 // touching memory that is not there.
 #pragma once
 
@@ -27,7 +27,6 @@ constexpr ScalarType kScalar = std::is_same_v<Acc, float> ? ScalarType::Float : 
 template <class Acc>
 struct Call {
   Options options;
-  Normalizer normalizer = Normalizer::elements;
   std::vector<double> weights;
   std::vector<Level<Acc>> levels;
 };
@@ -51,9 +50,20 @@ inline Feature feature(const Tensor& x) {
 template <class Acc>
 const Acc* companion(const Tensor& x, int64_t count) {
   if (x.numel() == 0) return nullptr;
-  STD_TORCH_CHECK(x.numel() == count && x.is_contiguous() && x.scalar_type() == kScalar<Acc>,
-                  "prior, mean, rstd, mass and maps must be contiguous, of the sums' dtype and of their level's size");
+  STD_TORCH_CHECK(
+      x.numel() == count && x.is_contiguous() && x.scalar_type() == kScalar<Acc>,
+      "prior, mean, rstd, bias, mass and maps must be contiguous, of the sums' dtype and of their level's size");
   return static_cast<const Acc*>(x.const_data_ptr());
+}
+
+// The same of one level; null too where the whole list is empty, as no level has one.
+template <class Acc>
+const Acc* companion(const Tensors& list, size_t level, int64_t count) {
+  return list.empty() ? nullptr : companion<Acc>(list[level], count);
+}
+
+inline void require_length(const Tensors& list, size_t count) {
+  STD_TORCH_CHECK(list.empty() || list.size() == count, "lists must have one entry per level");
 }
 
 inline int64_t total_cells(const Tensors& features) {
@@ -83,11 +93,13 @@ void set_shape(Level<Acc>& level, const Tensor& student) {
 
 template <class Acc>
 std::vector<Level<Acc>> make_levels(const Tensors& student, const Tensors& teacher, const Tensors& mean,
-                                    const Tensors& rstd, Acc* maps) {
+                                    const Tensors& rstd, const Tensors& bias, Acc* maps) {
   const size_t count = student.size();
-  STD_TORCH_CHECK(teacher.size() == count && mean.size() == count && rstd.size() == count,
-                  "lists must have one entry per level");
-  for (const Tensors* tensors : {&student, &teacher, &mean, &rstd}) require_devices(*tensors, student[0]);
+  STD_TORCH_CHECK(teacher.size() == count, "lists must have one entry per level");
+  for (const Tensors* tensors : {&student, &teacher, &mean, &rstd, &bias}) {
+    require_length(*tensors, count);
+    require_devices(*tensors, student[0]);
+  }
   std::vector<Level<Acc>> levels(count);
   for (size_t i = 0; i < count; ++i) {
     Level<Acc>& level = levels[i];
@@ -95,11 +107,12 @@ std::vector<Level<Acc>> make_levels(const Tensors& student, const Tensors& teach
     level.teacher = feature(teacher[i]);
     for (int d = 0; d < 4; ++d)
       STD_TORCH_CHECK(student[i].size(d) == teacher[i].size(d), "student and teacher must have the same shape");
-    level.mean = companion<Acc>(mean[i], level.channels);
-    level.rstd = companion<Acc>(rstd[i], level.channels);
-    STD_TORCH_CHECK((level.mean == nullptr) == (level.rstd == nullptr), "mean and rstd go together");
-    level.map = maps;
-    maps += level.images * level.cells();
+    level.mean = companion<Acc>(mean, i, level.channels);
+    level.rstd = companion<Acc>(rstd, i, level.channels);
+    level.bias = companion<Acc>(bias, i, level.channels);
+    STD_TORCH_CHECK(!level.mean == !level.rstd && !level.mean == !level.bias, "mean, rstd and bias go together");
+    if (maps) level.map = maps;
+    maps += maps ? level.images * level.cells() : 0;
   }
   return levels;
 }
@@ -117,19 +130,16 @@ E checked(int64_t code, E last) {
   return E(code);
 }
 
-// Upstream gradients that a call takes for given, (levels,); null where it takes none.
+// Where the gradients of the student and of its adapter's bias go; nothing is computed where an entry is empty.
 template <class Acc>
-const Acc* assumption(const Tensor& x, const Tensor& first, size_t count) {
-  require_device(x, first);
-  return companion<Acc>(x, int64_t(count));
-}
-
-// Where the student's gradient goes; nothing is computed for a level whose entry is empty.
-template <class Acc>
-void set_gradient(std::vector<Level<Acc>>& levels, const Tensors& gradient, const Tensors& student) {
+void set_gradients(std::vector<Level<Acc>>& levels, const Tensors& gradient, const Tensors& bias_gradient,
+                   const Tensors& student) {
   STD_TORCH_CHECK(gradient.size() == levels.size(), "lists must have one entry per level");
+  require_length(bias_gradient, levels.size());
   require_devices(gradient, student[0]);
+  require_devices(bias_gradient, student[0]);
   for (size_t l = 0; l < levels.size(); ++l) {
+    levels[l].bias_grad = const_cast<Acc*>(companion<Acc>(bias_gradient, l, levels[l].channels));
     if (gradient[l].numel() == 0) continue;
     levels[l].grad = feature(gradient[l]);
     for (int d = 0; d < 4; ++d)
@@ -137,152 +147,114 @@ void set_gradient(std::vector<Level<Acc>>& levels, const Tensors& gradient, cons
   }
 }
 
-// With `gradient`, the one-pass forward, which writes it for the upstream gradient `assumed`.
-template <class Device, class Acc>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensors& student, const Tensors& teacher, const Tensors& prior,
-                                           const Tensors& mean, const Tensors& rstd, const Tensor* assumed,
-                                           const Tensors* gradient, Call<Acc>& call) {
-  const int64_t count = int64_t(student.size()), cells = total_cells(student);
-  const auto empty = [&](int64_t n) { return torch::stable::new_empty(student[0], {n}, kScalar<Acc>); };
-  Tensor losses = empty(count), mass = empty(count), maps = empty(cells);
-  call.levels = make_levels(student, teacher, mean, rstd, static_cast<Acc*>(maps.mutable_data_ptr()));
-  STD_TORCH_CHECK(prior.size() == student.size() && call.weights.size() == student.size(),
-                  "lists must have one entry per level");
-  require_devices(prior, student[0]);
-  for (int64_t l = 0; l < count; ++l)
-    call.levels[l].prior = companion<Acc>(prior[l], call.levels[l].images * call.levels[l].cells());
-  Acc *const loss = static_cast<Acc*>(losses.mutable_data_ptr()), *const sum =
-                                                                      static_cast<Acc*>(mass.mutable_data_ptr());
-  if constexpr (Device::kOnePass) {
-    if (gradient) {
-      set_gradient(call.levels, *gradient, student);
-      const Acc* const upstream = assumption<Acc>(*assumed, student[0], student.size());
-      STD_TORCH_CHECK(upstream, "the assumed upstream gradient must have one entry per level");
-      Device::one_pass(call, student[0], cells, upstream, loss, sum);
-      return {losses, mass, maps};
-    }
-  }
-  Device::forward(call, student[0], cells, loss, sum);
-  return {losses, mass, maps};
-}
-
-// Writes the gradient of each level; given `assumed`, of those levels only whose upstream gradient is another.
-template <class Device, class Acc>
-void backward(const Tensor& grad, const Tensor* assumed, const Tensor& mass, const Tensor& maps, const Tensors& student,
-              const Tensors& teacher, const Tensors& mean, const Tensors& rstd, const Tensors& out, Call<Acc>& call) {
-  const int64_t count = int64_t(student.size());
-  for (const Tensor* x : {&grad, &mass, &maps}) require_device(*x, student[0]);
-  Acc* const map = const_cast<Acc*>(companion<Acc>(maps, total_cells(student)));
-  call.levels = make_levels(student, teacher, mean, rstd, map);
-  const Acc* const masses = companion<Acc>(mass, count);
-  STD_TORCH_CHECK(masses && (map || total_cells(student) == 0), "mass and maps must be those of the forward");
-  STD_TORCH_CHECK(grad.dim() == 1 && grad.numel() == count && grad.scalar_type() == kScalar<Acc> &&
-                      int64_t(call.weights.size()) == count,
-                  "grad must have one entry per level, of the sums' dtype");
-  set_gradient(call.levels, out, student);
-  const Acc* const known = assumed ? assumption<Acc>(*assumed, student[0], student.size()) : nullptr;
-  Device::backward(call, student[0], static_cast<const Acc*>(grad.const_data_ptr()), grad.stride(0), known, masses);
+template <class Acc>
+void set_priors(std::vector<Level<Acc>>& levels, const Tensors& prior, const Tensor& first) {
+  require_length(prior, levels.size());
+  require_devices(prior, first);
+  for (size_t l = 0; l < levels.size(); ++l)
+    levels[l].prior = companion<Acc>(prior, l, levels[l].images * levels[l].cells());
 }
 
 template <class Acc>
-void set_constants(Call<Acc>& call, const std::vector<double>& weights, int64_t penalty, double beta,
-                   int64_t normalizer) {
+Call<Acc> make_call(const std::vector<double>& weights, int64_t score, int64_t map_norm, double temperature,
+                    int64_t penalty, double beta, int64_t divisor) {
+  Call<Acc> call;
+  call.options.score = checked(score, Score::entropy);
+  call.options.map_norm = checked(map_norm, MapNorm::minmax);
+  call.options.temperature = temperature;
   call.options.penalty = checked(penalty, Penalty::smooth_l1);
   call.options.beta = beta;
-  call.normalizer = checked(normalizer, Normalizer::map_all_ranks);
+  call.options.divisor = checked(divisor, Divisor::map_all_ranks);
   call.weights = weights;
+  return call;
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensors& student, const Tensors& teacher, const Tensors& prior,
-                                               const Tensors& mean, const Tensors& rstd,
-                                               const std::vector<double>& weights, int64_t score, int64_t norm,
-                                               double temperature, int64_t penalty, double beta, int64_t normalizer,
-                                               const Tensor* assumed, const Tensors* gradient) {
+// Calls f with the type of sums: double if any feature is, else float.
+template <class F>
+auto with_sums(const Tensors& student, const Tensors& teacher, const F& f) {
   STD_TORCH_CHECK(!student.empty(), "expected at least one level");
-  Device::require(student[0]);
-  const auto run = [&](auto call) {
-    set_constants(call, weights, penalty, beta, normalizer);
-    call.options.score = checked(score, Score::entropy);
-    call.options.norm = checked(norm, Norm::minmax);
-    call.options.temperature = temperature;
-    return forward<Device>(student, teacher, prior, mean, rstd, assumed, gradient, call);
-  };
-  return any_double(student, teacher) ? run(Call<double>()) : run(Call<float>());
+  return any_double(student, teacher) ? f(double()) : f(float());
 }
 
-template <class Device>
-void run_backward(const Tensor& grad, const Tensor* assumed, const Tensor& mass, const Tensor& maps,
-                  const Tensors& student, const Tensors& teacher, const Tensors& mean, const Tensors& rstd,
-                  const std::vector<double>& weights, int64_t penalty, double beta, int64_t normalizer,
-                  const Tensors& out) {
-  STD_TORCH_CHECK(!student.empty(), "expected at least one level");
-  Device::require(student[0]);
-  const auto run = [&](auto call) {
-    set_constants(call, weights, penalty, beta, normalizer);
-    backward<Device>(grad, assumed, mass, maps, student, teacher, mean, rstd, out, call);
-  };
-  any_double(student, teacher) ? run(Call<double>()) : run(Call<float>());
-}
+// ---- the ops, by the names of fastkd/ops/schema.py ----
 
-// ---- the ops, by the names of fastkd/ops.py ----
-
+// Two passes, the first: losses and masses of the map, (L,), and all maps, one level after the other.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> distill(Tensors student, Tensors teacher, Tensors prior, Tensors mean, Tensors rstd,
-                                           std::vector<double> weights, int64_t score, int64_t norm, double temperature,
-                                           int64_t penalty, double beta, int64_t normalizer) {
-  return run_forward<Device>(student, teacher, prior, mean, rstd, weights, score, norm, temperature, penalty, beta,
-                             normalizer, nullptr, nullptr);
+                                           Tensors bias, std::vector<double> weights, int64_t score, int64_t map_norm,
+                                           double temperature, int64_t penalty, double beta, int64_t divisor) {
+  return with_sums(student, teacher, [&](auto sum) {
+    using Acc = decltype(sum);
+    Device::require(student[0]);
+    auto call = make_call<Acc>(weights, score, map_norm, temperature, penalty, beta, divisor);
+    const int64_t count = int64_t(student.size()), cells = total_cells(student);
+    const auto empty = [&](int64_t n) { return torch::stable::new_empty(student[0], {n}, kScalar<Acc>); };
+    Tensor losses = empty(count), mass = empty(count), maps = empty(cells);
+    call.levels = make_levels(student, teacher, mean, rstd, bias, static_cast<Acc*>(maps.mutable_data_ptr()));
+    STD_TORCH_CHECK(call.weights.size() == student.size(), "lists must have one entry per level");
+    set_priors(call.levels, prior, student[0]);
+    Device::forward(call, student[0], cells, static_cast<Acc*>(losses.mutable_data_ptr()),
+                    static_cast<Acc*>(mass.mutable_data_ptr()));
+    return std::tuple(losses, mass, maps);
+  });
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor> distill_one_pass(Tensors student, Tensors teacher, Tensors prior, Tensors mean,
-                                                    Tensors rstd, std::vector<double> weights, int64_t score,
-                                                    int64_t norm, double temperature, int64_t penalty, double beta,
-                                                    int64_t normalizer, Tensor assumed, Tensors gradient) {
-  return run_forward<Device>(student, teacher, prior, mean, rstd, weights, score, norm, temperature, penalty, beta,
-                             normalizer, &assumed, &gradient);
-}
-
+// Two passes, the second: the student's gradients for the upstream gradients `grad`, (L,).
 template <class Device>
 Tensors distill_backward(Tensor grad, Tensor mass, Tensor maps, Tensors student, Tensors teacher, Tensors mean,
-                         Tensors rstd, std::vector<double> weights, int64_t penalty, double beta, int64_t normalizer) {
-  Tensors out;
-  for (const auto& x : student) out.push_back(torch::stable::empty_like(x));
-  run_backward<Device>(grad, nullptr, mass, maps, student, teacher, mean, rstd, weights, penalty, beta, normalizer,
-                       out);
-  return out;
-}
-
-template <class Device>
-void distill_backward_into(Tensor grad, Tensor assumed, Tensor mass, Tensor maps, Tensors student, Tensors teacher,
-                           Tensors mean, Tensors rstd, std::vector<double> weights, int64_t penalty, double beta,
-                           int64_t normalizer, Tensors gradient) {
-  run_backward<Device>(grad, &assumed, mass, maps, student, teacher, mean, rstd, weights, penalty, beta, normalizer,
-                       gradient);
-}
-
-// Turns a gradient that was written for the upstream gradient `assumed` into that for `grad`, level by level, where
-// they differ.
-template <class Device>
-void distill_rescale(Tensor grad, Tensor assumed, Tensors gradient) {
-  STD_TORCH_CHECK(!gradient.empty(), "expected at least one level");
-  Device::require(gradient[0]);
-  require_devices(gradient, gradient[0]);
-  const auto run = [&](auto call) {
-    using Acc = std::remove_const_t<std::remove_pointer_t<decltype(call.levels[0].prior)>>;
-    call.levels.resize(gradient.size());
-    for (size_t l = 0; l < gradient.size(); ++l)
-      if (gradient[l].numel() != 0) set_shape(call.levels[l], gradient[l]);
-    for (auto& level : call.levels) level.grad = level.student;
-    require_device(grad, gradient[0]);
-    STD_TORCH_CHECK(grad.dim() == 1 && size_t(grad.numel()) == gradient.size() && grad.scalar_type() == kScalar<Acc>,
+                         Tensors rstd, Tensors bias, std::vector<double> weights, int64_t penalty, double beta,
+                         int64_t divisor) {
+  return with_sums(student, teacher, [&](auto sum) {
+    using Acc = decltype(sum);
+    Device::require(student[0]);
+    auto call = make_call<Acc>(weights, 0, 0, 1, penalty, beta, divisor);
+    Tensors out;
+    for (const auto& x : student) out.push_back(torch::stable::empty_like(x));
+    const int64_t count = int64_t(student.size());
+    for (const Tensor* x : {&grad, &mass, &maps}) require_device(*x, student[0]);
+    Acc* const map = const_cast<Acc*>(companion<Acc>(maps, total_cells(student)));
+    call.levels = make_levels(student, teacher, mean, rstd, bias, map);
+    const Acc* const masses = companion<Acc>(mass, count);
+    STD_TORCH_CHECK(masses && (map || total_cells(student) == 0), "mass and maps must be those of the forward");
+    STD_TORCH_CHECK(grad.dim() == 1 && grad.numel() == count && grad.scalar_type() == kScalar<Acc> &&
+                        int64_t(call.weights.size()) == count,
                     "grad must have one entry per level, of the sums' dtype");
-    const Acc* const known = assumption<Acc>(assumed, gradient[0], gradient.size());
-    STD_TORCH_CHECK(known, "the assumed upstream gradient must have one entry per level");
-    Device::rescale(call, gradient[0], static_cast<const Acc*>(grad.const_data_ptr()), grad.stride(0), known);
-  };
-  any_double(gradient, gradient) ? run(Call<double>()) : run(Call<float>());
+    set_gradients(call.levels, out, {}, student);
+    Device::backward(call, student[0], static_cast<const Acc*>(grad.const_data_ptr()), grad.stride(0), masses);
+    return out;
+  });
+}
+
+// One pass: factor * sum of the levels' losses, a scalar, and the levels' losses, (L,), without the factor. Writes the
+// gradients of the former into `gradient` and `bias_gradient`. `factor` is a float32 scalar on the device; empty: 1.
+// `mass` has the sums of the levels' maps, (L,) float64; where it is empty they are computed. It must be there where
+// the weights are known (Options::weights_are_known) and Z is of the map.
+template <class Device>
+std::tuple<Tensor, Tensor> distill_one_pass(Tensors student, Tensors teacher, Tensors prior, Tensors mean, Tensors rstd,
+                                            Tensors bias, std::vector<double> weights, int64_t score, int64_t map_norm,
+                                            double temperature, int64_t penalty, double beta, int64_t divisor,
+                                            Tensor mass, Tensor factor, Tensors gradient, Tensors bias_gradient) {
+  return with_sums(student, teacher, [&](auto sum) {
+    using Acc = decltype(sum);
+    Device::require(student[0]);
+    auto call = make_call<Acc>(weights, score, map_norm, temperature, penalty, beta, divisor);
+    const int64_t count = int64_t(student.size());
+    call.levels = make_levels<Acc>(student, teacher, mean, rstd, bias, nullptr);
+    STD_TORCH_CHECK(call.weights.size() == student.size(), "lists must have one entry per level");
+    set_priors(call.levels, prior, student[0]);
+    set_gradients(call.levels, gradient, bias_gradient, student);
+    for (const Tensor* x : {&mass, &factor}) require_device(*x, student[0]);
+    const double* const masses = companion<double>(mass, count);
+    const float* const scale = companion<float>(factor, 1);
+    STD_TORCH_CHECK(call.options.divisor != Divisor::map_all_ranks, "one pass needs the mass of all ranks: Z = map");
+    STD_TORCH_CHECK(masses || !call.options.weights_are_known() || call.options.divisor != Divisor::map,
+                    "mass must be given where it is the prior's");
+    Tensor total = torch::stable::new_empty(student[0], {}, kScalar<Acc>);
+    Tensor losses = torch::stable::new_empty(student[0], {count}, kScalar<Acc>);
+    Device::one_pass(call, student[0], total_cells(student), masses, scale, static_cast<Acc*>(total.mutable_data_ptr()),
+                     static_cast<Acc*>(losses.mutable_data_ptr()));
+    return std::tuple(total, losses);
+  });
 }
 
 }  // namespace fastkd

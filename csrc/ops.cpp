@@ -104,32 +104,45 @@ std::vector<Work> whole_images(const std::vector<Level<Acc>>& levels) {
 template <class Acc>
 std::vector<Work> blocks(const std::vector<Level<Acc>>& levels) {
   const bool whole = images_balance(levels);
-  return pieces(levels, [&](const Level<Acc>& level) {
-    return whole ? level.cells() : channels_last(level) ? 128 : kRun;
-  });
+  return pieces(levels, [&](const Level<Acc>& level) { return whole ? level.cells() : bias_cells(level); });
 }
 
-// Whether the elements of an image's gradient lie in one row of memory, in the order in which kernels write them.
+// Partial sums of the bias's gradient, one row for bias_cells(level) cells, and their sum in the order of the cells:
+// the same bits for any number of threads.
 template <class Acc>
-bool dense_gradient(const Level<Acc>& level) {
-  const Feature& f = level.grad;
-  if (channels_last(level))
-    return f.channel_stride == 1 && f.column_stride == level.channels && f.row_stride == level.width * level.channels;
-  return f.column_stride == 1 && f.row_stride == level.width && f.channel_stride == level.cells();
-}
+class BiasGradients {
+ public:
+  explicit BiasGradients(std::vector<Level<Acc>>& levels) : levels_(levels) {
+    int64_t count = 0;
+    for (const auto& level : levels) count += level.bias_grad ? partial_sums(level) : 0;
+    partial_.reset(new Acc[size_t(count)]);
+    Acc* at = partial_.get();
+    for (auto& level : levels) {
+      sums_.push_back(level.bias_grad);
+      if (!level.bias_grad) continue;
+      level.bias_grad = at;
+      at += partial_sums(level);
+    }
+  }
 
-// Streams a gradient that the caches could not hold until it is used; not one that replaces the teacher, whose lines
-// are there already.
-template <class Acc>
-void choose_streams(std::vector<Level<Acc>>& levels) {
-#if defined(__x86_64__)
-  const bool large = elements(levels) * int64_t(sizeof(Acc)) > (1 << 20);
-#else
-  const bool large = false;  // kernels.inl has no such stores for other processors
-#endif
-  for (auto& level : levels)
-    level.streams = large && level.grad.data && level.grad.data != level.teacher.data && dense_gradient(level);
-}
+  void finish() {
+    for (size_t l = 0; l < levels_.size(); ++l) {
+      if (!sums_[l]) continue;
+      const int64_t channels = levels_[l].channels;
+      std::vector<double> sums(channels);
+      for (int64_t i = 0; i < partial_sums(levels_[l]); i += channels)
+        for (int64_t c = 0; c < channels; ++c) sums[c] += double(levels_[l].bias_grad[i + c]);
+      for (int64_t c = 0; c < channels; ++c) sums_[l][c] = Acc(sums[c]);
+    }
+  }
+
+ private:
+  static int64_t partial_sums(const Level<Acc>& level) { return level.images * bias_rows(level) * level.channels; }
+
+  std::vector<Level<Acc>>& levels_;
+  std::vector<Acc*> sums_;
+  std::unique_ptr<Acc[]> partial_;
+};
 
 template <class Acc>
 void run_pieces(const std::vector<Level<Acc>>& levels, const Options& options,
@@ -142,28 +155,28 @@ void run_pieces(const std::vector<Level<Acc>>& levels, const Options& options,
 }
 
 struct Cpu {
-  static constexpr bool kOnePass = true;
-
   static void require(const Tensor& x) {
     STD_TORCH_CHECK(x.is_cpu(), "the CPU kernels were called with other tensors");
   }
 
-  // One call of the forward: what an image adds to its level, in the order of the images.
+  // One call with losses: what an image adds to its level, in the order of the images.
   template <class Acc>
   struct Pass {
     Call<Acc>& call;
     std::vector<Level<Acc>>& levels = call.levels;
+    const bool scored;
     const Kernels<Acc>& run = kernels<Acc>();
     const std::vector<Work> images = whole_images(levels);
     const std::unique_ptr<double[]> scratch;
     std::vector<double> image_loss = std::vector<double>(images.size()), image_mass = image_loss;
     std::vector<double> loss = std::vector<double>(levels.size()), mass = loss;
 
-    Pass(Call<Acc>& call, int64_t cells) : call(call), scratch(new double[size_t(2 * cells)]) {
+    Pass(Call<Acc>& call, int64_t cells, bool scored)
+        : call(call), scored(scored), scratch(new double[size_t((scored ? 2 : 1) * cells)]) {
       double* at = scratch.get();
       for (auto& level : levels) {
-        level.score = at;
-        level.distance = at + cells;
+        level.distance = at;
+        if (scored) level.score = at + cells;
         at += level.images * level.cells();
       }
     }
@@ -177,86 +190,78 @@ struct Cpu {
     void total(const std::vector<double>& of_images, std::vector<double>& of_levels) {
       for (size_t i = 0; i < images.size(); ++i) of_levels[images[i].level] += of_images[i];
     }
-    void slopes(const Acc* upstream) {
-      for (size_t l = 0; l < levels.size(); ++l)
-        levels[l].slope =
-            Acc(double(upstream[l]) * call.weights[l] / divisor(levels[l], call.normalizer, double(Acc(mass[l]))));
+    double weight_by_z(size_t l) { return call.weights[l] / divisor(levels[l], call.options.divisor, mass[l]); }
+    void slopes(double factor) {
+      for (size_t l = 0; l < levels.size(); ++l) levels[l].slope = Acc(factor * weight_by_z(l));
     }
-    void finish(Acc* losses, Acc* masses) {
+    // The losses, and their sum.
+    double finish(Acc* losses) {
+      total(image_loss, loss);
+      double sum = 0;
       for (size_t l = 0; l < levels.size(); ++l) {
-        masses[l] = Acc(mass[l]);
-        losses[l] = Acc(call.weights[l] * loss[l] / divisor(levels[l], call.normalizer, mass[l]));
+        losses[l] = Acc(weight_by_z(l) * loss[l]);
+        sum += weight_by_z(l) * loss[l];
       }
+      return sum;
     }
   };
 
   template <class Acc>
   static void forward(Call<Acc>& call, const Tensor&, int64_t cells, Acc* losses, Acc* mass) {
-    Pass<Acc> pass(call, cells);
+    Pass<Acc> pass(call, cells, true);
     run_pieces(call.levels, call.options, pass.run.measure);
     pass.each_image([&](size_t i) {
       pass.weigh(i);
       pass.sum_loss(i);
     });
     pass.total(pass.image_mass, pass.mass);
-    pass.total(pass.image_loss, pass.loss);
-    pass.finish(losses, mass);
+    for (size_t l = 0; l < call.levels.size(); ++l) mass[l] = Acc(pass.mass[l]);
+    pass.finish(losses);
   }
 
-  // The same sums in the same order, and the gradient. Where each image's weight is known from the image alone, a
-  // thread finishes one before it takes the next, and finds its teacher still in cache: 2 loads and 1 store an element.
+  // The same sums in the same order, and the gradient. Where Z and each image's weight are known from the image alone,
+  // a thread finishes one before it takes the next, and finds its teacher still in cache. Where the weights are the
+  // prior, there is no score to compute. 2 loads and 1 store an element either way.
   template <class Acc>
-  static void one_pass(Call<Acc>& call, const Tensor&, int64_t cells, const Acc* upstream, Acc* losses, Acc* mass) {
-    Pass<Acc> pass(call, cells);
-    choose_streams(call.levels);
-    if (call.normalizer != Normalizer::map && images_balance(call.levels)) {
-      pass.slopes(upstream);
+  static void one_pass(Call<Acc>& call, const Tensor&, int64_t cells, const double* masses, const float* factor,
+                       Acc* total, Acc* losses) {
+    Pass<Acc> pass(call, cells, !call.options.weights_are_known());
+    BiasGradients<Acc> bias(call.levels);
+    const double scale = factor ? double(*factor) : 1;
+    if (masses) pass.mass.assign(masses, masses + call.levels.size());
+    if ((masses || call.options.divisor != Divisor::map) && images_balance(call.levels)) {
+      pass.slopes(scale);
       pass.each_image([&](size_t i) {
         const Work& w = pass.images[i];
         const Level<Acc>& level = call.levels[w.level];
-        pass.run.score(level, call.options, w.image, w.begin, w.end);
-        pass.weigh(i);
+        if (pass.scored) {
+          pass.run.score(level, call.options, w.image, w.begin, w.end);
+          pass.weigh(i);
+        }
         pass.run.imitate(level, call.options, w.image, w.begin, w.end);
         pass.sum_loss(i);
       });
-      pass.total(pass.image_mass, pass.mass);
     } else {
-      run_pieces(call.levels, call.options, pass.run.score);
-      pass.each_image([&](size_t i) { pass.weigh(i); });
-      pass.total(pass.image_mass, pass.mass);
-      pass.slopes(upstream);
+      if (pass.scored) {
+        run_pieces(call.levels, call.options, pass.run.score);
+        pass.each_image([&](size_t i) { pass.weigh(i); });
+        if (!masses) pass.total(pass.image_mass, pass.mass);
+      }
+      pass.slopes(scale);
       run_pieces(call.levels, call.options, pass.run.imitate);
       pass.each_image([&](size_t i) { pass.sum_loss(i); });
     }
-    pass.total(pass.image_loss, pass.loss);
-    pass.finish(losses, mass);
+    bias.finish();
+    *total = Acc(scale * pass.finish(losses));
   }
 
   template <class Acc>
-  static void backward(Call<Acc>& call, const Tensor&, const Acc* upstream, int64_t stride, const Acc* assumed,
-                       const Acc* mass) {
-    std::vector<Level<Acc>> levels;
+  static void backward(Call<Acc>& call, const Tensor&, const Acc* upstream, int64_t stride, const Acc* mass) {
     for (size_t l = 0; l < call.levels.size(); ++l) {
-      const Acc g = upstream[int64_t(l) * stride];
-      if (!call.levels[l].grad.data || (assumed && assumed[l] == g)) continue;
-      levels.push_back(call.levels[l]);
-      const double z = divisor(levels.back(), call.normalizer, double(mass[l]));
-      levels.back().slope = Acc(double(g) * call.weights[l] / z);
+      const double z = divisor(call.levels[l], call.options.divisor, double(mass[l]));
+      call.levels[l].slope = Acc(double(upstream[int64_t(l) * stride]) * call.weights[l] / z);
     }
-    choose_streams(levels);
-    run_pieces(levels, call.options, kernels<Acc>().differentiate);
-  }
-
-  template <class Acc>
-  static void rescale(Call<Acc>& call, const Tensor&, const Acc* upstream, int64_t stride, const Acc* assumed) {
-    std::vector<Level<Acc>> levels;
-    for (size_t l = 0; l < call.levels.size(); ++l) {
-      const Acc g = upstream[int64_t(l) * stride];
-      if (!call.levels[l].grad.data || assumed[l] == g) continue;
-      levels.push_back(call.levels[l]);
-      levels.back().slope = Acc(double(g) / double(assumed[l]));
-    }
-    run_pieces(levels, call.options, kernels<Acc>().rescale);
+    run_pieces(call.levels, call.options, kernels<Acc>().differentiate);
   }
 };
 
@@ -267,8 +272,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("distill_cpp", TORCH_BOX(&fastkd::distill<fastkd::cpu::Cpu>));
   m.impl("distill_cpp_backward", TORCH_BOX(&fastkd::distill_backward<fastkd::cpu::Cpu>));
   m.impl("distill_cpp_one_pass", TORCH_BOX(&fastkd::distill_one_pass<fastkd::cpu::Cpu>));
-  m.impl("distill_cpp_backward_into", TORCH_BOX(&fastkd::distill_backward_into<fastkd::cpu::Cpu>));
-  m.impl("distill_cpp_rescale", TORCH_BOX(&fastkd::distill_rescale<fastkd::cpu::Cpu>));
 }
 
 // Python imports this module for the registrations above, and asks it for which cards there are kernels.

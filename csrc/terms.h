@@ -54,14 +54,14 @@ FASTKD_INLINE T penalty_slope(T x, T beta) {
 
 // Z, by which the level's sum of w D is divided; mass is its sum of w.
 template <class Acc>
-FASTKD_INLINE double divisor(const Level<Acc>& level, Normalizer normalizer, double mass) {
+FASTKD_INLINE double divisor(const Level<Acc>& level, Divisor divisor, double mass) {
   const double n = double(level.images), c = double(level.channels);
   const double elements = n * c * double(level.cells());
-  switch (normalizer) {
-    case Normalizer::elements: return elements > 1 ? elements : 1;
-    case Normalizer::batch: return n > 1 ? n : 1;
-    case Normalizer::map: return c * mass + kEps;
-    case Normalizer::map_all_ranks: return 1;
+  switch (divisor) {
+    case Divisor::elements: return elements > 1 ? elements : 1;
+    case Divisor::batch: return n > 1 ? n : 1;
+    case Divisor::map: return c * mass + kEps;
+    case Divisor::map_all_ranks: return 1;
   }
   return 1;
 }

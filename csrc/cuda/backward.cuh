@@ -1,56 +1,52 @@
 // Backward: the student's gradients of all levels in one launch.
 //
+// ds = g weight / Z w rho'(x), x = (s + bias) - t', t' = (t - mean) rstd; g the upstream gradient, w the map.
+//
 // Must move, for an element of b bytes, 3 b: student and teacher read, gradient written, and per cell one weight. Must
-// do 5 operations an element (standardise 2, difference, derivative, product) and 3 conversions. The floor is 3 units
-// of design.md's five, bytes / bandwidth.
+// do 6 operations an element (standardise 2, bias, difference, derivative, product) and 3 conversions. One unit being
+// the bytes of all student features, the floor is 3 units / bandwidth.
 #pragma once
 
 #include "tile.cuh"
 
 namespace fastkd::cuda {
 
-template <class E, Penalty P, bool kChannelsLast, int V, class Read, class Offsets, class Acc>
-__device__ __forceinline__ void differentiate(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
-                                              const Read& features, const Acc* weight, const Offsets& grad, int channel,
-                                              int rows) {
-  using Shape = Patch<kChannelsLast, V, Acc>;
+template <class E, Penalty kPenalty, class P, class Acc>
+__device__ __forceinline__ void differentiate(const Launch<Acc>& launch, Features<E, P>& features, const Acc* weight,
+                                              const Rows<P>& grad) {
   const Acc beta = Acc(launch.options.beta);
-  features.each_row(level, tile, channel, rows, [&](int i, const Acc(&)[V], Acc(&x)[V]) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) x[v] = weight[Shape::cell(i, v)] * scaled_slope<P>(x[v], beta);
-    store<E>(x, level.grad, grad.at(channel, i));
+  features.each([&](int i, int v, Acc, Acc x) {
+    features.s[i].x[v] = Held<E, Acc>(weight[P::cell(i, v)] * scaled_slope<kPenalty>(x, beta));
   });
+#pragma unroll
+  for (int i = 0; i < P::kRows; ++i)
+    if (i < features.rows) store<E, Acc>(features.s[i], features.level.grad, grad.at(features.channel, i));
 }
 
-template <class E, bool kChannelsLast, int V, class Acc>
+template <class E, class P, class Acc>
 __device__ __forceinline__ void differentiate_cells(const Launch<Acc>& launch, const Level<Acc>& level,
                                                     const Tile& tile, Acc slope, int64_t first) {
-  using P = Patch<kChannelsLast, V, Acc>;
-  using Offsets = Rows<kChannelsLast, V, Acc>;
-  const Places<kChannelsLast, V, Acc> places(level, tile, first);
-  const Offsets student(level.student, tile, places), teacher(level.teacher, tile, places),
+  const Places<P> places(level, tile, first);
+  const Rows<P> student(level.student, tile, places), teacher(level.teacher, tile, places),
       grad(level.grad, tile, places);
   if (launch.options.penalty == Penalty::smooth_l1) slope /= Acc(launch.options.beta);
   Acc weight[P::kCells];  // of a cell's scaled slopes
 #pragma unroll
   for (int i = 0; i < P::kCells; ++i)
     weight[i] = first + i < level.cells() ? slope * level.map[tile.image * level.cells() + first + i] : Acc(0);
-  each_patch<kChannelsLast, V>(level, tile, first, [&](int c, int rows) {
-    const Features<E, kChannelsLast, V, Acc> features(level, student, teacher, c, rows);
-    const auto by = [&](auto penalty) {
-      differentiate<E, penalty, kChannelsLast, V>(launch, level, tile, features, weight, grad, c, rows);
-    };
-    with_penalty(launch.options.penalty, by);
+  each_patch<P>(level, tile, first, [&](int c, int rows) {
+    Features<E, P> features(level, tile, student, teacher, c, rows);
+    with_penalty(launch.options.penalty,
+                 [&](auto penalty) { differentiate<E, penalty, P>(launch, features, weight, grad); });
   });
 }
 
-template <class E, bool kChannelsLast, int V, class Acc>
+template <class E, class P, class Acc>
 __device__ __forceinline__ void differentiate_tile(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
                                                    Acc slope) {
-  using P = Patch<kChannelsLast, V, Acc>;
 #pragma unroll 1
   for (int pass = 0; pass < P::kPasses; ++pass)
-    differentiate_cells<E, kChannelsLast, V>(launch, level, tile, slope, P::first(tile, pass));
+    differentiate_cells<E, P>(launch, level, tile, slope, P::first(tile, pass));
 }
 
 template <class E, class Acc>
@@ -59,20 +55,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<false>) backward(const __gri
   const Tile tile = find_tile(launch, V);
   const Level<Acc>& level = launch.level[tile.level];
   const Plan& plan = launch.plan[tile.level];
-  const Acc upstream = launch.upstream[tile.level * launch.upstream_stride];
-  if (launch.assumed && launch.assumed[tile.level] == upstream) return;
   __shared__ Acc slope;  // once a block: its division in double is slow on cards for graphics
   if (threadIdx.x == 0) {
-    const double z = divisor(level, launch.normalizer, double(launch.forward_mass[tile.level]));
-    slope = Acc(double(upstream) * launch.weight[tile.level] / z);
+    const double upstream = double(launch.upstream[tile.level * launch.upstream_stride]);
+    const double z = divisor(level, launch.options.divisor, double(launch.forward_mass[tile.level]));
+    slope = Acc(upstream * launch.weight[tile.level] / z);
   }
   __syncthreads();
   if (V > 1 && plan.vector)
-    plan.channels_last ? differentiate_tile<E, true, V>(launch, level, tile, slope)
-                       : differentiate_tile<E, false, V>(launch, level, tile, slope);
+    plan.channels_last ? differentiate_tile<E, Patch<true, V, Acc>>(launch, level, tile, slope)
+                       : differentiate_tile<E, Patch<false, V, Acc>>(launch, level, tile, slope);
   else
-    plan.channels_last ? differentiate_tile<E, true, 1>(launch, level, tile, slope)
-                       : differentiate_tile<E, false, 1>(launch, level, tile, slope);
+    plan.channels_last ? differentiate_tile<E, Patch<true, 1, Acc>>(launch, level, tile, slope)
+                       : differentiate_tile<E, Patch<false, 1, Acc>>(launch, level, tile, slope);
 }
 
 }  // namespace fastkd::cuda

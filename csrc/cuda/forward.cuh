@@ -5,10 +5,12 @@
 // one that comes last of a level adds its images up. Who comes last changes nothing: each sum has one fixed order.
 //
 // Must move, for an element of b bytes: 2 b (student and teacher once), and per cell 36 bytes of e, D (written, read
-// back from L2) and w: under 2 % of it from 512 channels of bfloat16 on. Must do 5 operations an element (l2, energy:
-// difference, 2 multiply-adds, and 2 to standardise; 2 more choose the score) and 2 conversions; entropy about 25. The
-// floor is 2 units of design.md's five, bytes / bandwidth: an SM of an H200 has 24 lane-operations a pair of bfloat16
-// until memory brings the next.
+// back from L2) and w: under 2 % of it from 512 channels of bfloat16 on. Must do 6 operations an element (l2, energy:
+// bias, difference, 2 multiply-adds, and 2 to standardise; 2 more choose the score) and 2 conversions; entropy
+// about 25. One unit being the bytes of all student features, the floor is 2 units / bandwidth: an SM of an H200 has 24
+// lane-operations a pair of bfloat16 until memory brings the next.
+//
+// The score pass is the same without student and D, before one pass (stream.cuh): maps and their sums w alone, 1 unit.
 #pragma once
 
 #include "tile.cuh"
@@ -40,10 +42,10 @@ __device__ __forceinline__ Acc below(Acc x, Acc highest, Acc inverse_temperature
   return u < Acc(kLowestLogit) ? Acc(kLowestLogit) : u;
 }
 
-template <bool kChannelsLast, int V, int kRows, int kCells, class Acc>
-__device__ __forceinline__ void add_entropy(const Acc (&t)[kRows][V], int rows, Acc inverse_temperature,
-                                            Sums<Acc, kCells, true>& sums) {
-  using P = Patch<kChannelsLast, V, Acc>;
+template <class P, class Acc>
+__device__ __forceinline__ void add_entropy(const Acc (&t)[P::kRows][P::kVector], int rows, Acc inverse_temperature,
+                                            Sums<Acc, P::kCells, true>& sums) {
+  constexpr int V = P::kVector, kRows = P::kRows, kCells = P::kCells;
   auto& [_, highest, sum, weighted] = sums.value;
   Acc top[kCells];
 #pragma unroll
@@ -80,47 +82,39 @@ __device__ __forceinline__ Acc score_of(Acc t, bool energy) {
 }
 
 // Adds up a patch, then that to the sums: chains of additions stay short, and their rounding small.
-template <Penalty P, bool kChannelsLast, int V, class Read, class Acc, class Totals>
-__device__ __forceinline__ void add_patch(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
-                                          const Read& features, int channel, int rows, Totals& sums) {
-  using Shape = Patch<kChannelsLast, V, Acc>;
+template <Penalty kPenalty, class P, class Read, class Acc, class Totals>
+__device__ __forceinline__ void add_patch(const Launch<Acc>& launch, const Read& features, Totals& sums) {
   const Acc beta = Acc(launch.options.beta);
   const bool energy = launch.options.score == Score::energy;
-  Acc d[Shape::kCells] = {}, e[Shape::kCells] = {};
-  features.each_row(level, tile, channel, rows, [&](int i, const Acc(&t)[V], const Acc(&x)[V]) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      d[Shape::cell(i, v)] += scaled_penalty<P>(x[v], beta);
-      if constexpr (!Totals::kOfEntropy) e[Shape::cell(i, v)] += score_of(t[v], energy);
-    }
+  Acc d[P::kCells] = {}, e[P::kCells] = {};
+  features.each([&](int i, int v, Acc t, Acc x) {
+    if constexpr (P::kStudent) d[P::cell(i, v)] += scaled_penalty<kPenalty>(x, beta);
+    if constexpr (!Totals::kOfEntropy) e[P::cell(i, v)] += score_of(t, energy);
   });
 #pragma unroll
-  for (int i = 0; i < Shape::kCells; ++i) {
-    sums.value[0][i] += d[i];
+  for (int i = 0; i < P::kCells; ++i) {
+    if constexpr (P::kStudent) sums.value[0][i] += d[i];
     if constexpr (!Totals::kOfEntropy) sums.value[1][i] += e[i];
   }
 }
 
-template <class E, bool kChannelsLast, int V, bool kEntropy, class Acc>
+template <class E, class P, bool kEntropy, class Acc>
 __device__ __forceinline__ auto measure(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
                                         int64_t first) {
-  using P = Patch<kChannelsLast, V, Acc>;
-  using Offsets = Rows<kChannelsLast, V, Acc>;
-  const Places<kChannelsLast, V, Acc> places(level, tile, first);
-  const Offsets student(level.student, tile, places), teacher(level.teacher, tile, places);
+  const Places<P> places(level, tile, first);
+  const Rows<P> student(level.student, tile, places), teacher(level.teacher, tile, places);
   Sums<Acc, P::kCells, kEntropy> sums;
-  each_patch<kChannelsLast, V>(level, tile, first, [&](int c, int rows) {
-    const Features<E, kChannelsLast, V, Acc> features(level, student, teacher, c, rows);
+  each_patch<P>(level, tile, first, [&](int c, int rows) {
+    const Features<E, P> features(level, tile, student, teacher, c, rows);
     if constexpr (kEntropy) {
-      Acc t[P::kRows][V] = {};
-#pragma unroll
-      for (int i = 0; i < P::kRows; ++i)
-        if (i < rows) features.teacher(level, tile, c, i, t[i]);
-      add_entropy<kChannelsLast>(t, rows, Acc(launch.inverse_temperature), sums);
+      Acc t[P::kRows][P::kVector] = {};
+      features.each([&](int i, int v, Acc u, Acc) { t[i][v] = u; });
+      add_entropy<P>(t, rows, Acc(launch.inverse_temperature), sums);
     }
-    with_penalty(launch.options.penalty, [&](auto penalty) {
-      add_patch<penalty, kChannelsLast, V>(launch, level, tile, features, c, rows, sums);
-    });
+    if constexpr (P::kStudent)
+      with_penalty(launch.options.penalty, [&](auto penalty) { add_patch<penalty, P>(launch, features, sums); });
+    else if constexpr (!kEntropy)
+      add_patch<Penalty::l2, P>(launch, features, sums);
   });
   return sums;
 }
@@ -151,20 +145,20 @@ __device__ __forceinline__ double join_entropy(const Acc* shared, int parts, con
 }
 
 // Adds the threads' sums of each cell of the tile up, in double, and writes e and D.
-template <bool kChannelsLast, int kCells, bool kEntropy, class Acc>
+template <class P, int kCells, bool kEntropy, class Acc>
 __device__ __forceinline__ void join(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
                                      const Acc* shared) {
   constexpr int kLength = kRowLength<kCells>, kStep = kCells * kLength;
-  const int parts = kChannelsLast ? tile.lanes : tile.groups, units = kChannelsLast ? tile.groups : tile.lanes;
+  constexpr bool kLast = P::kChannelsLast;
+  const int parts = kLast ? tile.lanes : tile.groups, units = kLast ? tile.groups : tile.lanes;
   const int64_t first = tile.image * level.cells() + tile.begin, left = level.cells() - tile.begin;
   for (int j = int(threadIdx.x); j < units * kCells && j < left; j += kThreads) {
     const int unit = j / kCells;  // a cell's parts: one thread of each lane (channels_last) or group
     const auto thread = [&](int p) {
       const int part = (p + unit) & (parts - 1);  // each cell begins elsewhere: again for the banks
-      return j % kCells * kLength + (kChannelsLast ? unit * tile.lanes + part : part * tile.lanes + unit);
+      return j % kCells * kLength + (kLast ? unit * tile.lanes + part : part * tile.lanes + unit);
     };
     double d = 0, e = 0;
-    for (int p = 0; p < parts; ++p) d += double(shared[thread(p)]);
     if constexpr (kEntropy) {
       e = join_entropy<kStep>(shared, parts, thread, double(level.channels), Acc(launch.inverse_temperature));
     } else {
@@ -172,57 +166,32 @@ __device__ __forceinline__ void join(const Launch<Acc>& launch, const Level<Acc>
       e = launch.options.score == Score::uniform ? 1 : e / double(level.channels);
     }
     level.score[first + j] = e;
-    level.distance[first + j] = launch.options.penalty == Penalty::smooth_l1 ? d / launch.options.beta : d;
+    if constexpr (P::kStudent) {
+      for (int p = 0; p < parts; ++p) d += double(shared[thread(p)]);
+      level.distance[first + j] = launch.options.penalty == Penalty::smooth_l1 ? d / launch.options.beta : d;
+    }
   }
 }
 
-template <class E, bool kChannelsLast, int V, bool kEntropy, class Acc>
+template <class E, class P, bool kEntropy, class Acc>
 __device__ __forceinline__ void measure_tile(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
                                              Acc* shared) {
-  using P = Patch<kChannelsLast, V, Acc>;
   constexpr int kCells = P::kPasses * P::kCells, kLength = kRowLength<kCells>;
 #pragma unroll 1
   for (int pass = 0; pass < P::kPasses; ++pass) {
-    const auto sums = measure<E, kChannelsLast, V, kEntropy>(launch, level, tile, P::first(tile, pass));
+    const auto sums = measure<E, P, kEntropy>(launch, level, tile, P::first(tile, pass));
     Acc* to = shared + pass * P::kCells * kLength + int(threadIdx.x);
 #pragma unroll
-    for (int k = 0; k < sums.kValues; ++k)
+    for (int k = P::kStudent ? 0 : 1; k < sums.kValues; ++k)
 #pragma unroll
       for (int i = 0; i < P::kCells; ++i) to[(k * kCells + i) * kLength] = sums.value[k][i];
   }
   __syncthreads();
-  join<kChannelsLast, kCells, kEntropy>(launch, level, tile, shared);
+  join<P, kCells, kEntropy>(launch, level, tile, shared);
 }
 
 // ---- weigh, in the image's last block ----
 
-// True in the one block that is the last of `count` to call this: it then sees all that the others wrote before.
-__device__ __forceinline__ bool comes_last(unsigned* done, unsigned count) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(done, 1u) == count - 1;
-  __syncthreads();
-  __threadfence();
-  return last;
-}
-
-// Combines one value of each thread, in one order; every thread gets the result.
-template <class F>
-__device__ __forceinline__ double combine(double x, double* shared, const F& f) {
-  __syncthreads();
-  shared[threadIdx.x] = x;
-  __syncthreads();
-  for (int half = kThreads / 2; half; half /= 2) {
-    if (int(threadIdx.x) < half) shared[threadIdx.x] = f(shared[threadIdx.x], shared[threadIdx.x + half]);
-    __syncthreads();
-  }
-  return shared[0];
-}
-
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
 // A NaN spoils its whole image, as in PyTorch: so it is lower and higher than any number.
 struct Lower {
   __device__ double operator()(double a, double b) const { return b < a || b != b ? b : a; }
@@ -248,7 +217,7 @@ template <class Acc>
 __device__ __forceinline__ Weight<Acc> normaliser(const Options& options, const double* e, int64_t cells,
                                                   double* shared) {
   Weight<Acc> weight;
-  if (options.norm == Norm::none) return weight;
+  if (options.map_norm == MapNorm::none) return weight;
   double lowest = std::numeric_limits<double>::infinity(), highest = -lowest, sum = 0;
   for (int64_t j = threadIdx.x; j < cells; j += kThreads) {
     const double x = __ldcg(e + j);
@@ -256,13 +225,13 @@ __device__ __forceinline__ Weight<Acc> normaliser(const Options& options, const 
     highest = Higher()(highest, x);
     sum += x;
   }
-  if (options.norm == Norm::mean) {
+  if (options.map_norm == MapNorm::mean) {
     const double mean = combine(sum, shared, Add()) / double(cells);
     weight.factor = 1 / (mean < kTiny ? kTiny : mean);
     return weight;
   }
   highest = combine(highest, shared, Higher());
-  if (options.norm == Norm::minmax) {
+  if (options.map_norm == MapNorm::minmax) {
     weight.shift = combine(lowest, shared, Lower());
     weight.factor = 1 / (highest - weight.shift + kEps);
     return weight;
@@ -275,8 +244,8 @@ __device__ __forceinline__ Weight<Acc> normaliser(const Options& options, const 
   return weight;
 }
 
-// Writes the image's map, and its sums of w D and w.
-template <class Acc>
+// Writes the image's map, and its sums of w D (with the student) and w.
+template <bool kStudent, class Acc>
 __device__ __forceinline__ void weigh(const Launch<Acc>& launch, const Level<Acc>& level, int64_t image, double* sums,
                                       double* shared) {
   const int64_t cells = level.cells(), first = image * cells;
@@ -287,10 +256,10 @@ __device__ __forceinline__ void weigh(const Launch<Acc>& launch, const Level<Acc
     double w = weight(__ldcg(e + j));
     if (level.prior) w *= double(level.prior[first + j]);
     level.map[first + j] = Acc(w);
-    loss += w * __ldcg(d + j);
+    if constexpr (kStudent) loss += w * __ldcg(d + j);
     mass += w;
   }
-  loss = combine(loss, shared, Add());
+  if constexpr (kStudent) loss = combine(loss, shared, Add());
   mass = combine(mass, shared, Add());
   if (threadIdx.x == 0) {
     sums[0] = loss;
@@ -300,25 +269,28 @@ __device__ __forceinline__ void weigh(const Launch<Acc>& launch, const Level<Acc
 
 // ---- add images up, in the level's last block ----
 
-template <class Acc>
+template <bool kStudent, class Acc>
 __device__ __forceinline__ void total(const Launch<Acc>& launch, int l, double* shared) {
   const Level<Acc>& level = launch.level[l];
   const double* sums = launch.sums + 2 * int64_t(launch.plan[l].first_image);
   double loss = 0, mass = 0;
   for (int64_t n = threadIdx.x; n < level.images; n += kThreads) {
-    loss += __ldcg(sums + 2 * n);
+    if constexpr (kStudent) loss += __ldcg(sums + 2 * n);
     mass += __ldcg(sums + 2 * n + 1);
   }
-  loss = combine(loss, shared, Add());
+  if constexpr (kStudent) loss = combine(loss, shared, Add());
   mass = combine(mass, shared, Add());
-  if (threadIdx.x == 0) {
+  if (threadIdx.x != 0) return;
+  if constexpr (kStudent) {
     launch.mass[l] = Acc(mass);
-    launch.losses[l] = Acc(launch.weight[l] * loss / divisor(level, launch.normalizer, mass));
+    launch.losses[l] = Acc(launch.weight[l] * loss / divisor(level, launch.options.divisor, mass));
+  } else {
+    launch.score_mass[l] = mass;
   }
 }
 
-template <class E, bool kEntropy, class Acc>
-__global__ void __launch_bounds__(kThreads, kBlocks<kEntropy>) forward(const __grid_constant__ Launch<Acc> launch) {
+template <class E, bool kEntropy, bool kStudent, class Acc>
+__device__ __forceinline__ void measure_and_weigh(const Launch<Acc>& launch) {
   constexpr int V = kVector<E, Acc>, kMost = V > kThreadCells<Acc> ? V : kThreadCells<Acc>;  // cells of a thread
   __shared__ Acc parts[(kEntropy ? 4 : 2) * kMost * kRowLength<kMost>];
   __shared__ double shared[kThreads];
@@ -326,16 +298,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kEntropy>) forward(const __g
   const Level<Acc>& level = launch.level[tile.level];
   const Plan& plan = launch.plan[tile.level];
   if (V > 1 && plan.vector)
-    plan.channels_last ? measure_tile<E, true, V, kEntropy>(launch, level, tile, parts)
-                       : measure_tile<E, false, V, kEntropy>(launch, level, tile, parts);
+    plan.channels_last ? measure_tile<E, Patch<true, V, Acc, kStudent>, kEntropy>(launch, level, tile, parts)
+                       : measure_tile<E, Patch<false, V, Acc, kStudent>, kEntropy>(launch, level, tile, parts);
   else
-    plan.channels_last ? measure_tile<E, true, 1, kEntropy>(launch, level, tile, parts)
-                       : measure_tile<E, false, 1, kEntropy>(launch, level, tile, parts);
+    plan.channels_last ? measure_tile<E, Patch<true, 1, Acc, kStudent>, kEntropy>(launch, level, tile, parts)
+                       : measure_tile<E, Patch<false, 1, Acc, kStudent>, kEntropy>(launch, level, tile, parts);
   const int64_t image = plan.first_image + tile.image;
   if (!comes_last(launch.images_done + image, unsigned(plan.tiles))) return;
-  weigh(launch, level, tile.image, launch.sums + 2 * image, shared);
+  weigh<kStudent>(launch, level, tile.image, launch.sums + 2 * image, shared);
   if (!comes_last(launch.levels_done + tile.level, unsigned(level.images))) return;
-  total(launch, tile.level, shared);
+  total<kStudent>(launch, tile.level, shared);
+}
+
+template <class E, bool kEntropy, class Acc>
+__global__ void __launch_bounds__(kThreads, kBlocks<kEntropy>) forward(const __grid_constant__ Launch<Acc> launch) {
+  measure_and_weigh<E, kEntropy, true>(launch);
+}
+
+template <class E, bool kEntropy, class Acc>
+__global__ void __launch_bounds__(kThreads, kBlocks<kEntropy>) score(const __grid_constant__ Launch<Acc> launch) {
+  measure_and_weigh<E, kEntropy, false>(launch);
 }
 
 }  // namespace fastkd::cuda

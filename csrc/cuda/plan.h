@@ -34,7 +34,7 @@ struct Plan {
   bool row_gaps = false;  // of some feature: cells do not lie in one row
 };
 
-// All that a kernel is passed, by value.
+// All that forward, score pass and backward are passed, by value.
 template <class Acc>
 struct Launch {
   Level<Acc> level[kMaxLevels];
@@ -42,24 +42,58 @@ struct Launch {
   double weight[kMaxLevels];
   int count = 0;
   Options options;
-  Normalizer normalizer = Normalizer::elements;
   double inverse_temperature = 1;  // finite
   double* sums = nullptr;          // (images, 2): loss and mass of an image
   unsigned* images_done = nullptr;
   unsigned* levels_done = nullptr;
   Acc* losses = nullptr;  // forward: (levels,)
   Acc* mass = nullptr;
+  double* score_mass = nullptr;   // score pass: (levels,)
   const Acc* upstream = nullptr;  // backward
   const Acc* forward_mass = nullptr;
-  const Acc* assumed = nullptr;  // upstream gradients that need no work, null: none
   int64_t upstream_stride = 0;
 };
-static_assert(sizeof(Launch<float>) <= 4096 && sizeof(Launch<double>) <= 4096, "more than a kernel's parameters");
+
+// How the one pass is laid out. A tile is `steps` times kPacks packs of each thread. channels_last: threads stand in
+// `rows` cells of `width` packs, and a level's channels are in `slices` tiles side by side. NCHW: they follow the
+// image.
+struct StreamPlan {
+  int first_block = 0, tiles = 0, first_image = 0;  // as of Plan
+  int steps = 1, vector = 1, rows = 0, width = 0, slices = 0;
+  bool channels_last = false;
+  bool spans = false;               // NCHW: packs lie across channels, or weights are not aligned
+  float* tile_columns = nullptr;    // (images, tiles, C): sums of the gradient by channel
+  double* image_columns = nullptr;  // (images, C)
+};
+
+constexpr int kPacks = 4;      // of student and teacher each, which a thread reads before it uses any
+constexpr int kMostSteps = 4;  // fewer where a level has few tiles
+
+struct StreamLaunch {
+  Level<float> level[kMaxLevels];
+  StreamPlan plan[kMaxLevels];
+  double weight[kMaxLevels];
+  int count = 0;
+  int levels = 0, levels_with_cells = 0;  // of the call
+  Options options;
+  const float* factor = nullptr;  // null: 1
+  const double* mass = nullptr;   // (levels,)
+  double *tile_losses = nullptr, *image_losses = nullptr, *level_losses = nullptr, *call_losses = nullptr;
+  unsigned *images_done = nullptr, *levels_done = nullptr, *call_done = nullptr;
+  float *losses = nullptr, *total = nullptr;
+};
+static_assert(sizeof(Launch<float>) <= 4096 && sizeof(Launch<double>) <= 4096 && sizeof(StreamLaunch) <= 4096,
+              "more than a kernel's parameters");
 
 inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 inline bool aligned(const void* data, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(data) % uintptr_t(bytes) == 0;
+}
+
+template <class Acc>
+bool moments_aligned(const Level<Acc>& level, int64_t bytes) {
+  return aligned(level.mean, bytes) && aligned(level.rstd, bytes) && aligned(level.bias, bytes);
 }
 
 // Strides of dimensions of size 1 say nothing: set so that cells lie in one row wherever they can.
@@ -87,7 +121,9 @@ inline int ceil_log2(int64_t x) {
   return log;
 }
 
-inline int smaller(int a, int b) { return a < b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int as_int(int64_t x) { return int(smaller(x, std::numeric_limits<int>::max())); }
 
 // Cells of a tile.
 template <class Acc>
@@ -111,8 +147,7 @@ Plan make_plan(Level<Acc>& level, int vector) {
     by_channels &= vectorises(level, *features[i], true, vector);
     by_cells &= vectorises(level, *features[i], false, vector);
   }
-  const int64_t moment = vector * int64_t(sizeof(Acc));
-  by_channels &= level.channels % vector == 0 && aligned(level.mean, moment) && aligned(level.rstd, moment);
+  by_channels &= level.channels % vector == 0 && moments_aligned(level, vector * int64_t(sizeof(Acc)));
   by_cells &= level.cells() % vector == 0;
   plan.channels_last = neighbours;
   plan.vector = neighbours ? by_channels : by_cells;
@@ -127,8 +162,51 @@ Plan make_plan(Level<Acc>& level, int vector) {
     while (plan.log_lanes > (plan.vector ? 3 : 4) && level.channels >= 64 && blocks() < 128) --plan.log_lanes;
   }
   const int64_t tile = tile_cells<Acc>(plan, vector);
-  const int64_t tiles = level.images && level.channels ? (level.cells() + tile - 1) / tile : 0;
-  plan.tiles = int(tiles < std::numeric_limits<int>::max() ? tiles : std::numeric_limits<int>::max());
+  plan.tiles = level.images && level.channels ? as_int(ceil_div(level.cells(), tile)) : 0;
+  return plan;
+}
+
+// Whether a feature's elements lie in one row of memory, in the one layout or the other.
+inline bool is_dense(const Level<float>& level, const Feature& f, bool channels_last) {
+  const auto is = [](int64_t size, int64_t stride, int64_t expected) { return size == 1 || stride == expected; };
+  const int64_t column = channels_last ? level.channels : 1, channel = channels_last ? 1 : level.cells();
+  return is(level.images, f.image_stride, level.channels * level.cells()) &&
+         is(level.channels, f.channel_stride, channel) && is(level.height, f.row_stride, level.width * column) &&
+         is(level.width, f.column_stride, column);
+}
+
+inline bool are_dense(const Level<float>& level, bool channels_last) {
+  return is_dense(level, level.student, channels_last) && is_dense(level, level.teacher, channels_last) &&
+         (!level.grad.data || is_dense(level, level.grad, channels_last));
+}
+
+// The layout of a level whose features are dense; `vector` as in make_plan. As there it depends on the level alone.
+inline StreamPlan make_stream_plan(const Level<float>& level, int vector) {
+  StreamPlan plan;
+  const int64_t elements = level.channels * level.cells();
+  if (level.images == 0 || elements == 0) return plan;
+  plan.channels_last = level.channels > 1 && are_dense(level, true);
+  bool wide = elements % vector == 0 && aligned(level.student.data, 16) && aligned(level.teacher.data, 16) &&
+              aligned(level.grad.data, 16);
+  if (plan.channels_last) {
+    wide &= level.channels % vector == 0 && moments_aligned(level, 16);
+  } else {
+    wide &= level.cells() >= vector;
+    plan.spans = wide && (level.cells() % vector != 0 || !aligned(level.map ? level.map : level.prior, 16));
+  }
+  plan.vector = wide ? vector : 1;
+  const auto tiles = [&](int steps) {
+    if (!plan.channels_last) return ceil_div(elements / plan.vector, steps * kPacks * kThreads);
+    return ceil_div(level.cells(), steps * kPacks * plan.rows) * plan.slices;
+  };
+  if (plan.channels_last) {
+    const int64_t packs = level.channels / plan.vector;
+    plan.slices = int(ceil_div(packs, kThreads));
+    plan.width = int(ceil_div(packs, plan.slices));
+    plan.rows = kThreads / plan.width;
+  }
+  while (plan.steps < kMostSteps && level.images * tiles(2 * plan.steps) >= 512) plan.steps *= 2;
+  plan.tiles = as_int(tiles(plan.steps));
   return plan;
 }
 

@@ -1,4 +1,4 @@
-// What forward and backward share on the device: which tile a block has, and how a thread reads it.
+// What the kernels share on the device: which tile a block has, how a thread reads it, and sums in one order.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -59,20 +59,23 @@ __device__ __forceinline__ void load(const Feature& f, int64_t offset, Pack<Held
 }
 
 template <class E, class Acc, int V>
-__device__ __forceinline__ void store(const Acc (&x)[V], const Feature& f, int64_t offset) {
+__device__ __forceinline__ void store(const Pack<Held<E, Acc>, V>& pack, const Feature& f, int64_t offset) {
   if constexpr (std::is_same_v<E, Any>) {
+    const auto as = [&]<class D>(D) {
+      using Through = std::conditional_t<sizeof(D) == 2, float, Acc>;  // the 16-bit types convert from float alone
+      Pack<D, V> out;
+#pragma unroll
+      for (int v = 0; v < V; ++v) out.x[v] = D(Through(pack.x[v]));
+      store<D, D>(out, f, offset);
+    };
     switch (f.dtype) {
-      case DType::float16: return store<Half>(x, f, offset);
-      case DType::bfloat16: return store<BFloat16>(x, f, offset);
-      case DType::float32: return store<float>(x, f, offset);
+      case DType::float16: return as(Half());
+      case DType::bfloat16: return as(BFloat16());
+      case DType::float32: return as(float());
       case DType::float64:
-        if constexpr (sizeof(Acc) == 8) return store<double>(x, f, offset);
+        if constexpr (sizeof(Acc) == 8) return as(double());
     }
   } else {
-    using Through = std::conditional_t<sizeof(E) == 2, float, Acc>;  // the 16-bit types convert from float alone
-    Pack<E, V> pack;
-#pragma unroll
-    for (int v = 0; v < V; ++v) pack.x[v] = E(Through(x[v]));
     *reinterpret_cast<Pack<E, V>*>(static_cast<E*>(f.data) + offset) = pack;
   }
 }
@@ -85,14 +88,20 @@ struct Tile {
   bool row_gaps;
 };
 
+// Level of this block. One without tiles begins where the next one does.
+template <class L>
+__device__ __forceinline__ int find_level(const L& launch) {
+  int l = 0;
+  while (l + 1 < launch.count && int(blockIdx.x) >= launch.plan[l + 1].first_block) ++l;
+  return l;
+}
+
 template <class Acc>
 __device__ __forceinline__ Tile find_tile(const Launch<Acc>& launch, int vector) {
-  int l = 0;  // a level without tiles begins where the next one does
-  while (l + 1 < launch.count && int(blockIdx.x) >= launch.plan[l + 1].first_block) ++l;
-  const Plan& plan = launch.plan[l];
-  const unsigned block = blockIdx.x - unsigned(plan.first_block), tiles = unsigned(plan.tiles);
   Tile tile;
-  tile.level = l;
+  tile.level = find_level(launch);
+  const Plan& plan = launch.plan[tile.level];
+  const unsigned block = blockIdx.x - unsigned(plan.first_block), tiles = unsigned(plan.tiles);
   tile.image = block / tiles;
   tile.begin = int64_t(block % tiles) * tile_cells<Acc>(plan, vector);
   tile.lanes = 1 << plan.log_lanes;
@@ -104,48 +113,52 @@ __device__ __forceinline__ Tile find_tile(const Launch<Acc>& launch, int vector)
 }
 
 // What a thread has in registers at a time: kRows rows of V neighbours, all of which are read before any is used.
-// channels_last: a row is V channels of one cell. Else: V cells of one channel.
-template <bool kChannelsLast, int V, class Acc>
+// channels_last: a row is V channels of one cell. Else: V cells of one channel. Without the student a thread has room
+// for twice as many rows of the teacher.
+template <bool kLast, int V, class Sum, bool kWithStudent = true>
 struct Patch {
-  static constexpr int kRows = V == 1 && !kChannelsLast && sizeof(Acc) == 4 ? 8 : 2;
-  static constexpr int kCells = kChannelsLast ? kRows : V;
-  static constexpr int kPasses = kChannelsLast ? kThreadCells<Acc> / kRows : 1;  // over all channels
+  using Acc = Sum;
+  static constexpr bool kChannelsLast = kLast, kStudent = kWithStudent;
+  static constexpr int kVector = V;
+  static constexpr int kRows = V == 1 && !kLast && sizeof(Acc) == 4 ? 8 : kStudent ? 2 : 4;
+  static constexpr int kCells = kLast ? kRows : V;
+  static constexpr int kPasses = kLast ? kThreadCells<Acc> / kRows : 1;  // over all channels
   // index of an element's cell among those of the pass
-  static __device__ constexpr int cell(int row, int v) { return kChannelsLast ? row : v; }
+  static __device__ constexpr int cell(int row, int v) { return kLast ? row : v; }
   // first cell of the thread's pass
   static __device__ __forceinline__ int64_t first(const Tile& tile, int pass) {
-    return tile.begin + (kChannelsLast ? tile.group * kThreadCells<Acc> + pass * kRows : tile.lane * V);
+    return tile.begin + (kLast ? tile.group * kThreadCells<Acc> + pass * kRows : tile.lane * V);
   }
 };
 
 // Calls f(first channel, rows) for each patch of the thread's pass that has its first cell here.
-template <bool kChannelsLast, int V, class Acc, class F>
-__device__ __forceinline__ void each_patch(const Level<Acc>& level, const Tile& tile, int64_t first, const F& f) {
-  constexpr int kRows = Patch<kChannelsLast, V, Acc>::kRows;
+template <class P, class F>
+__device__ __forceinline__ void each_patch(const Level<typename P::Acc>& level, const Tile& tile, int64_t first,
+                                           const F& f) {
   const int64_t left = level.cells() - first;
   if (left <= 0) return;
   const int channels = int(level.channels);
-  if constexpr (kChannelsLast) {
-    const int rows = left < kRows ? int(left) : kRows;
+  if constexpr (P::kChannelsLast) {
+    const int rows = left < P::kRows ? int(left) : P::kRows;
 #pragma unroll 1
-    for (int c = tile.lane * V; c < channels; c += tile.lanes * V) f(c, rows);
+    for (int c = tile.lane * P::kVector; c < channels; c += tile.lanes * P::kVector) f(c, rows);
   } else {
 #pragma unroll 1
-    for (int c = tile.group; c < channels; c += tile.groups * kRows) {
-      const bool full = c + (kRows - 1) * tile.groups < channels;
-      f(c, full ? kRows : (channels - c + tile.groups - 1) / tile.groups);
+    for (int c = tile.group; c < channels; c += tile.groups * P::kRows) {
+      const bool full = c + (P::kRows - 1) * tile.groups < channels;
+      f(c, full ? P::kRows : (channels - c + tile.groups - 1) / tile.groups);
     }
   }
 }
 
 // Where the cells of a thread's rows lie; one cell where a row is of one channel. Without gaps between the rows of an
 // image all cells stand in row 0.
-template <bool kChannelsLast, int V, class Acc>
+template <class P>
 struct Places {
-  static constexpr int kPlaces = kChannelsLast ? Patch<kChannelsLast, V, Acc>::kRows : 1;
+  static constexpr int kPlaces = P::kChannelsLast ? P::kRows : 1;
   int64_t row[kPlaces], column[kPlaces];
 
-  __device__ __forceinline__ Places(const Level<Acc>& level, const Tile& tile, int64_t first) {
+  __device__ __forceinline__ Places(const Level<typename P::Acc>& level, const Tile& tile, int64_t first) {
 #pragma unroll
     for (int i = 0; i < kPlaces; ++i) {
       row[i] = tile.row_gaps ? (first + i) / level.width : 0;
@@ -155,21 +168,21 @@ struct Places {
 };
 
 // Offsets of a thread's rows in one feature, in elements; 64 bits, as a level may have more than 2^31.
-template <bool kChannelsLast, int V, class Acc>
+template <class P>
 struct Rows {
-  using P = Places<kChannelsLast, V, Acc>;
-  int64_t start[P::kPlaces];
+  static constexpr int kPlaces = Places<P>::kPlaces;
+  int64_t start[kPlaces];
   int64_t channel_stride, row_stride;
 
-  __device__ __forceinline__ Rows(const Feature& f, const Tile& tile, const P& places)
+  __device__ __forceinline__ Rows(const Feature& f, const Tile& tile, const Places<P>& places)
       : channel_stride(f.channel_stride), row_stride(tile.groups * f.channel_stride) {
 #pragma unroll
-    for (int i = 0; i < P::kPlaces; ++i)
+    for (int i = 0; i < kPlaces; ++i)
       start[i] = tile.image * f.image_stride + places.row[i] * f.row_stride + places.column[i] * f.column_stride;
   }
 
   __device__ __forceinline__ int64_t at(int channel, int row) const {
-    if constexpr (kChannelsLast) return start[row] + channel;
+    if constexpr (P::kChannelsLast) return start[row] + channel;
     return start[0] + channel * channel_stride + row * row_stride;
   }
 };
@@ -188,64 +201,110 @@ __device__ __forceinline__ void with_penalty(Penalty penalty, const F& f) {
   }
 }
 
-// Student and teacher of a patch from a channel on. All their loads are issued before any value is used, but of Any.
-template <class E, bool kChannelsLast, int V, class Acc>
-struct Features {
-  static constexpr int kRows = Patch<kChannelsLast, V, Acc>::kRows;
-  using Offsets = Rows<kChannelsLast, V, Acc>;
-  Pack<Held<E, Acc>, V> s[kRows] = {}, t[kRows] = {};
-  Pack<Acc, V> mean, rstd;  // channels_last: the same for all rows
+// What N neighbouring channels do to their elements: t' = (t - mean) * rstd, x = (s + bias) - t'.
+template <class Acc, int N>
+struct Moments {
+  Acc mean[N] = {}, rstd[N], bias[N] = {};
 
-  __device__ __forceinline__ Features(const Level<Acc>& level, const Offsets& student, const Offsets& teacher,
-                                      int channel, int rows) {
+  __device__ __forceinline__ Moments(const Level<Acc>& level, int64_t channel) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) rstd[i] = 1;
+    if (!level.mean) return;
+    read(level.mean + channel, mean);
+    read(level.rstd + channel, rstd);
+    read(level.bias + channel, bias);
+  }
+  static __device__ __forceinline__ void read(const Acc* from, Acc (&to)[N]) {
+    const auto pack = *reinterpret_cast<const Pack<Acc, N>*>(from);
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = pack.x[i];
+  }
+};
+
+// Student and teacher of a patch from a channel on, or the teacher alone. All their loads are issued before any value
+// is used, except of Any.
+template <class E, class P>
+struct Features {
+  using Acc = typename P::Acc;
+  static constexpr int V = P::kVector, kRows = P::kRows;
+  const Level<Acc>& level;
+  const Tile& tile;
+  int channel, rows;
+  Pack<Held<E, Acc>, V> s[P::kStudent ? kRows : 1] = {}, t[kRows] = {};
+  __device__ __forceinline__ Features(const Level<Acc>& level, const Tile& tile, const Rows<P>& student,
+                                      const Rows<P>& teacher, int channel, int rows)
+      : level(level), tile(tile), channel(channel), rows(rows) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
       if (i < rows) {
-        load<E, Acc>(level.student, student.at(channel, i), s[i]);
+        if constexpr (P::kStudent) load<E, Acc>(level.student, student.at(channel, i), s[i]);
         load<E, Acc>(level.teacher, teacher.at(channel, i), t[i]);
       }
-    if (kChannelsLast && level.mean) {
-      mean = *reinterpret_cast<const Pack<Acc, V>*>(level.mean + channel);
-      rstd = *reinterpret_cast<const Pack<Acc, V>*>(level.rstd + channel);
-    }
   }
 
-  // t' = (t - mean) * rstd of a row
-  __device__ __forceinline__ void teacher(const Level<Acc>& level, const Tile& tile, int channel, int row,
-                                          Acc (&out)[V]) const {
-    convert(t[row], out);
-    if (!level.mean) return;
-    if constexpr (kChannelsLast) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) out[v] = (out[v] - mean.x[v]) * rstd.x[v];
-    } else {
-      const int c = channel + row * tile.groups;
-      const Acc mu = level.mean[c], r = level.rstd[c];
-#pragma unroll
-      for (int v = 0; v < V; ++v) out[v] = (out[v] - mu) * r;
-    }
-  }
-
-  // Calls f(row, t', s - t') for each row that is there.
+  // Calls f(row, v, t', x) for each element; without the student x is 0. channels_last takes four channels of
+  // all rows at a time: to keep the moments of V channels would take too many registers.
   template <class F>
-  __device__ __forceinline__ void each_row(const Level<Acc>& level, const Tile& tile, int channel, int rows,
-                                           const F& f) const {
+  __device__ __forceinline__ void each(const F& f) const {
+    constexpr int kStep = P::kChannelsLast && V > 4 ? 4 : V;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      if (i < rows) {
-        Acc t[V], x[V];
-        teacher(level, tile, channel, i, t);
-        differences(t, i, x);
-        f(i, t, x);
+    for (int first = 0; first < V; first += kStep) {
+      Moments<Acc, P::kChannelsLast ? kStep : 1> moments(level, channel + first);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (i >= rows) continue;
+        if constexpr (!P::kChannelsLast) moments = Moments<Acc, 1>(level, channel + i * tile.groups);
+#pragma unroll
+        for (int v = 0; v < kStep; ++v) {
+          const int m = P::kChannelsLast ? v : 0;
+          const Acc u = (Acc(t[i].x[first + v]) - moments.mean[m]) * moments.rstd[m];
+          const Acc x = P::kStudent ? difference(Acc(s[i].x[first + v]) + moments.bias[m], u) : Acc(0);
+          f(i, first + v, u, x);
+        }
       }
+    }
   }
+};
 
-  // s - t' of a row
-  __device__ __forceinline__ void differences(const Acc (&teacher)[V], int row, Acc (&out)[V]) const {
-    convert(s[row], out);
-#pragma unroll
-    for (int v = 0; v < V; ++v) out[v] = difference(out[v], teacher[v]);
+// ---- the last block of several ----
+
+// True in the one block that is the last of `count` to call this: it then sees, past the L1 cache, all that the others
+// wrote before. One thread's fence is enough, as the barrier before it orders the whole block's writes.
+__device__ __forceinline__ bool comes_last(unsigned* done, unsigned count) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(done, 1u) == count - 1;
+    __threadfence();
   }
+  __syncthreads();
+  return last;
+}
+
+// Combines one value of each thread, in one order; every thread gets the result.
+template <class F>
+__device__ __forceinline__ double combine(double x, double* shared, const F& f) {
+  __syncthreads();
+  shared[threadIdx.x] = x;
+  __syncthreads();
+  for (int half = kThreads / 2; half; half /= 2) {
+    if (int(threadIdx.x) < half) shared[threadIdx.x] = f(shared[threadIdx.x], shared[threadIdx.x + half]);
+    __syncthreads();
+  }
+  return shared[0];
+}
+
+// The sum over a warp, in one order; every lane gets it.
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int half = 16; half; half /= 2) x += __shfl_xor_sync(~0u, x, half);
+  return x;
+}
+
+struct Add {
+  __device__ double operator()(double a, double b) const { return a + b; }
 };
 
 }  // namespace fastkd::cuda

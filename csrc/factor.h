@@ -1,0 +1,64 @@
+// What the distillation loss is multiplied with at a step: a weight, given or balanced against the task loss, times its
+// schedule. Shared by csrc/small_ops.cpp and csrc/cuda/small_ops.cuh; fastkd/ops/factor.py is the same in plain
+// PyTorch.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "level.h"
+
+namespace fastkd {
+
+constexpr double kMaxAutoWeight = 1e12, kMemory = 49;  // MAX_AUTO_WEIGHT, and EMA_DECAY = 49 / 50, of factor.py
+
+enum class Decay : int64_t { none, linear, cosine };
+
+struct Schedule {
+  double weight = 1;  // negative: balanced
+  double share = 1;
+  int64_t warmup_steps = 0;
+  Decay decay = Decay::none;
+  int64_t stop_step = -1;  // negative: never
+  int64_t advance = 0;
+};
+
+// averages = [n, sum of task losses, sum of distillation losses], of which a step keeps 49/50 once n has reached 50. A
+// step that is not finite counts for nothing.
+FASTKD_INLINE void observe(float* averages, double task, double distillation) {
+  const double values[] = {1, task, distillation};
+  for (const double value : values)
+    if (!(float(value) - float(value) == 0)) return;
+  const double n = averages[0], keep = n > kMemory ? kMemory / n : 1;
+  for (int i = 0; i < 3; ++i) averages[i] = float(averages[i] * keep + values[i]);
+}
+
+// Warm-up, decay and stop, 1 to 0.
+FASTKD_INLINE double ramp(const Schedule& schedule, int64_t step) {
+  const double warmup = double(schedule.warmup_steps), rise = (double(step) + 1) / (warmup > 1 ? warmup : 1);
+  const double risen = rise < 1 ? rise : 1;
+  if (schedule.stop_step < 0) return risen;
+  if (step >= schedule.stop_step) return 0;
+  const double length = double(schedule.stop_step) - warmup;
+  double past = (double(step) - warmup) / (length > 1 ? length : 1);
+  past = past < 0 ? 0 : past > 1 ? 1 : past;
+  if (schedule.decay == Decay::linear) return risen * (1 - past);
+  return schedule.decay == Decay::cosine ? risen * (1 + cos(3.141592653589793 * past)) / 2 : risen;
+}
+
+FASTKD_INLINE double full_weight(const Schedule& schedule, const float* averages) {
+  if (schedule.weight >= 0) return schedule.weight;
+  if (!(averages[2] > 0)) return 0;  // times a loss of zero, whose gradient stays finite
+  const double balanced = schedule.share * double(averages[1]) / double(averages[2]);
+  return balanced < 0 ? 0 : balanced > kMaxAutoWeight ? kMaxAutoWeight : balanced;
+}
+
+// A step: looks at its losses where there are any, moves on, and says the factor.
+FASTKD_INLINE void update_factor(const Schedule& schedule, bool has_losses, double task, double distillation,
+                                 float* averages, int64_t* step, float* factor) {
+  if (schedule.weight < 0 && has_losses) observe(averages, task, distillation);
+  *step += schedule.advance;
+  *factor = float(ramp(schedule, *step) * full_weight(schedule, averages));
+}
+
+}  // namespace fastkd
