@@ -1,1 +1,1 @@
-"""The Triton kernels (shipped as ``fastkd.kernels``): ``distill`` the kernels, ``launch`` the ops that run them."""
+"""The Triton kernels (shipped as ``fastkd.kernels``): ``distill`` two passes, ``stream`` one, ``launch`` their ops."""

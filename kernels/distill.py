@@ -1,14 +1,24 @@
-"""The Triton kernels: one launch for all levels of backbone and neck, forward and backward.
+"""The Triton kernels of two passes, one launch per pass for all levels, and the pieces that ``stream`` shares.
+
+``forward`` reads the features and computes, for each cell p of each level,
+
+    e_p = score(t'_p),   w_p = prior_p * map_norm(e)_p,   D_p = sum_c rho(x_pc),   L = weight * sum_p w_p D_p / Z,
+    x_pc = (s_pc + bias_c) - t'_pc,   t'_pc = (t_pc - mean_c) * rstd_c;
+
+``backward`` reads them again and writes ds_pc = g * weight / Z * w_p * rho'(x_pc). Without a penalty, ``forward`` reads
+the teacher alone and leaves maps and masses: the score pass, after which ``stream`` knows every weight.
 
 What must move, for features of b bytes an element (the maps, (N, H, W), are small beside them):
 
-=========  ========================  ==========================================  ===================
-kernel     bytes an element          floating-point operations an element        floor, 4.8 TB/s, b=2
-=========  ========================  ==========================================  ===================
-forward    2 b: reads s and t        about 7: standardise 2, score 2, penalty 3  0.83 ps
-backward   3 b: reads s and t,       about 5: standardise 2, slope 3             1.25 ps
-           writes ds
-=========  ========================  ==========================================  ===================
+==========  ========================  ==========================================  ===================
+kernel      bytes per element         floating-point operations per element       floor, 4.8 TB/s, b=2
+==========  ========================  ==========================================  ===================
+forward     2 b: reads s and t        about 8: bias, standardise 2, score 2,      0.83 ps
+                                      penalty 3
+score pass  b: reads t                about 4: standardise 2, score 2             0.42 ps
+backward    3 b: reads s and t,       about 6: bias, standardise 2, slope 3       1.25 ps
+            writes ds
+==========  ========================  ==========================================  ===================
 
 A program takes BLOCK_P cells of one image of one level; in the forward it walks over their channels in steps of
 BLOCK_C, in the backward it takes one such step. Which axis of the tile is contiguous (NCHW: the cells, channels_last:
@@ -24,9 +34,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-9)  # as in fastkd/reference.py
+EPS = tl.constexpr(1e-9)  # as in fastkd/ops/reference.py
 TINY = tl.constexpr(1.1754943508222875e-38)
 LOWEST_LOGIT = tl.constexpr(-1000.0)
+STAGES = tl.constexpr(2)  # of the forward's loop over channels: the next tile is copied while one is worked on
 
 
 class Feature(NamedTuple):
@@ -48,13 +59,15 @@ class Level(NamedTuple):
     cells: int  # H * W
     width: int
     per_channel: float  # 1 / channels
-    scale: float  # weight / Z, of smooth_l1 also by beta; where Z depends on the map, without Z
+    scale: float  # weight / Z, of smooth_l1 also divided by beta; where Z depends on the map, without Z
     student: Feature
     teacher: Feature
-    grad: Feature  # written by the backward; absent where nobody wants it
+    grad: Feature  # absent where it is not wanted
     prior: Any  # (N, H, W) or None: 1
-    mean: Any  # (C,) or None: identity
+    mean: Any  # (C,) or None; mean, rstd and bias are all there, or all None: t' = t and no bias
     rstd: Any
+    bias: Any  # of the student's adapter, whose output comes without it
+    bias_grad: Any  # (C,) or None: not wanted
 
 
 # ---- terms
@@ -134,14 +147,28 @@ def read(feature, cells, c, inside, channels, BLOCK_C: tl.constexpr, INDEX: tl.c
 
 
 @triton.jit
+def read_vector(x, c, channels, BLOCK_C: tl.constexpr):
+    """BLOCK_C entries of a (C,) vector from channel c on, as a row; 0 outside."""
+    channel = c + tl.arange(0, BLOCK_C)
+    return tl.load(x + channel, mask=channel < channels, other=0.0)[None, :]
+
+
+@triton.jit
+def read_student(level, cells, c, inside, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+    """s + bias of a tile, or s where the level has none."""
+    s = read(level.student, cells, c, inside, level.channels, BLOCK_C, INDEX)
+    if level.bias is not None:
+        s += read_vector(level.bias, c, level.channels, BLOCK_C)
+    return s
+
+
+@triton.jit
 def read_teacher(level, cells, c, inside, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """The same of the teacher, standardised where the level has moments."""
+    """t' of a tile, or t where the level has no moments."""
     x = read(level.teacher, cells, c, inside, level.channels, BLOCK_C, INDEX)
     if level.mean is not None:
-        channel = c + tl.arange(0, BLOCK_C)
-        mean = tl.load(level.mean + channel, mask=channel < level.channels, other=0.0)
-        rstd = tl.load(level.rstd + channel, mask=channel < level.channels, other=0.0)
-        x = (x - mean[None, :]) * rstd[None, :]
+        mean = read_vector(level.mean, c, level.channels, BLOCK_C)
+        x = (x - mean) * read_vector(level.rstd, c, level.channels, BLOCK_C)
     return x
 
 
@@ -153,7 +180,7 @@ def measure(
     level, image, block, inverse_temperature, beta,
     SCORE: tl.constexpr, PENALTY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Score e of BLOCK_P cells and, unless PENALTY is None, scaled penalty sum D, in one read of the features."""
+    """Score e of BLOCK_P cells and scaled penalty sum D, in one read; without a PENALTY, of the teacher alone."""
     inside = block * BLOCK_P + tl.arange(0, BLOCK_P) < level.cells
     student = at_cells(level.student, level.width, image, block, BLOCK_P, INDEX)
     teacher = at_cells(level.teacher, level.width, image, block, BLOCK_P, INDEX)
@@ -162,10 +189,10 @@ def measure(
     if SCORE == "entropy":  # each lane keeps its own highest value, sum of exp and sum of u exp
         highest = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
         weighted = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for c in range(0, level.channels, BLOCK_C):
+    for c in tl.range(0, level.channels, BLOCK_C, num_stages=STAGES):
         x = read_teacher(level, teacher, c, inside, BLOCK_C, INDEX)
         if PENALTY is not None:
-            s = read(level.student, student, c, inside, level.channels, BLOCK_C, INDEX)
+            s = read_student(level, student, c, inside, BLOCK_C, INDEX)
             d += scaled_penalty(s - x, beta, PENALTY)
         if SCORE == "entropy":
             here = (c + tl.arange(0, BLOCK_C) < level.channels)[None, :]
@@ -222,8 +249,8 @@ def is_last(ticket, count):
 
 
 @triton.jit
-def normaliser(score, first, cells, inverse_temperature, NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """(shift, factor) of one image, whose weights are (e - shift) * factor, or exp((e - shift) / T) * factor."""
+def shift_and_factor(score, first, cells, inverse_temperature, MAP_NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """What makes an image's weights of its scores: (e - shift) * factor, of softmax exp((e - shift) / T) * factor."""
     lane = tl.arange(0, BLOCK)
     low = tl.full((BLOCK,), float("inf"), tl.float64)
     high = tl.full((BLOCK,), float("-inf"), tl.float64)
@@ -232,19 +259,19 @@ def normaliser(score, first, cells, inverse_temperature, NORM: tl.constexpr, BLO
         inside = p + lane < cells
         e = tl.load(score + first + p + lane, mask=inside, other=0.0, cache_modifier=".cg")
         new = tl.where(inside & ((e > high) | (e != e)), e, high)
-        if NORM == "softmax":  # online: one pass gives the highest score and the sum of exponentials
+        if MAP_NORM == "softmax":  # online: one pass gives the highest score and the sum of exponentials
             rescale = tl.where(high == new, 1.0, tl.exp(below(high, new, inverse_temperature)))
             total = total * rescale + tl.where(inside, tl.exp(below(e, new, inverse_temperature)), 0.0)
         else:
             low = tl.where(inside & ((e < low) | (e != e)), e, low)
             total += e
         high = new
-    if NORM == "mean":
+    if MAP_NORM == "mean":
         mean = tl.sum(total, 0) * reciprocal(cells.to(tl.float64))
         return 0.0, reciprocal(tl.where(mean < TINY, TINY, mean))
-    elif NORM == "minmax":
-        spoilt = tl.sum(total, 0)  # extremes lose a NaN, which spoils its whole image as in PyTorch
-        shift = tl.where(spoilt != spoilt, spoilt, tl.min(low, 0))
+    elif MAP_NORM == "minmax":
+        sum_of = tl.sum(total, 0)  # extremes lose a NaN, which in PyTorch makes its whole image NaN
+        shift = tl.where(sum_of != sum_of, sum_of, tl.min(low, 0))
         return shift, reciprocal(tl.max(high, 0) - shift + EPS)
     else:
         shift = tl.max(high, 0)
@@ -252,20 +279,20 @@ def normaliser(score, first, cells, inverse_temperature, NORM: tl.constexpr, BLO
 
 
 @triton.jit
-def weigh(level, image, first, score, maps, inverse_temperature, NORM: tl.constexpr, BLOCK: tl.constexpr):
+def write_map(level, image, first, score, maps, inverse_temperature, MAP_NORM: tl.constexpr, BLOCK: tl.constexpr):
     """Write the map of one image, in float64 over its scores; its sum. Reads what others wrote, hence past L1."""
     lane = tl.arange(0, BLOCK)
-    if NORM != "none":
-        shift, factor = normaliser(score, first, level.cells, inverse_temperature, NORM, BLOCK)
+    if MAP_NORM != "none":
+        shift, factor = shift_and_factor(score, first, level.cells, inverse_temperature, MAP_NORM, BLOCK)
     mass = tl.zeros((BLOCK,), tl.float64)
     for p in range(0, level.cells, BLOCK):
         inside = p + lane < level.cells
         w = tl.load(score + first + p + lane, mask=inside, other=0.0, cache_modifier=".cg")
-        if NORM == "softmax":
+        if MAP_NORM == "softmax":
             w = tl.exp(below(w, shift, inverse_temperature)) * factor
-        elif NORM == "mean":
+        elif MAP_NORM == "mean":
             w = w * factor
-        elif NORM == "minmax":
+        elif MAP_NORM == "minmax":
             w = (w - shift) * factor
         if level.prior is not None:
             w *= tl.load(level.prior + image.to(tl.int64) * level.cells + p + lane, mask=inside, other=0.0)
@@ -289,47 +316,50 @@ def weighted_distance(level, first, weight, distance, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_images(level, sums, BLOCK: tl.constexpr):
-    """Sum over the images of a level, in order, of what other programs wrote; ``sums`` points to its first image."""
+def sum_parts(parts, count, BLOCK: tl.constexpr):
+    """Sum of ``count`` numbers that other programs wrote, always in the same order."""
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
-    for n in range(0, level.images, BLOCK):
-        total += tl.load(sums + n + lane, mask=n + lane < level.images, other=0.0, cache_modifier=".cg")
+    for n in range(0, count, BLOCK):
+        total += tl.load(parts + n + lane, mask=n + lane < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
 
 
 @triton.jit
-def conclude(level, first_image, image_sums, images, losses, mass, Z_OF_MAP: tl.constexpr):
-    """Loss and mass of a level from the sums of its images, divided by Z."""
-    loss_sum = sum_images(level, image_sums + first_image, 128)
-    mass_sum = sum_images(level, image_sums + images + first_image, 128)
-    tl.store(mass + level.number, mass_sum.to(tl.float32))
-    tl.store(losses + level.number, (loss_sum * scale_of(level, mass_sum, Z_OF_MAP)).to(tl.float32))
-
-
-@triton.jit
 def scale_of(level, mass, Z_OF_MAP: tl.constexpr):
-    """weight / Z, of smooth_l1 also by beta"""
+    """weight / Z, of smooth_l1 also divided by beta."""
     if Z_OF_MAP:
         return level.scale * reciprocal(level.channels * mass + EPS)
     else:
         return level.scale
 
 
+@triton.jit
+def finalize_level(level, first_image, image_sums, images, losses, mass, Z_OF_MAP: tl.constexpr):
+    """Mass of a level and, unless ``losses`` is None, its loss, from the sums of its images."""
+    mass_sum = sum_parts(image_sums + first_image, level.images, 128)
+    tl.store(mass + level.number, mass_sum.to(mass.dtype.element_ty))
+    if losses is not None:
+        loss_sum = sum_parts(image_sums + images + first_image, level.images, 128)
+        tl.store(losses + level.number, (loss_sum * scale_of(level, mass_sum, Z_OF_MAP)).to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["cells", "images"])
 def forward(
     levels, scratch, cells, image_sums, images, tickets, losses, mass, maps, inverse_temperature, beta,
-    L: tl.constexpr, SCORE: tl.constexpr, NORM: tl.constexpr, PENALTY: tl.constexpr, Z_OF_MAP: tl.constexpr,
+    L: tl.constexpr, SCORE: tl.constexpr, MAP_NORM: tl.constexpr, PENALTY: tl.constexpr, Z_OF_MAP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Losses, mass and maps of all levels.
+    """Losses, masses and maps of all levels; without a PENALTY the score pass: masses and maps alone.
 
     Args:
         levels: L ``Level``, none of them empty. Where each begins is counted here: as arguments, such numbers would
-            have Triton compile anew for most batch sizes.
+            have Triton compile again for most batch sizes.
         scratch: float64 (2, cells): e and D of the cells of all images of all levels.
-        image_sums: float64 (2, images): sums of w D and of w, of all images of all levels.
+        image_sums: float64 (2, images): sums of w and of w D, of all images of all levels.
         tickets: int32 (images + levels,), zeros: programs that are done with an image; images that are done.
+        losses: None in the score pass.
+        mass: float32, or float64 in the score pass.
     """
     program = tl.program_id(0)
     distance = scratch + cells
@@ -345,15 +375,19 @@ def forward(
             e, d = measure(level, image, block, inverse_temperature, beta, SCORE, PENALTY, BLOCK_P, BLOCK_C, INDEX)
             p = block * BLOCK_P + tl.arange(0, BLOCK_P)
             tl.store(scratch + begin + p, e, mask=p < level.cells)
-            tl.store(distance + begin + p, d, mask=p < level.cells)
+            if PENALTY is not None:
+                tl.store(distance + begin + p, d, mask=p < level.cells)
             nth = first_image + image
             if is_last(tickets + nth, blocks):
-                mass_sum = weigh(level, image, begin, scratch, maps, inverse_temperature, NORM, 512)
-                tl.debug_barrier()  # the sum below reads weights that other threads of this program have just stored
-                tl.store(image_sums + nth, weighted_distance(level, begin, scratch, distance, 512))
-                tl.store(image_sums + images + nth, mass_sum)
+                tl.store(
+                    image_sums + nth,
+                    write_map(level, image, begin, scratch, maps, inverse_temperature, MAP_NORM, 512),
+                )
+                if PENALTY is not None:
+                    tl.debug_barrier()  # the sum reads weights that other threads of this program have just stored
+                    tl.store(image_sums + images + nth, weighted_distance(level, begin, scratch, distance, 512))
                 if is_last(tickets + images + level.number, level.images):
-                    conclude(level, first_image, image_sums, images, losses, mass, Z_OF_MAP)
+                    finalize_level(level, first_image, image_sums, images, losses, mass, Z_OF_MAP)
         program_0 = end
         first += tl.cast(level.cells, tl.int64) * level.images
         first_image += level.images
@@ -363,65 +397,68 @@ def forward(
 
 
 @triton.jit
-def is_other(g, assumed, number):
-    """Whether an upstream gradient is not the one that the gradient was written for already."""
-    if assumed is None:
-        return True
+def read_weights(level, maps, first, image, p, inside):
+    """w of cells p of an image: of ``maps``, where the level begins at ``first``; without maps, the prior or 1."""
+    if maps is not None:
+        return tl.load(maps + first + image.to(tl.int64) * level.cells + p, mask=inside, other=0.0)
+    elif level.prior is not None:
+        return tl.load(level.prior + image.to(tl.int64) * level.cells + p, mask=inside, other=0.0)
     else:
-        return g != tl.load(assumed + number)
+        return tl.where(inside, 1.0, 0.0)
 
 
 @triton.jit
-def differentiate(
-    level, image, block, channel, slope, map, beta,
+def penalty_and_grad(
+    level, maps, first, image, block, channel, slope, beta,
     PENALTY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_P cells and BLOCK_C channels; ``map`` points to the image's weights."""
+    """Of BLOCK_P cells and BLOCK_C channels, from ``channel`` on: write ds = slope * w * rho'(x), unless it is absent.
+
+    Returns:
+        The sum of w * scaled rho(x), and the column sums of ds before it is rounded, (BLOCK_C,).
+    """
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < level.cells
-    slope_of_cell = slope.to(tl.float32) * tl.load(map + p, mask=inside, other=0.0)
     student = at_cells(level.student, level.width, image, block, BLOCK_P, INDEX)
     teacher = at_cells(level.teacher, level.width, image, block, BLOCK_P, INDEX)
-    grad = at_cells(level.grad, level.width, image, block, BLOCK_P, INDEX)
-    x = read_teacher(level, teacher, channel, inside, BLOCK_C, INDEX)
-    s = read(level.student, student, channel, inside, level.channels, BLOCK_C, INDEX)
-    ds = slope_of_cell[:, None] * scaled_slope(s - x, beta, PENALTY)
-    at, mask = places(level.grad, grad, channel, inside, level.channels, BLOCK_C, INDEX)
-    tl.store(at, ds.to(grad.dtype.element_ty), mask=mask)
+    t = read_teacher(level, teacher, channel, inside, BLOCK_C, INDEX)
+    x = read_student(level, student, channel, inside, BLOCK_C, INDEX) - t
+    x = tl.where(inside[:, None], x, 0.0)  # beyond the last cell it is the bias and the mean
+    w = read_weights(level, maps, first, image, p, inside)
+    ds = (slope.to(tl.float32) * w)[:, None] * scaled_slope(x, beta, PENALTY)
+    if level.grad.data is not None:
+        grad = at_cells(level.grad, level.width, image, block, BLOCK_P, INDEX)
+        at, mask = places(level.grad, grad, channel, inside, level.channels, BLOCK_C, INDEX)
+        tl.store(at, ds.to(grad.dtype.element_ty), mask=mask)
+    return tl.sum(w[:, None] * scaled_penalty(x, beta, PENALTY)), tl.sum(ds, 0)
 
 
 @triton.jit
 def backward(
-    levels, upstream, upstream_stride, assumed, mass, maps, beta,
+    levels, upstream, upstream_stride, mass, maps, beta,
     L: tl.constexpr, PENALTY: tl.constexpr, Z_OF_MAP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """ds = g * weight / Z * w * rho'(s - t') of all levels; a program takes BLOCK_P cells and BLOCK_C channels.
+    """ds = g * weight / Z * w * rho'(x) of all levels; a program takes BLOCK_P cells and BLOCK_C channels.
 
     Args:
         levels: as in ``forward``.
         upstream: (levels,) float32 by its stride, 0 where it was expanded.
-        assumed: None, or (levels,) upstream gradients for which nothing is left to do.
         mass, maps: of the forward.
     """
     program = tl.program_id(0)
     program_0, first = 0, 0  # programs and cells of the levels before
     for l in tl.static_range(L):
         level = levels[l]
-        if level.grad.data is not None:
-            steps = tl.cdiv(level.channels, BLOCK_C)
-            blocks = tl.cdiv(level.cells, BLOCK_P)
-            end = program_0 + level.images * blocks * steps
-            if (program >= program_0) & (program < end):
-                g = tl.load(upstream + level.number * upstream_stride)
-                if is_other(g, assumed, level.number):
-                    slope = g.to(tl.float64) * scale_of(level, tl.load(mass + level.number).to(tl.float64), Z_OF_MAP)
-                    channel = (program - program_0) % steps * BLOCK_C
-                    block = (program - program_0) // steps % blocks
-                    image = (program - program_0) // steps // blocks
-                    begin = first + image.to(tl.int64) * level.cells
-                    differentiate(
-                        level, image, block, channel, slope, maps + begin, beta, PENALTY, BLOCK_P, BLOCK_C, INDEX
-                    )
-            program_0 = end
+        steps = tl.cdiv(level.channels, BLOCK_C)
+        blocks = tl.cdiv(level.cells, BLOCK_P)
+        end = program_0 + level.images * blocks * steps
+        if (program >= program_0) & (program < end):
+            g = tl.load(upstream + level.number * upstream_stride).to(tl.float64)
+            slope = g * scale_of(level, tl.load(mass + level.number).to(tl.float64), Z_OF_MAP)
+            channel = (program - program_0) % steps * BLOCK_C
+            block = (program - program_0) // steps % blocks
+            image = (program - program_0) // steps // blocks
+            penalty_and_grad(level, maps, first, image, block, channel, slope, beta, PENALTY, BLOCK_P, BLOCK_C, INDEX)
+        program_0 = end
         first += tl.cast(level.cells, tl.int64) * level.images

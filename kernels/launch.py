@@ -1,4 +1,4 @@
-"""The Triton backend's ops: tensors in, one launch for all levels, tensors out.
+"""The Triton backend's ops: tensors in, one launch for all levels (two where a map must come first), tensors out.
 
 Where Triton interprets (``TRITON_INTERPRET=1``) they are those of CPU tensors.
 """
@@ -6,6 +6,7 @@ Where Triton interprets (``TRITON_INTERPRET=1``) they are those of CPU tensors.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,14 +16,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd import reference
-from fastkd.info_map import NORMALIZERS, NORMS, PENALTIES, SCORES
 from fastkd.kernels.distill import Feature, Level, backward, forward
-from fastkd.kernels.one_pass import one_pass, rescale
+from fastkd.kernels.stream import Flat, rescale, stream
+from fastkd.ops import reference
+from fastkd.ops.presets import DIVISORS, MAP_NORMS, PENALTIES, SCORES
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # whose tensors the kernels take
-AHEAD = 2048  # programs of the one-pass kernel before the first gradient of a level: more than run at once
 ABSENT = Feature(None, 0, 0, None, 0)
+PROGRAMS_PER_SM = 4  # of the rescale kernel, which usually finds nothing to do
+RESCALE_BLOCK = 4096
+
+
+class Tensors(NamedTuple):
+    """What a call computes on: one entry per level in each list; absent ones are None or empty."""
+
+    student: Sequence[Tensor]
+    teacher: Sequence[Tensor]
+    prior: Sequence[Tensor | None]
+    mean: Sequence[Tensor]
+    rstd: Sequence[Tensor]
+    bias: Sequence[Tensor]
+    grad: Sequence[Tensor | None]
+    bias_grad: Sequence[Tensor | None]
+
+
+class Options(NamedTuple):
+    """What a call computes: the ops' codes by name, as the kernels are compiled for them."""
+
+    score: str
+    map_norm: str
+    temperature: float
+    penalty: str
+    beta: float
+    divisor: str
+
+    @property
+    def weights_are_known(self) -> bool:
+        """Whether the weight of each cell is its prior, known before any feature is read."""
+        return self.score == "uniform" and self.map_norm == "none"
+
+    @property
+    def of_penalty(self) -> dict[str, Any]:
+        return {"PENALTY": self.penalty, "Z_OF_MAP": self.divisor == "map"}
+
+    @property
+    def of_map(self) -> dict[str, Any]:
+        return {"SCORE": self.score, "MAP_NORM": self.map_norm}
+
+    @property
+    def inverse_temperature(self) -> float:
+        return min(1 / self.temperature, torch.finfo(torch.float32).max)
 
 
 class Tile(NamedTuple):
@@ -33,85 +76,111 @@ class Tile(NamedTuple):
     warps: int
     index: Any  # dtype of offsets within it
 
+    def blocks(self, level: Level) -> int:
+        return int(triton.cdiv(level.cells, self.cells))
+
+    def steps(self, level: Level) -> int:
+        return int(triton.cdiv(level.channels, self.channels))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every kernel is compiled with.
+
+        No product is fused with a difference: s - t', t' standardised, must be 0 where equal, and so must a logit
+        below the highest.
+        """
+        sizes = {"BLOCK_P": self.cells, "BLOCK_C": self.channels, "INDEX": self.index}
+        return {**sizes, "num_warps": self.warps, "enable_fp_fusion": False}
+
+
+# ---- checks
+
 
 def require(fits: bool, expected: str) -> None:
-    """Keeps a direct call of an op from memory that is not there; what users read, fastkd/levels.py says before."""
+    """Keeps a direct call of an op from memory that is not there; what users read, fastkd/ops/levels.py says before."""
     if not fits:
         raise RuntimeError(f"fastkd: the Triton kernels expected {expected}")
 
 
-def require_features(student: Sequence[Tensor], teacher: Sequence[Tensor], *others: Sequence[Any]) -> None:
+def require_features(tensors: Tensors, weights: Sequence[float]) -> None:
     """Levels of one device, with one entry of everything each."""
-    require(
-        len(student) > 0 and {len(teacher), *map(len, others)} == {len(student)}, "one entry per level, at least one"
-    )
-    for s, t in zip(student, teacher, strict=True):
+    student, count = tensors.student, len(tensors.student)
+    require(count > 0 and {*map(len, tensors), len(weights)} == {count}, "one entry per level, at least one")
+    for s, t, g in zip(student, tensors.teacher, tensors.grad, strict=True):
         require(s.ndim == 4 and s.shape == t.shape, "student and teacher of the same shape (N, C, H, W)")
         require(torch.float64 not in (s.dtype, t.dtype), "features of at most 32 bits")
         require(s.device == t.device == student[0].device, "all tensors on the device of the first student feature")
+        if g is not None and g.numel():
+            require(g.shape == s.shape and g.device == s.device, "gradients of their students' shapes and device")
 
 
-def companion(x: Tensor, shape: Sequence[int], student: Tensor) -> Tensor | None:
-    """A contiguous float32 companion of a level; None where it is absent, which the ops get as an empty tensor."""
-    if x.numel() == 0:
+def companion(
+    x: Tensor | None, shape: Sequence[int], student: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor | None:
+    """A contiguous companion of the features; None where it is absent, which the ops get as an empty tensor."""
+    if x is None or x.numel() == 0:
         return None
-    fits = x.numel() == math.prod(shape) and x.is_contiguous() and x.dtype == torch.float32
-    require(
-        fits and x.device == student.device, f"a contiguous float32 tensor of shape {tuple(shape)} on {student.device}"
-    )
+    fits = x.numel() == math.prod(shape) and x.is_contiguous() and x.dtype == dtype and x.device == student.device
+    require(fits, f"a contiguous {dtype} tensor of shape {tuple(shape)} on {student.device}")
     return x
 
 
-def named(names: Sequence[str], code: int) -> str:
+def require_upstream(grad: Tensor, like: Tensor, *counts: int) -> None:
+    """An upstream gradient of one of these sizes."""
+    fits = grad.ndim <= 1 and grad.numel() in counts and grad.is_floating_point() and grad.device == like.device
+    require(fits, "an upstream gradient with one entry per level")
+
+
+def name_of(names: Sequence[str], code: int) -> str:
     """What a code of the ops stands for."""
     require(0 <= code < len(names), f"a code of {', '.join(names)}")
     return names[code]
 
 
-def feature(x: Tensor) -> Feature:
+# ---- descriptions
+
+
+def clamp_beta(beta: float) -> float:
+    """Under a beta of 1e-20 smooth_l1 is l1 to the last bit of a sum; what is divided by it later must not overflow."""
+    return max(beta, 1e-20)
+
+
+def options_of(score: int, map_norm: int, temperature: float, penalty: int, beta: float, divisor: int) -> Options:
+    """The options of the ops' codes."""
+    of_map = (name_of(SCORES, score), name_of(MAP_NORMS, map_norm), temperature)
+    return Options(*of_map, name_of(PENALTIES, penalty), clamp_beta(beta), name_of(DIVISORS, divisor))
+
+
+def feature(x: Tensor | None) -> Feature:
     """A feature map in place; where its rows follow each other without gaps, a cell is one index."""
+    if x is None or x.numel() == 0:
+        return ABSENT
     image, channel, row, column = x.stride()
     height, width = x.shape[2:]
     gaps = height > 1 and (row != width * column if width > 1 else False)
     return Feature(x, image, channel, row if gaps else None, row if width == 1 and height > 1 else column)
 
 
-def describe(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    grad: Sequence[Tensor | None],
-    prior: Sequence[Tensor | None],
-    mean: Sequence[Tensor],
-    rstd: Sequence[Tensor],
-    weights: Sequence[float],
-    penalty: str,
-    beta: float,
-    normalizer: str,
-) -> tuple[Level, ...]:
-    """The levels of one call."""
+def describe(tensors: Tensors, weights: Sequence[float], options: Options) -> tuple[Level, ...]:
+    """The levels of one call; a list may be empty where no level has an entry."""
+    tensors = Tensors(*(each or [None] * len(tensors.student) for each in tensors))  # type: ignore[arg-type]
+    require_features(tensors, weights)
     levels: list[Level] = []
-    for s, t, g, q, mu, r, weight in zip(student, teacher, grad, prior, mean, rstd, weights, strict=True):
+    for weight, s, t, prior, mean, rstd, bias, grad, bias_grad in zip(weights, *tensors, strict=True):
         n, channels, height, width = s.shape
-        z = 1.0 if normalizer == "map" else float(reference.divisor(s, s, normalizer))
-        z *= beta if penalty == "smooth_l1" else 1.0
-        levels.append(
-            Level(
-                len(levels),
-                n,
-                channels,
-                height * width,
-                width,
-                1 / max(channels, 1),
-                weight / z,
-                feature(s),
-                feature(t),
-                ABSENT if g is None else feature(g),
-                None if q is None else companion(q, (n, height, width), s),
-                companion(mu, (channels,), s),
-                companion(r, (channels,), s),
-            )
-        )
+        z = 1.0 if options.divisor == "map" else float(reference.z_of(s, s, options.divisor))
+        z *= options.beta if options.penalty == "smooth_l1" else 1.0
+        vectors = [companion(x, (channels,), s) for x in (mean, rstd, bias)]
+        require(len({x is None for x in vectors}) == 1, "mean, rstd and bias together")
+        shape = (len(levels), n, channels, height * width, width, 1 / max(channels, 1), weight / z)
+        optional = (companion(prior, (n, height, width), s), *vectors, companion(bias_grad, (channels,), s))
+        levels.append(Level(*shape, feature(s), feature(t), feature(grad), *optional))
     return tuple(levels)
+
+
+def non_empty(levels: Sequence[Level]) -> tuple[Level, ...]:
+    """Those with anything to compute."""
+    return tuple(x for x in levels if x.images and x.channels and x.cells)
 
 
 def choose_tile(levels: Sequence[Level]) -> Tile:
@@ -133,24 +202,7 @@ def choose_tile(levels: Sequence[Level]) -> Tile:
     return Tile(cells, channels, warps, tl.int32 if reach < 2**30 else tl.int64)
 
 
-def options_of(tile: Tile) -> dict[str, Any]:
-    """What every kernel is compiled with.
-
-    No product is fused with a difference: s - t', t' standardised, must be 0 where equal, and so must a logit below the
-    highest.
-    """
-    sizes = {"BLOCK_P": tile.cells, "BLOCK_C": tile.channels, "INDEX": tile.index}
-    return {**sizes, "num_warps": tile.warps, "enable_fp_fusion": False}
-
-
-def occupied(levels: Sequence[Level]) -> tuple[Level, ...]:
-    """Those with anything to compute."""
-    return tuple(x for x in levels if x.images and x.channels and x.cells)
-
-
-def usable(beta: float) -> float:
-    """Under a beta of 1e-20 smooth_l1 is l1 to the last bit of a sum; what is divided by it later must not overflow."""
-    return max(beta, 1e-20)
+# ---- launches
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, near: Tensor, **options: Any) -> None:
@@ -158,49 +210,50 @@ def _launch(kernel: Any, programs: int, *arguments: Any, near: Tensor, **options
         kernel[(programs,)](*arguments, **options)
 
 
-class Forward(NamedTuple):
-    """What a forward kernel is passed, but its tickets."""
+def _launch_forward(
+    levels: tuple[Level, ...],
+    tile: Tile,
+    options: Options,
+    near: Tensor,
+    losses: Tensor | None,
+    mass: Tensor,
+    maps: Tensor,
+) -> None:
+    """The forward of two passes; without ``losses`` the score pass, which reads the teacher alone."""
+    images = sum(x.images for x in levels)
+    scratch = near.new_empty(2, maps.numel(), dtype=torch.float64)
+    image_sums = near.new_empty(2, images, dtype=torch.float64)
+    tickets = near.new_zeros(images + mass.numel(), dtype=torch.int32)
+    compiled_for = {**options.of_map, **options.of_penalty, **tile.options, "L": len(levels)}
+    if losses is None:
+        compiled_for |= {"PENALTY": None, "Z_OF_MAP": False}
+    outputs, numbers = (losses, mass, maps), (options.inverse_temperature, options.beta)
+    arguments = (levels, scratch, maps.numel(), image_sums, images, tickets, *outputs, *numbers)
+    programs = sum(x.images * tile.blocks(x) for x in levels)
+    _launch(forward, programs, *arguments, near=near, **compiled_for)
 
-    outputs: tuple[Tensor, Tensor, Tensor]  # losses, mass, maps
-    levels: tuple[Level, ...]  # those that are not empty; none: nothing is left to do
-    arguments: tuple[Any, ...]
-    images: int
-    blocks: int  # programs that take each cell once
-    options: dict[str, Any]
+
+def _launch_stream(
+    levels: tuple[Level, ...], tile: Tile, options: Options, near: Tensor, total: Tensor, losses: Tensor, *weights: Any
+) -> None:
+    """The one pass over the features; ``weights``: maps, mass and factor, each None where it is absent."""
+    groups = [x.images * tile.steps(x) for x in levels]
+    programs = sum(n * tile.blocks(x) for n, x in zip(groups, levels, strict=True))
+    rows = len(levels) + sum(groups) + programs
+    sums, columns = near.new_empty(rows, dtype=torch.float64), None
+    if any(x.bias_grad is not None for x in levels):
+        columns = near.new_empty(rows, tile.channels, dtype=torch.float32)
+    tickets = near.new_zeros(1 + sum(1 + tile.steps(x) for x in levels) + sum(groups), dtype=torch.int32)
+    arguments = (levels, sums, columns, tickets, *weights, total, losses, options.beta)
+    _launch(stream, programs, *arguments, near=near, L=len(levels), **options.of_penalty, **tile.options)
 
 
-def prepare_forward(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    gradient: Sequence[Tensor | None],
-    prior: list[Tensor],
-    mean: list[Tensor],
-    rstd: list[Tensor],
-    weights: list[float],
-    score: int,
-    norm: int,
-    temperature: float,
-    penalty: int,
-    beta: float,
-    normalizer: int,
-) -> Forward:
-    require_features(student, teacher, gradient, prior, mean, rstd, weights)
-    rho, beta = named(PENALTIES, penalty), usable(beta)
-    every = describe(student, teacher, gradient, prior, mean, rstd, weights, rho, beta, named(NORMALIZERS, normalizer))
-    images, cells = sum(x.images for x in every), sum(x.images * x.cells for x in every)
-    levels = occupied(every)
-    new = student[0].new_empty if len(levels) == len(every) else student[0].new_zeros  # nobody writes empty levels
-    losses, mass, maps = (new(n, dtype=torch.float32) for n in (len(every), len(every), cells))
-    options = {"SCORE": named(SCORES, score), "NORM": named(NORMS, norm), "PENALTY": rho, "L": len(levels)}
-    if not levels:
-        return Forward((losses, mass, maps), levels, (), images, 0, options)
-    tile = choose_tile(levels)
-    scratch = student[0].new_empty(2, cells, dtype=torch.float64)
-    image_sums = student[0].new_empty(2, images, dtype=torch.float64)
-    options |= {"Z_OF_MAP": NORMALIZERS[normalizer] == "map", **options_of(tile)}
-    blocks = sum(x.images * triton.cdiv(x.cells, tile.cells) for x in levels)
-    arguments = (levels, scratch, cells, image_sums, images)
-    return Forward((losses, mass, maps), levels, arguments, images, blocks, options)
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+# ---- the ops, by the names of fastkd/ops/schema.py
 
 
 def distill(
@@ -209,23 +262,56 @@ def distill(
     prior: list[Tensor],
     mean: list[Tensor],
     rstd: list[Tensor],
+    bias: list[Tensor],
     weights: list[float],
     score: int,
-    norm: int,
+    map_norm: int,
     temperature: float,
     penalty: int,
     beta: float,
-    normalizer: int,
+    divisor: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Implements ``fastkd::distill_triton``."""
-    codes, absent = (score, norm, temperature, penalty, beta, normalizer), [None] * len(student)
-    call = prepare_forward(student, teacher, absent, prior, mean, rstd, weights, *codes)
-    if call.levels:
-        tickets = student[0].new_zeros(call.images + len(student), dtype=torch.int32)
-        numbers = (min(1 / temperature, torch.finfo(torch.float32).max), usable(beta))
-        arguments = (*call.arguments, tickets, *call.outputs, *numbers)
-        _launch(forward, call.blocks, *arguments, near=student[0], **call.options)
-    return call.outputs
+    """Implements ``fastkd::distill_triton``: losses, masses and maps."""
+    absent = [None] * len(student)
+    options = options_of(score, map_norm, temperature, penalty, beta, divisor)
+    every = describe(Tensors(student, teacher, prior, mean, rstd, bias, absent, absent), weights, options)
+    levels, cells = non_empty(every), sum(x.images * x.cells for x in every)
+    new = student[0].new_empty if len(levels) == len(every) else student[0].new_zeros  # no program writes empty levels
+    losses, mass, maps = (new(n, dtype=torch.float32) for n in (len(every), len(every), cells))
+    if levels:
+        _launch_forward(levels, choose_tile(levels), options, student[0], losses, mass, maps)
+    return losses, mass, maps
+
+
+def distill_backward(
+    grad: Tensor,
+    mass: Tensor,
+    maps: Tensor,
+    student: list[Tensor],
+    teacher: list[Tensor],
+    mean: list[Tensor],
+    rstd: list[Tensor],
+    bias: list[Tensor],
+    weights: list[float],
+    penalty: int,
+    beta: float,
+    divisor: int,
+) -> list[Tensor]:
+    """Implements ``fastkd::distill_triton_backward``: the students' gradients."""
+    gradient, absent = [torch.empty_like(s) for s in student], [None] * len(student)
+    options = options_of(0, 0, 1.0, penalty, beta, divisor)
+    every = describe(Tensors(student, teacher, absent, mean, rstd, bias, gradient, absent), weights, options)
+    levels = non_empty(every)
+    require_upstream(grad, student[0], len(every))
+    require(companion(mass, (len(every),), student[0]) is not None, "the mass of the forward")
+    companion(maps, (sum(x.images * x.cells for x in every),), student[0])
+    if levels:
+        require(maps.numel() > 0, "the maps of the forward")
+        tile = choose_tile(levels)
+        programs = sum(x.images * tile.blocks(x) * tile.steps(x) for x in levels)
+        arguments = (levels, grad, grad.stride(0), mass, maps, options.beta)
+        _launch(backward, programs, *arguments, near=student[0], L=len(levels), **options.of_penalty, **tile.options)
+    return gradient
 
 
 def distill_one_pass(
@@ -234,132 +320,65 @@ def distill_one_pass(
     prior: list[Tensor],
     mean: list[Tensor],
     rstd: list[Tensor],
+    bias: list[Tensor],
     weights: list[float],
     score: int,
-    norm: int,
+    map_norm: int,
     temperature: float,
     penalty: int,
     beta: float,
-    normalizer: int,
-    assumed: Tensor,
-    gradient: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Implements ``fastkd::distill_triton_one_pass``."""
-    codes, wanted = (score, norm, temperature, penalty, beta, normalizer), wanted_of(student, gradient)
-    call = prepare_forward(student, teacher, wanted, prior, mean, rstd, weights, *codes)
-    require_upstream("assumed", assumed, student)
-    if call.levels:
-        tickets = student[0].new_zeros(1 + 3 * call.images + 2 * len(student), dtype=torch.int32)
-        numbers = (min(1 / temperature, torch.finfo(torch.float32).max), usable(beta))
-        arguments = (*call.arguments, tickets, *call.outputs, assumed, *numbers)
-        _launch(one_pass, 2 * call.blocks, *arguments, near=student[0], AHEAD=AHEAD, **call.options)
-    return call.outputs
-
-
-def distill_rescale(upstream: Tensor, assumed: Tensor, gradient: list[Tensor]) -> None:
-    """Implements ``fastkd::distill_triton_rescale``."""
-    require(len(gradient) > 0, "at least one level")
-    require_upstream("grad", upstream, gradient)
-    require_upstream("assumed", assumed, gradient)
-    nothing = gradient[0].new_empty(0, dtype=torch.float32)
-    there = [g if g.numel() else g.new_empty(0, 1, 1, 1) for g in gradient]
-    absent, count = [nothing] * len(there), len(there)
-    levels = occupied(describe(there, there, there, [None] * count, absent, absent, [1.0] * count, "l2", 1.0, "batch"))
-    if levels:
-        tile = choose_tile(levels)
-        programs = sum(x.images * triton.cdiv(x.cells, tile.cells) for x in levels)
-        arguments = (levels, upstream, upstream.stride(0), assumed)
-        _launch(rescale, programs, *arguments, near=gradient[0], L=len(levels), **options_of(tile))
-
-
-def wanted_of(student: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor | None]:
-    """Where gradients go; None where nobody wants one."""
-    require(len(student) == len(gradient), "one entry per level, at least one")
-    for s, g in zip(student, gradient, strict=True):
-        require(g.numel() == 0 or g.shape == s.shape, "gradients of their students' shapes")
-        require(g.device == student[0].device, "all tensors on the device of the first student feature")
-    return [g if g.numel() else None for g in gradient]
-
-
-def require_upstream(name: str, x: Tensor, features: Sequence[Tensor]) -> None:
-    fits = x.shape == (len(features),) and x.dtype == torch.float32 and x.device == features[0].device
-    require(fits and (name == "grad" or x.is_contiguous()), f"{name} with one float32 entry per level")
-
-
-def distill_backward(
-    upstream: Tensor,
+    divisor: int,
     mass: Tensor,
-    maps: Tensor,
-    student: list[Tensor],
-    teacher: list[Tensor],
-    mean: list[Tensor],
-    rstd: list[Tensor],
-    weights: list[float],
-    penalty: int,
-    beta: float,
-    normalizer: int,
-) -> list[Tensor]:
-    """Implements ``fastkd::distill_triton_backward``."""
-    gradient = [torch.empty_like(s) for s in student]
-    everywhere = upstream.new_empty(0)
-    constants = (weights, penalty, beta, normalizer)
-    distill_backward_into(upstream, everywhere, mass, maps, student, teacher, mean, rstd, *constants, gradient)
-    return gradient
-
-
-def distill_backward_into(
-    upstream: Tensor,
-    assumed: Tensor,
-    mass: Tensor,
-    maps: Tensor,
-    student: list[Tensor],
-    teacher: list[Tensor],
-    mean: list[Tensor],
-    rstd: list[Tensor],
-    weights: list[float],
-    penalty: int,
-    beta: float,
-    normalizer: int,
+    factor: Tensor,
     gradient: list[Tensor],
-) -> None:
-    """Implements ``fastkd::distill_triton_backward_into``."""
-    require_features(student, teacher, mean, rstd, weights, gradient)
-    absent, rho, beta = [None] * len(student), named(PENALTIES, penalty), usable(beta)
-    wanted = wanted_of(student, gradient)
-    every = describe(student, teacher, wanted, absent, mean, rstd, weights, rho, beta, named(NORMALIZERS, normalizer))
-    require_upstream("grad", upstream, student)
-    require_upstream("mass", mass, student)
-    optional = assumed if assumed.numel() else None
-    if optional is not None:
-        require_upstream("assumed", optional, student)
-    cells = sum(x.images * x.cells for x in every)
-    fits = maps.shape == (cells,) and maps.dtype == torch.float32 and maps.device == student[0].device
-    require(fits and maps.is_contiguous(), "maps as the forward gives them")
-    levels = occupied(every)  # also those whose gradient nobody wants: their maps lie between others
-    if all(x.grad.data is None for x in levels):
-        return
-    tile = choose_tile(levels)
-    programs = sum(
-        x.images * triton.cdiv(x.cells, tile.cells) * triton.cdiv(x.channels, tile.channels)
-        for x in levels
-        if x.grad.data is not None
-    )
-    _launch(
-        backward,
-        programs,
-        *(levels, upstream, upstream.stride(0), optional, mass, maps, beta),
-        near=student[0],
-        L=len(levels),
-        PENALTY=rho,
-        Z_OF_MAP=NORMALIZERS[normalizer] == "map",
-        **options_of(tile),
-    )
+    bias_gradient: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Implements ``fastkd::distill_triton_one_pass``: factor * sum of the losses, and the losses; writes gradients."""
+    options = options_of(score, map_norm, temperature, penalty, beta, divisor)
+    tensors = Tensors(student, teacher, prior, mean, rstd, bias, gradient, bias_gradient)
+    every, near = describe(tensors, weights, options), student[0]
+    levels = non_empty(every)
+    known_mass, scale = companion(mass, (len(every),), near, torch.float64), companion(factor, (1,), near)
+    require(options.divisor != "map_all_ranks", "the mass of all ranks with Z = map")
+    mass_is_known = known_mass is not None or not options.weights_are_known or options.divisor != "map"
+    require(mass_is_known, "the mass where it is the prior's")
+    new = near.new_empty if len(levels) == len(every) else near.new_zeros  # no program writes empty levels
+    total, losses = new((), dtype=torch.float32), new(len(every), dtype=torch.float32)
+    for x in every:
+        if x.bias_grad is not None and not x.images * x.cells:
+            x.bias_grad.zero_()
+    if not levels:
+        return total, losses
+    tile, maps = choose_tile(levels), None
+    if not options.weights_are_known:
+        maps = near.new_empty(sum(x.images * x.cells for x in every), dtype=torch.float32)
+        map_mass = near.new_empty(len(every), dtype=torch.float64)
+        _launch_forward(levels, tile, options, near, None, map_mass, maps)
+        known_mass = map_mass if known_mass is None else known_mass
+    mass_of_z = known_mass if options.divisor == "map" else None
+    _launch_stream(levels, tile, options, near, total, losses, maps, mass_of_z, scale)
+    return total, losses
+
+
+def distill_rescale(upstream: Tensor, gradient: list[Tensor]) -> None:
+    """Implements ``fastkd::distill_triton_rescale``: entry i times ``upstream[i % numel]``, in place."""
+    require(len(gradient) > 0, "at least one gradient")
+    require_upstream(upstream, gradient[0], 1, len(gradient), len(gradient) // 2)
+    tensors = [Flat(x, x.numel(), i % upstream.numel()) for i, x in enumerate(gradient) if x.numel()]
+    for x, size, _ in tensors:
+        reach = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+        require(reach == size and x.device == upstream.device, "dense gradients on the device of the upstream one")
+    if tensors:
+        needed = max(triton.cdiv(x.elements, RESCALE_BLOCK) for x in tensors)
+        programs = min(needed, PROGRAMS_PER_SM * _processors(upstream.device))
+        stride = upstream.stride(0) if upstream.ndim else 0
+        sizes = {"COUNT": len(tensors), "BLOCK": RESCALE_BLOCK, "num_warps": 8}
+        _launch(rescale, programs, tuple(tensors), upstream, stride, near=upstream, **sizes)
 
 
 def register(library: torch.library.Library) -> None:
     """Put the implementations below the ops' schemas."""
-    library.impl("distill_triton", distill, DEVICE.upper())  # type: ignore[no-untyped-call]
-    library.impl("distill_triton_backward", distill_backward, DEVICE.upper())  # type: ignore[no-untyped-call]
-    library.impl("distill_triton_backward_into", distill_backward_into, DEVICE.upper())  # type: ignore[no-untyped-call]
-    library.impl("distill_triton_one_pass", distill_one_pass, DEVICE.upper())  # type: ignore[no-untyped-call]
-    library.impl("distill_triton_rescale", distill_rescale, DEVICE.upper())  # type: ignore[no-untyped-call]
+    for suffix, op in {
+        "": distill, "_backward": distill_backward, "_one_pass": distill_one_pass, "_rescale": distill_rescale
+    }.items():  # fmt: skip
+        library.impl(f"distill_triton{suffix}", op, DEVICE.upper())  # type: ignore[no-untyped-call]
