@@ -3,9 +3,10 @@
 from fastkd import priors, viz
 from fastkd.distiller import Distiller
 from fastkd.health import fingerprint
-from fastkd.info_map import PRESETS, InfoMap, info_map
+from fastkd.level_maps import info_map
 from fastkd.loss import DistillLoss, distill_loss
-from fastkd.ops import backends
+from fastkd.ops.backends import backends
+from fastkd.ops.presets import PRESETS, InfoMap
 
 __version__ = "0.1.0"
 __all__ = [

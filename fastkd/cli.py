@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastkd
-from fastkd.loss_weight import DECAYS, weight_of
-from fastkd.ops import choose
+from fastkd.loss_weight import weight_of
+from fastkd.ops.backends import choose
+from fastkd.ops.factor import DECAYS
 
 if TYPE_CHECKING:
     from fastkd.health import Report
@@ -185,7 +186,7 @@ def _add_train(commands: Any) -> None:
     add(kd, "--logit-weight", "factor of the loss on the heads' outputs (default: 0.0)", type=float)
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
     add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
-    add(kd, "--distill-decay", "fall to zero until then (default: no decay)", choices=DECAYS)
+    add(kd, "--distill-decay", "fall to zero until then (default: no decay)", choices=DECAYS[1:])
 
     how = parser.add_argument_group("optimisation")
     add(how, "--epochs", "passes over the training set (default: 100)", type=int)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -14,15 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from fastkd import health, level_maps
 from fastkd.health import Check, Report
-from fastkd.hooks import Group, Levels, Tap, image_height, unwrapped, without_ddp
+from fastkd.hooks import FeatureHook, Group, Levels, image_height, unwrapped, without_ddp
 from fastkd.level_maps import DistillMaps
-from fastkd.levels import require_sequence, require_weights, warn_if_nothing_learns
 from fastkd.loss import DistillLoss
 from fastkd.modes import eval_mode
+from fastkd.ops.arguments import require_sequence
+from fastkd.ops.levels import warn_if_nothing_learns
 
 Prior: TypeAlias = Callable[[Any, list[tuple[int, int]]], Sequence[Tensor | None]]
-
-SIZED_BY = {"adapters", "levels", "student_channels", "teacher_channels"}  # loss options that fix the level count
 
 
 class Distiller(nn.Module):
@@ -42,9 +42,9 @@ class Distiller(nn.Module):
     Args:
         student, teacher: any modules that take a batch of images; they may be wrapped in ``DistributedDataParallel``
             or ``torch.compile`` (compile a student, or at least run it first, after the distiller is made).
-        backbone, neck: where to listen, module names or modules, in either of two forms: a *list of pairs*
+        backbone, neck: whose outputs to imitate, module names or modules, in either of two forms: a *list of pairs*
             ``[(student, teacher), ...]``, or a *tuple of two lists* ``([student, ...], [teacher, ...])``, of any
-            lengths, which are paired by stride on the first batch; levels without a partner are dropped.
+            lengths, which ``prepare(images)`` pairs by stride; levels without a partner are dropped.
             A name needs no ``module.`` or ``_orig_mod.`` prefix. Levels are counted backbone first.
         align: ``"interpolate"``: where heights or widths differ, the student's feature is resized to the teacher's,
             bilinearly (as in PKD, Cao et al., 2022); lists are then paired by nearest stride, up to a factor of
@@ -55,7 +55,7 @@ class Distiller(nn.Module):
         **loss_options: arguments of ``DistillLoss``: ``info_map``, ``weights``, ``warmup_steps``, ...
 
     Attributes:
-        criterion: the ``DistillLoss``. Lazy adapters get their widths on the first batch, or in ``prepare``.
+        criterion: the ``DistillLoss``. Adapters get their widths in ``prepare``, or on the first batch.
 
     Raises:
         ValueError: unknown module (lists near names), no level at all, models that share weights, options beside a
@@ -91,30 +91,29 @@ class Distiller(nn.Module):
         self._pairs = [p for x in paired for p in x] if len(paired) == len(self._groups) else None
         if criterion is not None and loss_options:
             raise ValueError(f"criterion: expected no loss options beside it, got {', '.join(loss_options)}")
-        self._options = loss_options
-        self._open = criterion is None and self._pairs is None and not SIZED_BY & loss_options.keys()
-        self.criterion = criterion or self._first_criterion(most)
+        self._owns_criterion, self._weights = criterion is None, loss_options.get("weights")
+        self.criterion = criterion or self._make_criterion(most, loss_options)
         if self._pairs is not None:
-            self._settle(len(self._pairs))
+            self._require_levels(len(self._pairs))
         self.align, self.prior = align, prior
-        self._taps = [tap for x in self._groups for tap in (*x.student, *x.teacher)]
-        for tap in self._taps:
-            tap.attach()
+        self._feature_hooks = [hook for x in self._groups for hook in (*x.student, *x.teacher)]
+        for hook in self._feature_hooks:
+            hook.attach()
         # nobody calls remove() on a distiller that a notebook made anew: its hooks go with it. The finalizer may hold
-        # handles alone: a tap holds the student, which may hold its distiller
-        weakref.finalize(self, _remove, [x for tap in self._taps for x in tap.handles]).atexit = False
+        # handles alone: a hook holds the student, which may hold its distiller
+        weakref.finalize(self, _remove, [x for hook in self._feature_hooks for x in hook.handles]).atexit = False
         # listed once: walking a large teacher at every step would take a millisecond
         self._frozen = (tuple(teacher.modules()), tuple(teacher.parameters()))
         self._freeze()
 
-    def _first_criterion(self, most: int) -> DistillLoss:
-        options = dict(self._options)
-        if self._open:
-            weights = options.pop("weights", None)  # one per matched level, so they are read when these are known
-            if weights is not None and len(require_sequence("weights", weights, "numbers")) > most:
-                raise ValueError(f"weights: expected one per matched level, at most {most}, got {len(weights)}")
-        if self._open or self._pairs is not None:
-            options.setdefault("levels", most)
+    def _make_criterion(self, most: int, options: dict[str, Any]) -> DistillLoss:
+        """With as many adapters as there can be levels; ``prepare`` drops those that no stride needs."""
+        if not {"adapters", "student_channels", "teacher_channels"} & options.keys():
+            options = {"levels": most, **options}
+        if self._pairs is None and self._weights is not None:  # one per matched level, so they are set with these
+            options = {name: value for name, value in options.items() if name != "weights"}
+            if len(require_sequence("weights", self._weights, "numbers")) > most:
+                raise ValueError(f"weights: expected one per matched level, at most {most}, got {len(self._weights)}")
         return DistillLoss(**options)
 
     @property
@@ -129,7 +128,7 @@ class Distiller(nn.Module):
 
     @property
     def levels(self) -> list[tuple[str, str]] | None:
-        """(student, teacher) module names of each level; None while strides wait for the first batch."""
+        """(student, teacher) module names of each level; None before ``prepare`` matches them by stride."""
         return None if self._pairs is None else [(s.name, t.name) for s, t in self._pairs]
 
     def forward(self, images: Any, prior: Prior | None = None, task_loss: Tensor | float | None = None) -> Tensor:
@@ -149,17 +148,25 @@ class Distiller(nn.Module):
             A float32 scalar; (L,) with ``reduction="none"``. From ``stop_step`` on zero, and the teacher does not run.
 
         Raises:
-            RuntimeError: a hook has not fired since the last call, or ``remove()`` was called.
+            RuntimeError: a hook has not fired since the last call, ``remove()`` was called, or lists of modules were
+                not yet matched by ``prepare``.
             TypeError, ValueError: a hooked output is not a 4-D tensor; levels whose sizes differ; what
                 ``distill_loss`` raises.
         """
+        if self._pairs is None:
+            raise RuntimeError(
+                "Distiller: expected prepare(images) before the first loss: its lists of modules are matched by stride "
+                "then, and adapters made for those that match"
+            )
         try:
             if self.training and self.criterion.loss_weight.stopped:
-                outputs = [tap.output for tap in self._taps if tap.role == "student"]
-                return self.criterion.zero([x for x in outputs if isinstance(x, Tensor)])
-            student, teacher, q = self._features(images, prior)
+                outputs = [hook.output for hook in self._feature_hooks if hook.role == "student"]
+                return self.criterion.zero_loss([x for x in outputs if isinstance(x, Tensor)])
+            student, teacher, q, output = self._features(images, prior)
             warn_if_nothing_learns(student)
-            loss: Tensor = self.criterion(student, teacher, q, task_loss)
+            donated = _held_by_hooks_alone(teacher)
+            del output  # until here it kept what else holds a teacher's feature
+            loss: Tensor = self.criterion(student, teacher, q, task_loss, donated=donated)
             return loss
         finally:
             self._clear()
@@ -172,7 +179,7 @@ class Distiller(nn.Module):
         Raises as ``loss``.
         """
         try:
-            student, teacher, _ = self._dry_run(images)
+            student, teacher, *_ = self._dry_run(images)
             self.criterion.prepare(student, teacher)
         finally:
             self._clear()
@@ -206,7 +213,7 @@ class Distiller(nn.Module):
             try:
                 self._run_teacher(images)
                 features = [t.feature() for _, t in self._matched()]
-                self._follow(features)
+                self._move_criterion(features)
                 self.criterion.calibrate(features)
             finally:
                 self._clear()
@@ -232,7 +239,7 @@ class Distiller(nn.Module):
         try:
             with eval_mode(self.student):
                 unwrapped(self.student)(images)  # DistributedDataParallel would wait for others, a compiler start again
-            student, teacher, q = self._features(images, prior)
+            student, teacher, q, _ = self._features(images, prior)
             self.criterion.prepare(student, teacher)
             height = image_height(images, [x.shape[2] for x in teacher])
             with eval_mode(self.criterion):
@@ -288,9 +295,9 @@ class Distiller(nn.Module):
 
     def remove(self) -> None:
         """Take the hooks off both models; the distiller is then of no more use."""
-        for tap in self._taps:
-            tap.detach()
-        self._taps, self._groups = [], []
+        for hook in self._feature_hooks:
+            hook.detach()
+        self._feature_hooks, self._groups = [], []
 
     def __deepcopy__(self, memo: Any) -> Distiller:
         raise TypeError(
@@ -306,42 +313,31 @@ class Distiller(nn.Module):
             return "levels wait for the first batch, to be matched by stride"
         return "\n".join(f"{s} <- {t}" for s, t in self._pairs)
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"levels": 0 if self._open else len(self.criterion.adapters)}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        if state["levels"]:  # children load after their parent, so the criterion can still get its final length
-            self._settle(state["levels"])
-
-    def _settle(self, levels: int) -> None:
-        """Fix the number of levels: spare lazy adapters go, the others stay the parameters an optimiser may hold."""
+    def _require_levels(self, levels: int) -> None:
         have = len(self.criterion.adapters)
-        if self._open and levels <= have:
-            self.criterion.keep_levels(levels, self._options.get("weights"))
-            self._open = False
-        elif levels != have:
+        if levels != have:
             raise ValueError(f"criterion: expected {levels} levels, as there are pairs of modules, got {have}")
 
     def _features(
         self, images: Any, prior: Prior | None = None
-    ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None]:
-        """Features of both models, level by level, and the prior; runs the teacher."""
+    ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None, Any]:
+        """Features of both models, level by level, the prior, and the teacher's output; runs the teacher."""
         self._require_hooks()
-        for tap in self._taps:
-            if tap.role == "student":
-                tap.feature()  # before the teacher runs for nothing
+        for hook in self._feature_hooks:
+            if hook.role == "student":
+                hook.feature()  # before the teacher runs for nothing
         output = self._run_teacher(images)
         pairs = self._matched(images)
         teacher = [t.feature() for _, t in pairs]
         student = [self._aligned(s, t, y) for (s, t), y in zip(pairs, teacher, strict=True)]
-        self._follow(teacher)
+        self._move_criterion(teacher)
         prior = self.prior if prior is None else prior
         if prior is None:
-            return student, teacher, None
+            return student, teacher, None, output
         with torch.no_grad():
-            return student, teacher, prior(output, [(x.shape[2], x.shape[3]) for x in teacher])
+            return student, teacher, prior(output, [(x.shape[2], x.shape[3]) for x in teacher]), output
 
-    def _aligned(self, s: Tap, t: Tap, teacher: Tensor) -> Tensor:
+    def _aligned(self, s: FeatureHook, t: FeatureHook, teacher: Tensor) -> Tensor:
         """The student's feature in the teacher's height and width."""
         x = s.feature()
         if x.shape[0] != teacher.shape[0]:
@@ -360,10 +356,10 @@ class Distiller(nn.Module):
         return F.interpolate(x, teacher.shape[2:], mode="bilinear", align_corners=False)
 
     def _require_hooks(self) -> None:
-        if not self._taps:
+        if not self._feature_hooks:
             raise RuntimeError("Distiller: the hooks were removed by remove(); make a new Distiller")
 
-    def _follow(self, features: Sequence[Tensor]) -> None:
+    def _move_criterion(self, features: Sequence[Tensor]) -> None:
         """Take the criterion to the features' device; its parameters stay the same objects."""
         if self.criterion.loss_weight.step.device != features[0].device:
             self.criterion.to(features[0].device)
@@ -383,33 +379,35 @@ class Distiller(nn.Module):
 
     def _dry_run(
         self, images: Any, prior: Prior | None = None
-    ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None]:
+    ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None, Any]:
         """As ``_features``, after a forward of the student in eval mode."""
         with eval_mode(self.student):
             without_ddp(self.student)(images)
         return self._features(images, prior)
 
-    def _matched(self, images: Any = None) -> list[tuple[Tap, Tap]]:
+    def _matched(self, images: Any = None) -> list[tuple[FeatureHook, FeatureHook]]:
         """The pairs of hooks; the first time, those of lists are found by stride and the others taken off."""
         if self._pairs is None:
             pairs = [p for x in self._groups for p in (x.match(images, self.align) if x.pairs is None else x.pairs)]
-            self._settle(len(pairs))
+            if self._owns_criterion:
+                self.criterion.keep_levels(len(pairs), self._weights)
+            self._require_levels(len(pairs))
             self._pairs = pairs
-            used = [tap for pair in pairs for tap in pair]
-            for tap in self._taps:
-                if tap not in used:
-                    tap.detach()
-            self._taps = used
+            used = [hook for pair in pairs for hook in pair]
+            for hook in self._feature_hooks:
+                if hook not in used:
+                    hook.detach()
+            self._feature_hooks = used
         return self._pairs
 
     def _clear(self) -> None:
-        for tap in self._taps:
-            tap.reset()
+        for hook in self._feature_hooks:
+            hook.reset()
 
     def _check_hooks(self, images: Any, prior: Prior | None) -> Check:
         try:
             pairs = len(self._dry_run(images, prior)[0])
-            often = [f"{tap} {tap.calls} times" for tap in self._taps if tap.calls != 1]
+            often = [f"{hook} {hook.calls} times" for hook in self._feature_hooks if hook.calls != 1]
         except (RuntimeError, TypeError, ValueError) as error:
             return Check("hooks", False, str(error))
         finally:
@@ -424,17 +422,17 @@ class Distiller(nn.Module):
         """Pushes each level's own gradient through the student; also the loss at full weight."""
         try:
             with torch.enable_grad():
-                student, teacher, q = self._dry_run(images, prior)
+                student, teacher, q, _ = self._dry_run(images, prior)
                 self.criterion.prepare(student, teacher)
-                criterion = self.criterion.alone()
+                criterion = self.criterion.standalone_copy()
                 leaves = [x.detach().requires_grad_() for x in student]  # cut off from the levels that follow
                 loss = criterion(leaves, teacher, q, 1.0 if task_loss is None else task_loss).sum()
                 gradients = torch.autograd.grad(loss, leaves)
-                taps = [s for s, _ in self._matched()]
-                on = require_weights(criterion.weights, len(taps))  # a level that was switched off gets no gradient
+                hooks = [s for s, _ in self._matched()]
+                on = criterion.options.weights or [1.0] * len(hooks)  # a level that was switched off gets no gradient
                 norms = {
                     str(s): self._student_gradient(images, s, g)
-                    for s, g, weight in zip(taps, gradients, on, strict=True)
+                    for s, g, weight in zip(hooks, gradients, on, strict=True)
                     if weight
                 }
         finally:
@@ -446,16 +444,37 @@ class Distiller(nn.Module):
             message = f"none, or no finite one, reaches the student's weights (norm): {listed}; frozen or detached?"
         return Check("gradient", not bad, message), loss.item()
 
-    def _student_gradient(self, images: Any, tap: Tap, gradient: Tensor) -> float:
+    def _student_gradient(self, images: Any, hook: FeatureHook, gradient: Tensor) -> float:
         """Norm of the gradient of the student's weights, from ``gradient`` at this level alone."""
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         with eval_mode(self.student):
             without_ddp(self.student)(images)  # anew for each level: a compiled graph can't always be walked twice
-        feature = tap.feature()
+        feature = hook.feature()
         if not feature.requires_grad or not parameters:
             return 0.0
         found = torch.autograd.grad(feature, parameters, gradient, allow_unused=True)
         return math.sqrt(sum(x.double().square().sum().item() for x in found if x is not None))
+
+
+def _held_by_hooks_alone(features: list[Tensor]) -> list[bool]:
+    """Whether nobody but the list and a hook holds a feature, so that the gradient may take its memory.
+
+    Holders of the tensor are counted by Python, holders of its memory (views, the images that a module returned as they
+    were, a buffer) by the storage. Where PyTorch does not count, or compiles, nothing is donated.
+    """
+    if torch.compiler.is_compiling() or not hasattr(torch._C, "_storage_Use_Count"):
+        return [False] * len(features)
+    hook = [torch.empty(0)]
+    (alone,) = _holders(list(hook))
+    return [holders == alone for holders in _holders(features)]
+
+
+def _holders(features: list[Tensor]) -> list[tuple[int, int]]:
+    found = []
+    for feature in features:
+        memory = torch._C._storage_Use_Count(feature.untyped_storage()._cdata)
+        found.append((sys.getrefcount(feature), memory))
+    return found
 
 
 def _remove(handles: Sequence[RemovableHandle]) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.hooks import bare_name
-from fastkd.levels import require_weights
 from fastkd.loss import DistillLoss
 
 SHARE = (0.01, 0.99)  # of the total loss: outside, one of the two terms hardly counts
@@ -105,7 +104,7 @@ def check_frozen(teacher: nn.Module) -> Check:
 
 
 def check_weight(criterion: DistillLoss) -> Check:
-    levels = require_weights(criterion.weights, len(criterion.adapters))
+    levels = criterion.options.weights or (1.0,) * len(criterion.adapters)
     if criterion.loss_weight.weight == 0 or not any(levels):
         which = "weight is 0" if criterion.loss_weight.weight == 0 else "weights are 0 at every level"
         return Check("loss weight", False, f'{which}, so the loss is zero: choose another, or weight="auto"')
@@ -125,8 +124,8 @@ def check_share(loss: float, task_loss: float | Tensor | None, criterion: Distil
     share = loss / (loss + task) if loss + task else math.nan
     ok = SHARE[0] <= share <= SHARE[1]
     message = f"distillation {loss:.4g}, task {task:.4g}: {share:.1%} of the total"
-    way_out = f'; expected {SHARE[0]:.0%} to {SHARE[1]:.0%}: choose another weight, or weight="auto"'
-    return Check("loss share", ok, message if ok else message + way_out)
+    hint = f'; expected {SHARE[0]:.0%} to {SHARE[1]:.0%}: choose another weight, or weight="auto"'
+    return Check("loss share", ok, message if ok else message + hint)
 
 
 def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | None) -> Check:
@@ -139,8 +138,8 @@ def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | N
         return Check("optimizer", None, "not known: pass optimizer")
     if missing:
         message = f"does not train {len(missing)} of {len(adapters)} adapter weights (adapters.{missing[0]}, ...); "
-        way_out = 'optimizer.add_param_group({"params": distiller.parameters()})'
-        return Check("optimizer", False, message + way_out)
+        hint = 'optimizer.add_param_group({"params": distiller.parameters()})'
+        return Check("optimizer", False, message + hint)
     return Check("optimizer", True, f"trains all {len(adapters)} adapter weights")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias
@@ -11,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastkd.levels import match_by_stride
-
 Place: TypeAlias = str | nn.Module
 Levels: TypeAlias = Sequence[tuple[Place, Place]] | tuple[Sequence[Place], Sequence[Place]]
 
@@ -20,12 +19,12 @@ Levels: TypeAlias = Sequence[tuple[Place, Place]] | tuple[Sequence[Place], Seque
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-class Tap:
+class FeatureHook:
     """Forward hook that keeps the last output of one module and counts its calls in one forward of the model.
 
     If a later module changes that output in place (ReLU(inplace=True), ``out += identity``), the changed one is what
-    is kept, with a warning. What checkpointing recomputes during a backward is not heard. A copied or unpickled tap
-    listens to nothing, so an EMA of the student can't feed the distiller.
+    is kept, with a warning. What checkpointing recomputes during a backward is not recorded. A copied or unpickled hook
+    records nothing, so an EMA of the student can't feed the distiller.
     """
 
     def __init__(self, role: str, label: str, model: nn.Module, place: Place) -> None:
@@ -129,8 +128,8 @@ class Group:
             self._refuse(name, levels)
         sides = levels if by_stride else [[pair[k] for pair in levels] for k in (0, 1)]
         self.name = name
-        self.student = [Tap("student", f"{name}[{i}]", student, x) for i, x in enumerate(sides[0])]
-        self.teacher = [Tap("teacher", f"{name}[{i}]", teacher, x) for i, x in enumerate(sides[1])]
+        self.student = [FeatureHook("student", f"{name}[{i}]", student, x) for i, x in enumerate(sides[0])]
+        self.teacher = [FeatureHook("teacher", f"{name}[{i}]", teacher, x) for i, x in enumerate(sides[1])]
         self.pairs = None if by_stride else list(zip(self.student, self.teacher, strict=True))
 
     @staticmethod
@@ -140,12 +139,12 @@ class Group:
             f"([student, ...], [teacher, ...]), of module names or modules, got {levels!r}"
         )
 
-    def match(self, images: Any, align: str | None = None) -> list[tuple[Tap, Tap]]:
+    def match(self, images: Any, align: str | None = None) -> list[tuple[FeatureHook, FeatureHook]]:
         """Pairs of equal stride, or of the nearest where features get aligned.
 
         Strides are relative to the largest map where the images are not one tensor.
         """
-        heights = [[tap.feature().shape[2] for tap in taps] for taps in (self.student, self.teacher)]
+        heights = [[hook.feature().shape[2] for hook in hooks] for hooks in (self.student, self.teacher)]
         image = image_height(images, [height for side in heights for height in side])
         try:
             strides = [[image / max(height, 1) for height in side] for side in heights]
@@ -160,12 +159,12 @@ def image_height(images: Any, heights: Sequence[int]) -> int:
     return images.shape[-2] if isinstance(images, Tensor) else max(heights)
 
 
-def without_taps(model: nn.Module) -> nn.Module:
-    """The same model, a copy of one that is listened to, without the deaf taps that it carries: plain to pickle."""
+def without_hooks(model: nn.Module) -> nn.Module:
+    """The same model without the hooks that a copy of a hooked model carries: plain to pickle."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", hook), Tap):
+                if isinstance(getattr(hook, "__self__", hook), FeatureHook):
                     del hooks[key]
     return model
 
@@ -211,5 +210,50 @@ def _find(role: str, label: str, model: nn.Module, place: Place) -> tuple[str, n
     if place in modules or bare_name(place) in bare:
         return bare_name(place), modules[place] if place in modules else bare[bare_name(place)]
     near = difflib.get_close_matches(bare_name(place), bare, n=5, cutoff=0.4)
-    way_out = f"near names: {', '.join(map(repr, near))}" if near else f"see {role}.named_modules()"
-    raise ValueError(f"{label}: the {role} has no module named {place!r}; {way_out}")
+    hint = f"near names: {', '.join(map(repr, near))}" if near else f"see {role}.named_modules()"
+    raise ValueError(f"{label}: the {role} has no module named {place!r}; {hint}")
+
+
+def match_by_stride(
+    student_strides: Sequence[float], teacher_strides: Sequence[float], *, nearest: bool = False
+) -> list[tuple[int, int]]:
+    """Pair levels of equal stride.
+
+    Args:
+        student_strides, teacher_strides: image height over feature height of each level, each list without repeats.
+        nearest: pair each of the student's with the teacher's nearest instead, if they are that of each other and
+            less than a factor of sqrt(2) apart.
+
+    Returns:
+        (student index, teacher index) of every stride that both have, in the student's order.
+
+    Raises:
+        ValueError: a stride stands twice in one list, or the two have none in common.
+    """
+    for name, strides in (("student", student_strides), ("teacher", teacher_strides)):
+        if len(set(strides)) != len(strides):
+            raise ValueError(f"{name} levels: expected one level a stride to match by, got strides {list(strides)}")
+    near = [
+        (i, j)
+        for i, s in enumerate(student_strides)
+        for j, t in enumerate(teacher_strides)
+        if _ratio(s, t) < math.sqrt(2)
+        and _ratio(s, t) == min(_ratio(s, other) for other in teacher_strides)
+        and _ratio(s, t) == min(_ratio(other, t) for other in student_strides)
+    ]
+    pairs = near if nearest else [(i, j) for i, j in near if student_strides[i] == teacher_strides[j]]
+    if not pairs:
+        hint = '; some are near: align="interpolate" pairs and resizes these' if near else ""
+        raise ValueError(
+            f"levels: expected a stride that student and teacher share, got {_listed(student_strides)} "
+            f"and {_listed(teacher_strides)}{hint}"
+        )
+    return pairs
+
+
+def _ratio(a: float, b: float) -> float:
+    return max(a, b) / min(a, b)
+
+
+def _listed(strides: Sequence[float]) -> str:
+    return f"[{', '.join(f'{stride:g}' for stride in strides)}]"

@@ -1,16 +1,48 @@
-"""What the distillation loss looks at: the maps behind ``Distiller.maps``, level by level."""
+"""The maps themselves, for looking at: ``fastkd.info_map``, and what ``Distiller.maps`` measures level by level."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastkd import levels, reference
-from fastkd.hooks import Tap
+from fastkd.hooks import FeatureHook
 from fastkd.loss import DistillLoss
+from fastkd.ops import reference
+from fastkd.ops.levels import check, require_features
+from fastkd.ops.options import options_of_call
+from fastkd.ops.presets import InfoMap, resolve
+
+
+def info_map(
+    teacher_feats: Sequence[Tensor],
+    info_map: str | InfoMap = "self_information",
+    *,
+    prior: Sequence[Tensor | None] | None = None,
+    standardize: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+) -> list[Tensor]:
+    """The maps themselves, w_p of every level, for looking at (``fastkd.viz`` draws them).
+
+    Args:
+        teacher_feats: one (N, C, H, W) floating tensor per level.
+        info_map, prior, standardize: as in ``distill_loss``.
+
+    Returns:
+        One (N, H, W) float32 tensor per level, without gradient.
+
+    Raises:
+        TypeError, ValueError: as in ``distill_loss``.
+    """
+    info = replace(resolve(info_map), needs_prior="")
+    options = options_of_call(info, None, "l2", 1.0, None, "none", "reference")
+    teacher = [t.detach() for t in require_features("teacher_feats", teacher_feats)]
+    checked = check(teacher, teacher, options, prior=prior, standardize=standardize)
+    return [
+        reference.information_map(t, info, q, mean, rstd).float()
+        for t, q, mean, rstd in zip(teacher, checked.prior, checked.mean, checked.rstd, strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,30 +128,24 @@ class DistillMaps:
 
 def measure(
     criterion: DistillLoss,
-    pairs: Sequence[tuple[Tap, Tap]],
+    pairs: Sequence[tuple[FeatureHook, FeatureHook]],
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     prior: Sequence[Tensor | None] | None,
     image_height: int,
 ) -> DistillMaps:
     """The maps of features that belong to the pairs; by the reference, which talks to no other process."""
-    info = criterion.info_map
-    given = levels.check(
-        criterion.adapted(student),
-        teacher,
-        info=info,
-        prior=prior,
-        standardize=criterion.moments(),
-        weights=criterion.weights,
-    )
+    options = criterion.active_options
+    info = options.info_map
+    given = check(criterion.adapted(student), teacher, options, prior=prior, standardize=criterion.moments())
     found = []
     for i, (s, t) in enumerate(pairs):
-        feature, target = given.student[i].to(given.dtype), given.teacher[i].to(given.dtype)
+        feature, target = given.student[i].to(given.plan.dtype), given.teacher[i].to(given.plan.dtype)
         information = reference.information_map(target, info, given.prior[i], given.mean[i], given.rstd[i])
         difference = feature - reference.standardize(target, given.mean[i], given.rstd[i])
-        penalty = reference.penalty_sum(difference, criterion.penalty, criterion.beta)
-        z = reference.divisor(feature, information.sum(), criterion.active_normalizer)
-        loss = given.weights[i] * (information * penalty).sum() / z
+        penalty = reference.penalty_sum(difference, options.penalty, options.beta)
+        z = reference.z_of(feature, information.sum(), options.divisor)
+        loss = given.plan.weights[i] * (information * penalty).sum() / z
         channels = feature.shape[1]
         found.append(
             LevelMaps(

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastkd.ranks import sum_over_ranks
-
-DECAYS = ("linear", "cosine")
-MOST = 1e12  # that balancing multiplies with: of features near zero the gradient must not overflow
-MEMORY = 0.98  # share that the moving averages keep of themselves: they look back over some 50 steps
-
-
-class KeepsPrecision(nn.Module):
-    """Buffers that stay as precise as they are, whatever dtype the model around them is cast to."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> KeepsPrecision:
-        kept = dict(self.named_buffers())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in self.named_buffers():
-            if value.dtype != kept[name].dtype:
-                setattr(self, name, kept[name].to(value.device))
-        return self
+from fastkd.ops.backends import small_op
+from fastkd.ops.factor import AUTO, DECAYS
+from fastkd.ranks import sum_over_ranks, world_size
+from fastkd.statistics import KeepsPrecision
 
 
 class LossWeight(KeepsPrecision):
     """Factor of the distillation loss at each training step; arguments are those of ``DistillLoss``.
 
-    Everything is computed where the loss is: no host sync, and the same graph at every step.
+    The factor of a step is known before its forward: it is that of the averages *before* this step, which look back
+    over some 50 steps. So the kernels multiply loss and gradient with it, and nothing is left to do for autograd. Only
+    the very first step of ``"auto"`` has no average yet and takes its own losses. Everything is computed where the
+    loss is, by one op a step (``fastkd::update_factor``), without waiting for the device.
     """
 
     step: Tensor  # training forwards so far
-    count: Tensor  # of those, the ones that the averages have seen
-    means: Tensor  # moving averages of the task loss and of the distillation loss
-    schedule: Tensor  # warm-up, decay and stop at the last forward, 1 to 0
+    averages: Tensor  # decayed sums over steps of 1, the task loss and the distillation loss
+    factor: Tensor  # of the next step: its schedule times the weight, or times what balances the averages
 
     def __init__(
         self,
@@ -53,65 +41,98 @@ class LossWeight(KeepsPrecision):
         self.weight, self.share = weight, share
         self.warmup_steps, self.decay, self.stop_step = warmup_steps, decay, stop_step
         self._steps = 0  # what ``step`` is, as far as Python knows without asking the device
+        self._has_average = False  # whether a step has been averaged: a device's averages are not asked for that
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("means", torch.zeros(2))
+        self.register_buffer("averages", torch.zeros(3))
+        self.register_buffer("factor", torch.zeros(()))
+        self._update(self.factor, self.averages, self.step, None, None, advance=0)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the weight is balanced against the task loss."""
+        return isinstance(self.weight, str)
 
     @property
     def stopped(self) -> bool:
         """Whether the loss is zero for good. Steps of a compiled graph are not known here."""
         return self.stop_step is not None and self._steps >= self.stop_step
 
-    def forward(self, distill_loss: Tensor, task_loss: Tensor | float | None = None) -> Tensor:
-        """The factor, a scalar tensor without gradient.
+    @property
+    def is_known(self) -> bool:
+        """Whether ``factor`` is there before the losses of this step are: it is not in the first step of "auto"."""
+        return self._has_average or not self.is_auto
 
-        Args:
-            distill_loss: the sum over levels.
-            task_loss: what it is balanced against; a scalar, looked at for ``weight="auto"`` only.
+    @property
+    def current_factor(self) -> Tensor:
+        """``factor`` in a graph that also counts: computed again, because a compiled backward would read the next."""
+        return self.at(self.step) if torch.compiler.is_compiling() else self.factor
+
+    def task_value(self, task_loss: Tensor | float | None, device: torch.device) -> Tensor | None:
+        """The task loss as one detached element on the device; None where the weight does not need it.
+
+        Raises:
+            ValueError, TypeError: no task loss where it is needed, or not a scalar.
         """
-        self.schedule = self._schedule()
-        if self.training:
-            self.step += 1
-            if not torch.compiler.is_compiling():
-                self._steps += 1
-        if isinstance(self.weight, str):
-            return self.schedule * self._balance(distill_loss, task_loss)
-        return self.schedule * self.weight
+        return _task_value(task_loss, device) if self.is_auto else None
+
+    def balanced(self, losses: Tensor, task: Tensor | None) -> Tensor:
+        """The factor that the losses of this step would have by themselves; nothing is counted."""
+        factor, averages, step = (x.clone() for x in (self.factor, self.averages, self.step))
+        self._update(factor, averages, step, *self._over_ranks(losses, task), advance=0)
+        return factor
+
+    def at(self, step: Tensor) -> Tensor:
+        """The factor of another step, counted elsewhere."""
+        factor = self.factor.clone()
+        self._update(factor, self.averages.clone(), step.clone(), None, None, advance=0)
+        return factor
+
+    def count(self, losses: Tensor, task: Tensor | None) -> None:
+        """Take a training step into the averages, and get the factor of the next."""
+        self._update(self.factor, self.averages, self.step, *self._over_ranks(losses, task), advance=1)
+        if not torch.compiler.is_compiling():
+            self._steps += 1
+        self._has_average = self.is_auto
 
     def full(self) -> LossWeight:
         """One without schedule and memory, for a look at the loss as it is at its full weight, by one process."""
-        return LossWeight(self.weight, self.share).to(self.means.device).eval()
+        return LossWeight(self.weight, self.share).to(self.step.device).eval()
 
-    def _schedule(self) -> Tensor:
-        """Warm-up, decay and stop, 1 to 0."""
-        ramp = ((self.step + 1) / max(self.warmup_steps, 1)).clamp(max=1)
-        if self.stop_step is None:
-            return ramp
-        if self.decay is not None:
-            length = max(self.stop_step - self.warmup_steps, 1)
-            past = ((self.step - self.warmup_steps) / length).clamp(0, 1)
-            ramp = ramp * (1 - past if self.decay == "linear" else (1 + torch.cos(math.pi * past)) / 2)
-        return ramp * (self.step < self.stop_step)
+    def _over_ranks(self, losses: Tensor, task: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The averages over all ranks in training, so that they have one factor."""
+        if task is None:
+            return None, None
+        if not self.training or world_size() == 1:
+            return losses, task
+        values = torch.stack([task.reshape(()).float(), losses.sum().float()])
+        values = values / sum_over_ranks(values)
+        return values[1:], values[:1]
 
     @torch.no_grad()
-    def _balance(self, distill_loss: Tensor, task_loss: Tensor | float | None) -> Tensor:
-        values = torch.stack([_task(task_loss, distill_loss), distill_loss.detach().to(self.means.dtype)])
-        if self.training:
-            values = values / sum_over_ranks(values)  # one factor for all ranks
-        finite = values.isfinite().all()  # a step that overflowed counts for nothing
-        keep = torch.where(finite, (self.count / (self.count + 1)).clamp(max=MEMORY), 1)  # a plain mean at first
-        means = torch.where(finite, self.means * keep + values * (1 - keep), self.means)
-        if self.training:
-            self.means.copy_(means)
-            self.count += finite
-        factor = self.share * means[0] / means[1]
-        return torch.where(means[1] > 0, factor.clamp(0, MOST), 0)  # times a loss of zero, whose gradient stays finite
+    def _update(
+        self,
+        factor: Tensor,
+        averages: Tensor,
+        step: Tensor,
+        losses: Tensor | None,
+        task: Tensor | None,
+        *,
+        advance: int,
+    ) -> None:
+        nothing = averages[:0]
+        small_op("update_factor", factor.device)(
+            *(factor, averages, step, nothing if losses is None else losses, nothing if task is None else task),
+            *(AUTO if isinstance(self.weight, str) else float(self.weight), self.share, self.warmup_steps),
+            *(DECAYS.index(self.decay), -1 if self.stop_step is None else self.stop_step, advance),
+        )
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"steps": self._steps}
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"steps": self._steps, "has_average": self._has_average}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self._steps = state["steps"]
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._steps, self._has_average = state["steps"], state["has_average"]
+        # the weight or its schedule may be others than those of the run that was saved
+        self._update(self.factor, self.averages, self.step, None, None, advance=0)
 
 
 def weight_of(text: str) -> float | str:
@@ -119,8 +140,7 @@ def weight_of(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
-def _task(task_loss: Tensor | float | None, distill_loss: Tensor) -> Tensor:
-    """The task loss as a float32 scalar beside the distillation loss."""
+def _task_value(task_loss: Tensor | float | None, device: torch.device) -> Tensor:
     if task_loss is None:
         raise ValueError(
             'task_loss: weight="auto" holds the distillation loss at a share of the task loss, so it needs one, got '
@@ -129,29 +149,29 @@ def _task(task_loss: Tensor | float | None, distill_loss: Tensor) -> Tensor:
     if isinstance(task_loss, Tensor):
         if task_loss.numel() != 1:
             raise ValueError(f"task_loss: expected a scalar, got shape {tuple(task_loss.shape)}; sum its terms")
-        return task_loss.detach().reshape(()).to(distill_loss.device, torch.float32, non_blocking=True)
+        return task_loss.detach().to(device, non_blocking=True)
     if isinstance(task_loss, bool) or not isinstance(task_loss, Real):
         raise TypeError(f"task_loss: expected a scalar tensor or a number, got a {type(task_loss).__name__}")
-    return torch.tensor(float(task_loss)).to(distill_loss.device, non_blocking=True)
+    return torch.tensor(float(task_loss)).to(device, non_blocking=True)
 
 
 def _require_weight(weight: float | str, share: float) -> None:
     if weight != "auto" and (isinstance(weight, (bool, str)) or not isinstance(weight, Real) or not _finite(weight)):
-        raise ValueError(f'weight: expected a finite number >= 0 or "auto", got {weight!r}')
+        raise ValueError(f'weight: expected a finite number >= 0 that float32 can hold or "auto", got {weight!r}')
     if isinstance(share, bool) or not isinstance(share, Real) or not _finite(share) or not share:
         raise ValueError(f"share: expected a finite number > 0, of the task loss, got {share!r}")
 
 
 def _finite(number: Real) -> bool:
-    return 0 <= float(number) < math.inf
+    return 0 <= float(number) <= torch.finfo(torch.float32).max
 
 
 def _require_schedule(warmup_steps: int, decay: str | None, stop_step: int | None) -> None:
     for name, value in (("warmup_steps", warmup_steps), ("stop_step", 0 if stop_step is None else stop_step)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
-    if decay is not None and decay not in DECAYS:
-        raise ValueError(f"decay: expected one of {', '.join(DECAYS)} or None, got {decay!r}")
+    if decay not in DECAYS:
+        raise ValueError(f"decay: expected one of {', '.join(filter(None, DECAYS))} or None, got {decay!r}")
     if decay is not None and (stop_step is None or stop_step <= warmup_steps):
         raise ValueError(
             f"decay: expected a stop_step after the {warmup_steps} steps of warm-up, at which the loss has become "

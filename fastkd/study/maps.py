@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import priors, reference
+from fastkd import priors
+from fastkd.ops import reference
 from fastkd.yolov3.boxes import likely_boxes
-from fastkd.yolov3.objective import PRIORS, Sight
+from fastkd.yolov3.objective import PRIORS, PriorContext
 
 TINY = torch.finfo(torch.float32).tiny
 SHARP_STEPS = 640
 FOUND = 30  # of the teacher's boxes, at most
-Map = Callable[[Sight], list[Tensor]]
+Map = Callable[[PriorContext], list[Tensor]]
 
 
 def mean_one(weights: Tensor) -> Tensor:
@@ -30,34 +31,34 @@ def mean_one(weights: Tensor) -> Tensor:
 # ---- what they are made from
 
 
-def teacher_features(sight: Sight) -> list[Tensor]:
+def teacher_features(context: PriorContext) -> list[Tensor]:
     """Each level's, standardised, float32."""
-    features = [tap.feature().float() for _, tap in sight.distiller._matched()]
-    moments = zip(features, _moments(sight), strict=True)
+    features = [tap.feature().float() for _, tap in context.distiller._matched()]
+    moments = zip(features, _moments(context), strict=True)
     return [x if m is None else reference.standardize(x, *m) for x, m in moments]
 
 
-def student_features(sight: Sight) -> list[Tensor]:
+def student_features(context: PriorContext) -> list[Tensor]:
     """Each level's, adapted to the teacher's width, float32, without gradient."""
-    features = [tap.feature().detach() for tap, _ in sight.distiller._matched()]
-    return [x.float() for x in sight.distiller.criterion.adapted(features)]
+    features = [tap.feature().detach() for tap, _ in context.distiller._matched()]
+    return [x.float() for x in context.distiller.criterion.adapted(features)]
 
 
-def _moments(sight: Sight) -> Sequence[tuple[Tensor, Tensor] | None]:
-    return sight.distiller.criterion.moments() or [None] * len(sight.sizes)
+def _moments(context: PriorContext) -> Sequence[tuple[Tensor, Tensor] | None]:
+    return context.distiller.criterion.moments() or [None] * len(context.sizes)
 
 
 # ---- from the features
 
 
-def self_information(sight: Sight) -> list[Tensor]:
+def self_information(context: PriorContext) -> list[Tensor]:
     """The energy of the standardised teacher: the library's own map, here to be combined with others."""
-    return [mean_one(t.square().mean(1)) for t in teacher_features(sight)]
+    return [mean_one(t.square().mean(1)) for t in teacher_features(context)]
 
 
-def whitened(sight: Sight) -> list[Tensor]:
+def whitened(context: PriorContext) -> list[Tensor]:
     """Self-information under a Gaussian with all covariances, of this batch: the squared Mahalanobis distance."""
-    return [mean_one(_mahalanobis(t)) for t in teacher_features(sight)]
+    return [mean_one(_mahalanobis(t)) for t in teacher_features(context)]
 
 
 def _mahalanobis(feature: Tensor) -> Tensor:
@@ -71,37 +72,37 @@ def _mahalanobis(feature: Tensor) -> Tensor:
     return (centred * whitened).mean(1).view(n, h, w)
 
 
-def disagreement(sight: Sight) -> list[Tensor]:
+def disagreement(context: PriorContext) -> list[Tensor]:
     """Where the student errs now: its squared error on the cell."""
-    pairs = zip(student_features(sight), teacher_features(sight), strict=True)
+    pairs = zip(student_features(context), teacher_features(context), strict=True)
     return [mean_one((s - t).square().mean(1)) for s, t in pairs]
 
 
 # ---- from what the teacher says
 
 
-def sensitivity(sight: Sight) -> list[Tensor]:
+def sensitivity(context: PriorContext) -> list[Tensor]:
     """What the teacher's decision rests on: the root of its outputs' mean squared gradient at the cell.
 
     The outputs are projected at random by the root of their Fisher information (of a Bernoulli for objectness and
     classes; of a unit Gaussian for boxes; boxes and classes as far as there is an object), so that the expected square
     of the gradient is the diagonal of the feature's Fisher information. Needs the teacher's backward.
     """
-    return [mean_one(g.square().mean(1).sqrt()) for g in _decision_gradients(sight)]
+    return [mean_one(g.square().mean(1).sqrt()) for g in _decision_gradients(context)]
 
 
-def _decision_gradients(sight: Sight) -> list[Tensor]:
-    taps = [teacher for _, teacher in sight.distiller._matched()]
+def _decision_gradients(context: PriorContext) -> list[Tensor]:
+    taps = [teacher for _, teacher in context.distiller._matched()]
     caught = [(tap.output, tap.calls, tap.version) for tap in taps]
     with torch.enable_grad():
-        outputs = sight.teacher(sight.images.detach().requires_grad_())
+        outputs = context.teacher(context.images.detach().requires_grad_())
         features = [tap.feature() for tap in taps]
-        total = torch.stack([_projected(x, sight.teacher.anchors.shape[1]) for x in outputs]).sum()
+        total = torch.stack([_projected(x, context.teacher.anchors.shape[1]) for x in outputs]).sum()
         gradients = torch.autograd.grad(total, features)
     for tap, (output, calls, version) in zip(taps, caught, strict=True):
         tap.output, tap.calls, tap.version = output, calls, version
     # of the standardised feature: by the chain rule divided by what that multiplies with
-    return [g if m is None else g / m[1].view(-1, 1, 1) for g, m in zip(gradients, _moments(sight), strict=True)]
+    return [g if m is None else g / m[1].view(-1, 1, 1) for g, m in zip(gradients, _moments(context), strict=True)]
 
 
 def _projected(output: Tensor, anchors: int) -> Tensor:
@@ -112,62 +113,62 @@ def _projected(output: Tensor, anchors: int) -> Tensor:
     return (torch.randn_like(cells) * fisher.sqrt() * cells).sum()
 
 
-def confidence(sight: Sight) -> list[Tensor]:
-    return [mean_one(q) for q in PRIORS["confidence"](sight) if q is not None]
+def confidence(context: PriorContext) -> list[Tensor]:
+    return [mean_one(q) for q in PRIORS["confidence"](context) if q is not None]
 
 
-def doubt(sight: Sight) -> list[Tensor]:
+def doubt(context: PriorContext) -> list[Tensor]:
     """Where the teacher is unsure: the largest entropy of its objectness over anchors and heads."""
-    anchors = sight.teacher.anchors.shape[1]
+    anchors = context.teacher.anchors.shape[1]
     heads = []
-    for x in sight.outputs:
+    for x in context.outputs:
         objectness = x.view(len(x), anchors, -1, *x.shape[2:])[:, :, 4].float()
         p = objectness.sigmoid()
         entropy = -p * F.logsigmoid(objectness) - (1 - p) * F.logsigmoid(-objectness)
         heads.append(entropy.amax(1, keepdim=True))
-    return [mean_one(0.1 + 0.9 * priors.at_size(heads, size)) for size in sight.sizes]
+    return [mean_one(0.1 + 0.9 * priors.at_size(heads, size)) for size in context.sizes]
 
 
 # ---- from the boxes
 
 
-def graded_iou(sight: Sight) -> list[Tensor]:
-    return [mean_one(q) for q in PRIORS["graded_iou"](sight) if q is not None]
+def graded_iou(context: PriorContext) -> list[Tensor]:
+    return [mean_one(q) for q in PRIORS["graded_iou"](context) if q is not None]
 
 
-def predicted_iou(sight: Sight) -> list[Tensor]:
+def predicted_iou(context: PriorContext) -> list[Tensor]:
     """The graded IoU of the boxes that the teacher finds: no label is needed, so pictures without any have it too."""
-    boxes, batch = likely_boxes(sight.outputs, sight.teacher, most=FOUND), len(sight.images)
-    masks = priors.iou_mask(boxes, sight.anchors(), sight.sizes, sight.image_size, batch, graded=True)
+    boxes, batch = likely_boxes(context.outputs, context.teacher, most=FOUND), len(context.images)
+    masks = priors.iou_mask(boxes, context.anchors(), context.sizes, context.image_size, batch, graded=True)
     return [mean_one(q) for q in masks]
 
 
-def object_scale(sight: Sight) -> list[Tensor]:
+def object_scale(context: PriorContext) -> list[Tensor]:
     """Every object has the same mass, whatever its area, and the background of an image that of one."""
-    return [mean_one(q) for q in PRIORS["box_balance"](sight) if q is not None]
+    return [mean_one(q) for q in PRIORS["box_balance"](context) if q is not None]
 
 
 # ---- from other maps
 
 
 def product(*maps: Map) -> Map:
-    def multiplied(sight: Sight) -> list[Tensor]:
-        return [mean_one(torch.stack(weights).prod(0)) for weights in zip(*(m(sight) for m in maps), strict=True)]
+    def multiplied(context: PriorContext) -> list[Tensor]:
+        return [mean_one(torch.stack(weights).prod(0)) for weights in zip(*(m(context) for m in maps), strict=True)]
 
     return multiplied
 
 
 def root(base: Map) -> Map:
     """Flatter: the square root."""
-    return lambda sight: [mean_one(weights.sqrt()) for weights in base(sight)]
+    return lambda context: [mean_one(weights.sqrt()) for weights in base(context)]
 
 
 def sharpening(base: Map) -> Map:
     """Uniform weights at first, which sharpen to the map's square over the first ``SHARP_STEPS`` steps."""
 
-    def powered(sight: Sight) -> list[Tensor]:
-        progress = (sight.distiller.criterion.loss_weight.step / SHARP_STEPS).clamp(max=1)
-        return [mean_one(weights.clamp_min(1e-6) ** (2 * progress)) for weights in base(sight)]
+    def powered(context: PriorContext) -> list[Tensor]:
+        progress = (context.distiller.criterion.loss_weight.step / SHARP_STEPS).clamp(max=1)
+        return [mean_one(weights.clamp_min(1e-6) ** (2 * progress)) for weights in base(context)]
 
     return powered
 
@@ -175,8 +176,8 @@ def sharpening(base: Map) -> Map:
 def shuffled(base: Map) -> Map:
     """The twin of a map: in each image and level its values change places at random, so that only places differ."""
 
-    def permuted(sight: Sight) -> list[Tensor]:
-        return [_permute_cells(weights) for weights in base(sight)]
+    def permuted(context: PriorContext) -> list[Tensor]:
+        return [_permute_cells(weights) for weights in base(context)]
 
     return permuted
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from scipy.stats import t as student_t
 
 from fastkd.files import replacing
-from fastkd.info_map import PRESETS
+from fastkd.ops.presets import PRESETS
 from fastkd.study.maps import MAPS, SHUFFLED, prior_name
 from fastkd.study.protocol import Protocol
 from fastkd.study.runs import Result, read_results, train_config

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastkd.info_map import resolve
+from fastkd.ops.presets import resolve
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import MODELS
 from fastkd.yolov3.objective import PRIORS, usual_prior

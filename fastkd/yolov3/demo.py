@@ -246,7 +246,6 @@ def _shares_of_step(objective: Objective, batch: Batch, step_seconds: float, rep
     distiller = _distiller(objective)
     criterion, model = distiller.criterion, distiller.teacher
     student, *constants = _loss_arguments(objective, batch)
-    criterion.reuse_teacher_memory = False  # the same features again and again
     leaves = [x.detach().requires_grad_() for x in student]
     parameters = [*leaves, *criterion.parameters()]
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from fastkd import priors
 from fastkd.distiller import Distiller, Prior
-from fastkd.info_map import require_known
+from fastkd.loss_weight import LossWeight
+from fastkd.ops.arguments import require_known
 from fastkd.yolov3.boxes import likely_boxes
 from fastkd.yolov3.checkpoint import Detector
 from fastkd.yolov3.logits import logit_distill_loss
 from fastkd.yolov3.loss import DetectionLoss
 
 
-class Sight(NamedTuple):
+class PriorContext(NamedTuple):
     """What a prior may look at, of one batch."""
 
     images: Tensor  # (N, 3, H, W), those without labels last
@@ -53,30 +54,33 @@ class Sight(NamedTuple):
 LevelPriors: TypeAlias = Sequence[Tensor | None]
 
 
-def _confidence(sight: Sight) -> LevelPriors:
-    anchors = sight.teacher.anchors.shape[1]
-    heads = [x.view(len(x), anchors, -1, *x.shape[2:]) for x in sight.outputs]
-    return priors.confidence([x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads], sight.sizes)
+def _confidence(context: PriorContext) -> LevelPriors:
+    anchors = context.teacher.anchors.shape[1]
+    heads = [x.view(len(x), anchors, -1, *x.shape[2:]) for x in context.outputs]
+    return priors.confidence([x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads], context.sizes)
 
 
-def _iou_mask(sight: Sight) -> LevelPriors:
-    return priors.iou_mask(sight.boxes, sight.anchors(), sight.sizes, sight.image_size, len(sight.images))
+def _iou_mask(context: PriorContext, graded: bool = False) -> LevelPriors:
+    boxes, anchors, count = context.boxes, context.anchors(), len(context.images)
+    return priors.iou_mask(boxes, anchors, context.sizes, context.image_size, count, graded=graded)
 
 
-def _graded_iou(sight: Sight) -> LevelPriors:
-    return priors.iou_mask(sight.boxes, sight.anchors(), sight.sizes, sight.image_size, len(sight.images), graded=True)
+def _graded_iou(context: PriorContext) -> LevelPriors:
+    return priors.iou_mask(
+        context.boxes, context.anchors(), context.sizes, context.image_size, len(context.images), graded=True
+    )
 
 
-def _box_balance(sight: Sight) -> LevelPriors:
-    return priors.box_balance(sight.boxes, sight.sizes, sight.image_size, len(sight.images))
+def _box_balance(context: PriorContext) -> LevelPriors:
+    return priors.box_balance(context.boxes, context.sizes, context.image_size, len(context.images))
 
 
-def _none(sight: Sight) -> LevelPriors:
-    return [None] * len(sight.sizes)
+def _none(context: PriorContext) -> LevelPriors:
+    return [None] * len(context.sizes)
 
 
 # the trainer's priors by name, see ``fastkd.priors``
-PRIORS: dict[str, Callable[[Sight], LevelPriors]] = {
+PRIORS: dict[str, Callable[[PriorContext], LevelPriors]] = {
     "confidence": _confidence,
     "iou_mask": _iou_mask,
     "graded_iou": _graded_iou,
@@ -113,6 +117,8 @@ class Objective(nn.Module):
         ValueError: teacher and student have different numbers of classes; what ``Distiller`` raises.
     """
 
+    _logit_factor: LossWeight
+
     def __init__(
         self,
         student: Detector,
@@ -128,6 +134,8 @@ class Objective(nn.Module):
         self.student = student
         self.detection = DetectionLoss(student, match_threshold=match_threshold)
         self.logit_weight = logit_weight
+        schedule = {name: loss_options[name] for name in ("warmup_steps", "decay", "stop_step") if name in loss_options}
+        self._logit_factor = LossWeight(logit_weight, **schedule)
         require_known("prior", prior, list(PRIORS))
         self.prior = prior
         self.distiller: Distiller | None = None
@@ -144,7 +152,7 @@ class Objective(nn.Module):
             backbone=(list(student.backbone_levels), list(teacher.backbone_levels)),
             neck=(list(student.neck_levels), list(teacher.neck_levels)),
             weight=distill_weight,
-            **{"reuse_teacher_memory": True, **loss_options},  # nobody reads the teacher's features after the loss
+            **loss_options,
         )
         self._teacher = (teacher,)  # in a tuple it is not registered as a submodule
         self._teacher_outputs: Sequence[Tensor] = ()
@@ -178,11 +186,12 @@ class Objective(nn.Module):
         levels = loss.new_zeros(0)
         if self.distiller is not None:
             self._teacher_outputs = ()  # whoever ran the teacher since the last step, for maps say, left its own
+            factor = self._logit_factor.at(self.distiller.criterion.loss_weight.step) if self.logit_weight else None
             distill = self.distiller.loss(images, self.prior_of(images, targets, labelled), loss)
             loss, report = loss + distill, [*report, distill.detach()]
             levels = self.distiller.criterion.level_losses
-            if self.logit_weight:
-                logit = self._logit_loss(outputs)
+            if factor is not None:
+                logit = factor * self._logit_loss(outputs)
                 loss, report = loss + logit, [*report, logit.detach()]
             self._teacher_outputs = ()
         return loss, torch.cat([torch.stack([loss.detach(), *report]), levels.to(loss)])
@@ -201,15 +210,14 @@ class Objective(nn.Module):
         self._teacher_outputs = outputs
         (teacher,) = self._teacher
         assert self.distiller is not None
-        return PRIORS[self.prior](Sight(images, labelled, targets, outputs, sizes, teacher, self.distiller))
+        return PRIORS[self.prior](PriorContext(images, labelled, targets, outputs, sizes, teacher, self.distiller))
 
     def _logit_loss(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Weighted, and with the feature term's warm-up, decay and stop."""
+        """The term on the heads' outputs, without its weight."""
         if not self._teacher_outputs:  # distillation has stopped, and the teacher rests
             return outputs[0].new_zeros(())
         (teacher,) = self._teacher
-        assert self.distiller is not None
-        loss = logit_distill_loss(
+        return logit_distill_loss(
             outputs,
             self._teacher_outputs,
             self.student.strides,
@@ -218,7 +226,6 @@ class Objective(nn.Module):
             student_anchors=self.student.anchors,
             teacher_anchors=teacher.anchors,
         )
-        return self.logit_weight * self.distiller.criterion.loss_weight.schedule * loss
 
 
 def _nearest(strides: Sequence[int], stride: float) -> int:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastkd.distiller import Distiller
 from fastkd.files import replacing
 from fastkd.health import Report, fingerprint
-from fastkd.info_map import resolve
+from fastkd.ops.presets import resolve
 from fastkd.yolov3.anchors import dataset_anchors
 from fastkd.yolov3.checkpoint import MODELS, Detector, Trained, build_detector, load_detector, save_detector
 from fastkd.yolov3.config import TrainConfig, require_same_run
@@ -133,8 +133,8 @@ def _loss_options(config: TrainConfig, data: DetectionDataset, ranks: int) -> di
         "decay": config.distill_decay,
         "stop_step": stop,
     }
-    if ranks > 1 and resolve(config.info_map).normalizer == "map":
-        options["normalizer"] = "map_all_ranks"  # DDP's averaged gradient is then that of one process
+    if ranks > 1 and resolve(config.info_map).divisor == "map":
+        options["divisor"] = "map_all_ranks"  # DDP's averaged gradient is then that of one process
     return options
 
 

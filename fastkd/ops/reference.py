@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.info_map import InfoMap
+from fastkd.ops.presets import InfoMap
 
 EPS = 1e-9  # of min-max and of Z = "map"
 TINY = torch.finfo(torch.float32).tiny
@@ -26,6 +26,11 @@ def accumulator(*features: Tensor) -> torch.dtype:
 def standardize(teacher: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """t' = (t - mean_c) * rstd_c; empty vectors mean identity."""
     return (teacher - mean.view(-1, 1, 1)) * rstd.view(-1, 1, 1) if mean.numel() else teacher
+
+
+def add_bias(student: Tensor, bias: Tensor) -> Tensor:
+    """s + bias_c: the bias of the adapter, whose convolution runs without it; an empty one is absent."""
+    return student + bias.view(-1, 1, 1) if bias.numel() else student
 
 
 def score(teacher: Tensor, info: InfoMap) -> Tensor:
@@ -45,12 +50,12 @@ def score(teacher: Tensor, info: InfoMap) -> Tensor:
 def normalise(e: Tensor, info: InfoMap) -> Tensor:
     """a_p, (N, H, W), over the cells of each image."""
     cells = e.flatten(1)
-    if info.norm == "mean":
+    if info.map_norm == "mean":
         cells = cells / cells.mean(1, keepdim=True).clamp_min(TINY)
-    elif info.norm == "softmax":
+    elif info.map_norm == "softmax":
         logits = (cells - cells.amax(1, keepdim=True)) / info.temperature
         cells = cells.shape[1] * logits.softmax(1)
-    elif info.norm == "minmax":
+    elif info.map_norm == "minmax":
         low, high = cells.aminmax(dim=1, keepdim=True)
         cells = (cells - low) / (high - low + EPS)
     return cells.view_as(e)
@@ -74,14 +79,14 @@ def penalty_sum(difference: Tensor, penalty: str, beta: float) -> Tensor:
     return F.smooth_l1_loss(difference, zero, reduction="none", beta=beta).sum(1)
 
 
-def divisor(student: Tensor, mass: Tensor, normalizer: str) -> Tensor | float:
+def z_of(student: Tensor, mass: Tensor, divisor: str) -> Tensor | float:
     """Z of one level; 1 where the caller divides by itself (``map_all_ranks``)."""
     n, c, h, w = student.shape
-    if normalizer == "elements":
+    if divisor == "elements":
         return max(n * c * h * w, 1)
-    if normalizer == "batch":
+    if divisor == "batch":
         return max(n, 1)
-    return c * mass + EPS if normalizer == "map" else 1.0
+    return c * mass + EPS if divisor == "map" else 1.0
 
 
 def level_losses(
@@ -90,21 +95,22 @@ def level_losses(
     prior: Sequence[Tensor],
     mean: Sequence[Tensor],
     rstd: Sequence[Tensor],
+    bias: Sequence[Tensor],
     weights: Sequence[float],
     info: InfoMap,
     penalty: str,
     beta: float,
-    normalizer: str,
+    divisor: str,
 ) -> tuple[Tensor, Tensor]:
     """Loss and map mass (sum of w_p) of each level, both (L,); the arguments are those of the kernels' ops."""
     dtype = accumulator(*student, *teacher)
     losses, masses = [], []
-    for s, t, q, mu, r, weight in zip(student, teacher, prior, mean, rstd, weights, strict=True):
+    for s, t, q, mu, r, b, weight in zip(student, teacher, prior, mean, rstd, bias, weights, strict=True):
         t = t.detach().to(dtype)
         w = information_map(t, info, q, mu, r)
         mass = w.sum()
-        difference = s.to(dtype) - standardize(t, mu, r)
+        difference = add_bias(s.to(dtype), b) - standardize(t, mu, r)
         total = (w * penalty_sum(difference, penalty, beta)).sum()
-        losses.append(weight * total / divisor(s, mass, normalizer))
+        losses.append(weight * total / z_of(s, mass, divisor))
         masses.append(mass)
     return torch.stack(losses), torch.stack(masses)

@@ -1,0 +1,84 @@
+"""1x1 convolutions that bring a student's features to the teacher's widths."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.ops.arguments import require_sequence
+
+
+class Adapter(nn.Conv2d):
+    """A 1x1 convolution whose bias the loss adds, on the way to its difference to the teacher.
+
+    The loss reads every feature anyway, so the bias costs nothing there, and neither does its gradient, which are sums
+    of the feature's. ``forward`` therefore returns the convolution without it; ``adapted`` is the whole of it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight)
+
+
+class LazyAdapter(nn.LazyConv2d):
+    """An ``Adapter`` that takes its widths from the first features."""
+
+    cls_to_become = Adapter
+
+    def prepare(self, student: Tensor, teacher: Tensor) -> None:
+        """Become an ``Adapter`` from the student's width to the teacher's, on the student's device."""
+        self.out_channels = teacher.shape[1]
+        self.to(student.device)
+        self(student[:0].to(torch.get_default_dtype()))
+
+
+def without_bias(adapter: nn.Module, student: Tensor) -> Tensor:
+    """The student's feature at the teacher's width; an adapter keeps its dtype where the student has another."""
+    weight = adapter.weight if isinstance(adapter, Adapter) else next(adapter.parameters(), None)
+    if weight is not None and weight.dtype != student.dtype and not torch.is_autocast_enabled(student.device.type):
+        student = student.to(weight.dtype)
+    adapted: Tensor = adapter(student)
+    return adapted
+
+
+def bias_of(adapter: nn.Module) -> Tensor | None:
+    """(C,): what ``without_bias`` left to be added."""
+    return adapter.bias if isinstance(adapter, Adapter) else None
+
+
+def adapted(adapter: nn.Module, student: Tensor) -> Tensor:
+    """The student's feature at the teacher's width, with the adapter's bias."""
+    feature, bias = without_bias(adapter, student), bias_of(adapter)
+    return feature if bias is None else feature + bias.to(feature.dtype)[:, None, None]
+
+
+def make_adapters(
+    student_channels: Sequence[int] | None,
+    teacher_channels: Sequence[int] | None,
+    levels: int | None,
+    adapters: Sequence[nn.Module] | None,
+) -> list[nn.Module]:
+    """The modules given, or a 1x1 convolution per level, of the widths given or of those of the first batch."""
+    adapters = list(adapters) if isinstance(adapters, nn.ModuleList) else adapters
+    given = {"student_channels": student_channels, "teacher_channels": teacher_channels, "adapters": adapters}
+    counts = {len(require_sequence(name, x, "entries")) for name, x in given.items() if x is not None}
+    counts |= {levels} if levels is not None else set()
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(
+            "DistillLoss: expected student_channels and teacher_channels, or adapters, or levels, all of one length "
+            f"> 0; got lengths {sorted(counts) or 'none'}"
+        )
+    if adapters is not None:
+        if student_channels is not None or teacher_channels is not None:
+            raise ValueError("adapters: expected no student_channels or teacher_channels beside them")
+        return list(adapters)
+    if student_channels is not None and teacher_channels is not None:
+        return [Adapter(s, t, 1) for s, t in zip(student_channels, teacher_channels, strict=True)]
+    if student_channels is not None or teacher_channels is not None:
+        raise ValueError("DistillLoss: expected both student_channels and teacher_channels, or neither; got one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls lazy modules new; what we use of them is old
+        return [LazyAdapter(0, 1) for _ in range(counts.pop())]

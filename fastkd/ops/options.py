@@ -1,0 +1,80 @@
+"""The options of a call: one frozen object, validated where it is made; the twin of ``Options`` in csrc/level.h."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fastkd.ops.arguments import require_known, require_positive, require_weights
+from fastkd.ops.backends import require_backend
+from fastkd.ops.presets import DIVISORS, MAP_NORMS, PENALTIES, SCORES, InfoMap, resolve
+
+REDUCTIONS = ("sum", "none")
+
+
+@dataclass(frozen=True, eq=False)  # two are equal only if they are one: what is planned for one is found by identity
+class LossOptions:
+    """Everything about a loss except its tensors; see ``fastkd.distill_loss`` for each field."""
+
+    info_map: InfoMap
+    weights: tuple[float, ...] | None  # one per level
+    penalty: str
+    beta: float
+    divisor: str
+    reduction: str
+    backend: str | None
+
+    @property
+    def codes(self) -> tuple[int, int, float, int, float, int]:
+        """Score, map norm, temperature, penalty, beta and divisor as the ops take them."""
+        info = self.info_map
+        return (
+            *(SCORES.index(info.score), MAP_NORMS.index(info.map_norm), info.temperature),
+            *(PENALTIES.index(self.penalty), self.beta, DIVISORS.index(self.divisor)),
+        )
+
+
+def make_options(
+    info_map: str | InfoMap,
+    weights: Sequence[float] | None,
+    penalty: str,
+    beta: float,
+    divisor: str | None,
+    reduction: str,
+    backend: str | None,
+) -> LossOptions:
+    """Validate and freeze the options of ``fastkd.distill_loss``.
+
+    Raises:
+        ValueError, TypeError: as documented there.
+    """
+    info = resolve(info_map)
+    divisor = info.divisor if divisor is None else divisor
+    require_known("divisor", divisor, DIVISORS)
+    require_known("penalty", penalty, PENALTIES)
+    require_known("reduction", reduction, REDUCTIONS)
+    require_positive("beta", beta)
+    if backend is not None:
+        require_backend(backend)
+    numbers = None if weights is None else require_weights(weights)
+    return LossOptions(info, numbers, penalty, float(beta), divisor, reduction, backend)
+
+
+_cached_options = lru_cache(maxsize=256, typed=True)(make_options)
+
+
+def options_of_call(*arguments: Any) -> LossOptions:
+    """``make_options`` of one call of the functional form, remembered: most calls repeat the last one's options."""
+    if torch.compiler.is_compiling():
+        return make_options(*arguments)
+    try:
+        return _cached_options(*arguments)
+    except TypeError:  # an argument that cannot be hashed: a list of weights, or a mistake that is named below
+        info_map, weights, *rest = arguments
+        if isinstance(weights, list) and all(type(x) in (int, float) for x in weights):
+            return _cached_options(info_map, tuple(weights), *rest)
+        return make_options(*arguments)

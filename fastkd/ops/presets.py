@@ -1,0 +1,88 @@
+"""Information maps: where in a feature map the teacher's knowledge matters.
+
+The one registry of scores, map norms, penalties, divisors and presets. The order of each tuple is the code that the
+compiled kernels receive (``csrc/level.h``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastkd.ops.arguments import require_known, require_positive
+
+SCORES = ("uniform", "magnitude", "energy", "entropy")
+MAP_NORMS = ("none", "mean", "softmax", "minmax")
+PENALTIES = ("l2", "l1", "smooth_l1")
+DIVISORS = ("elements", "map", "batch", "map_all_ranks")
+
+
+@dataclass(frozen=True)
+class InfoMap:
+    """How the weight of a cell p = (n, y, x) follows from the teacher's feature t' (standardised if asked).
+
+    ``w_p = prior_p * norm(score)_p``, all computed from the frozen teacher: no gradient flows into the map.
+
+    Args:
+        score: ``"uniform"`` 1; ``"magnitude"`` mean over channels of abs(t'); ``"energy"`` mean of t' squared;
+            ``"entropy"`` 1 - H(softmax over channels of t'/T) / log C.
+        map_norm: over the cells of one image: ``"none"``; ``"mean"`` e / mean(e); ``"softmax"`` H W softmax(e / T);
+            ``"minmax"`` (e - min) / (max - min + eps).
+        temperature: T > 0, of the entropy's softmax over channels and of the softmax over cells.
+        divisor: the Z that goes with this map unless the caller names one (see ``distill_loss``).
+        standardize: whether ``DistillLoss`` standardises the teacher per channel for this map.
+        needs_prior: what the prior must be, for maps that mean nothing without one; empty if none is needed.
+
+    Raises:
+        ValueError: unknown score, map_norm or divisor; temperature not a positive finite number.
+    """
+
+    score: str = "energy"
+    map_norm: str = "mean"
+    temperature: float = 1.0
+    divisor: str = "elements"
+    standardize: bool = False
+    needs_prior: str = ""
+
+    def __post_init__(self) -> None:
+        require_known("score", self.score, SCORES)
+        require_known("map_norm", self.map_norm, MAP_NORMS)
+        require_known("divisor", self.divisor, DIVISORS)
+        require_positive("temperature", self.temperature)
+
+    @property
+    def weights_are_prior(self) -> bool:
+        """Whether the weight of a cell is its prior (1 without one), known before any feature is read."""
+        return self.score == "uniform" and self.map_norm == "none"
+
+
+PRESETS: dict[str, InfoMap] = {
+    # Energy of the standardised teacher is, up to a constant, -log p of the cell under the teacher's own
+    # per-channel Gaussian (in nats * 2/C). Li et al. (2022) publish no formula for their map: this is our reading.
+    "self_information": InfoMap("energy", "mean", standardize=True),
+    # Zagoruyko & Komodakis (2017), the attention map of squares.
+    "energy": InfoMap("energy", "mean"),
+    # The spatial attention of FGD (Yang et al., 2022, eq. 4-5) and FBKD (Zhang & Ma, 2021).
+    "attention": InfoMap("magnitude", "softmax", temperature=0.5),
+    # Feature term of FRS (Du et al., 2021), with a Z that divides by C too.
+    "score": InfoMap("uniform", "none", divisor="map", needs_prior="the teacher's confidence"),
+    # FGFI (Wang et al., 2019, eq. 2-3).
+    "fgfi": InfoMap("uniform", "none", divisor="map", needs_prior="the IoU mask of anchors and boxes"),
+    # Ours: FGFI's region by degrees, of the standardised teacher; what the trainer does by default.
+    "graded_iou": InfoMap("uniform", "none", divisor="map", standardize=True, needs_prior="the graded IoU mask"),
+    "uniform": InfoMap("uniform", "none", standardize=True),
+}
+
+
+def resolve(info: str | InfoMap) -> InfoMap:
+    """Look a preset's name up, or pass an ``InfoMap`` through.
+
+    Raises:
+        ValueError: unknown name (lists the known ones).
+        TypeError: neither a name nor an ``InfoMap``.
+    """
+    if isinstance(info, InfoMap):
+        return info
+    if not isinstance(info, str):
+        raise TypeError(f"info_map: expected a preset's name or an InfoMap, got {type(info).__name__}")
+    require_known("info_map", info, list(PRESETS))
+    return PRESETS[info]
