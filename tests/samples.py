@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
-from fastkd import InfoMap, buffers
+from fastkd import InfoMap
+from fastkd.ops import buffers
+from fastkd.ops.levels import check
+from fastkd.ops.options import options_of_call
+from fastkd.ops.run import run
 
 SHAPES = [(2, 7, 5, 3), (2, 64, 13, 13), (1, 3, 1, 1), (3, 257, 4, 6)]
 LAYOUTS = ("contiguous", "channels_last", "cropped", "teacher_channels_last", "student_channels_last", "expanded")
@@ -84,18 +90,89 @@ def levels(
     }
 
 
+def with_bias(sample: dict[str, Any]) -> dict[str, Any]:
+    """The same sample for ``loss_of``, with the biases of adapters, absent at one level."""
+    g = torch.Generator(device="cpu").manual_seed(7)
+    dtype = torch.float64 if sample["student_feats"][0].dtype == torch.float64 else torch.float32
+    bias: list[Any] = [random(torch.randn, x.shape[1], generator=g).to(dtype) for x in sample["student_feats"]]
+    return {**sample, "bias": [None if i == 1 else b.requires_grad_() for i, b in enumerate(bias)]}
+
+
 def widened(sample: dict[str, Any]) -> dict[str, Any]:
     """The same sample in float64."""
-    wide = {key: [x.detach().double() for x in sample[key]] for key in ("student_feats", "teacher_feats")}
-    for x in wide["student_feats"]:
+    wide = {
+        key: [x if x is None else x.detach().double() for x in sample[key]]
+        for key in ("student_feats", "teacher_feats", "bias")
+        if key in sample
+    }
+    for x in learning(wide):
         x.requires_grad_()
     return {**sample, **wide}
+
+
+def learning(sample: dict[str, Any]) -> list[Tensor]:
+    """What of a sample may get a gradient: the student's features, then the biases."""
+    return [*sample["student_feats"], *(b for b in sample.get("bias", ()) if b is not None)]
+
+
+def loss_of(
+    sample: dict[str, Any],
+    factor: Tensor | None = None,
+    *,
+    one_pass: bool = True,
+    info_map: Any = "self_information",
+    penalty: str = "l2",
+    beta: float = 1.0,
+    divisor: str | None = None,
+    reduction: str = "sum",
+    backend: str | None = None,
+) -> Tensor:
+    """``distill_loss``, with what only ``DistillLoss`` adds to it: biases, a factor, and the choice of two passes."""
+    sample = dict(sample)
+    weights = sample.pop("weights", None)
+    options = options_of_call(info_map, weights, penalty, beta, divisor, reduction, backend)
+    checked = check(sample.pop("student_feats"), sample.pop("teacher_feats"), options, **sample)
+    return run(checked, options, factor, one_pass=one_pass)[0]
+
+
+def step(sample: dict[str, Any], upstream: Sequence[float] | float = 1.0, *args: Any, **options: Any) -> list[Tensor]:
+    """The losses of all levels and all gradients of one step, under one upstream gradient or one for each level."""
+    losses = loss_of(sample, *args, **options, reduction="none")
+    given = torch.as_tensor(upstream, dtype=losses.dtype, device=losses.device).expand(losses.shape)
+    wanted = [x for x in learning(sample) if x.requires_grad]
+    return [losses.detach(), *torch.autograd.grad(losses, wanted, given)]
 
 
 def loss_and_gradients(loss: Tensor, student: list[Tensor]) -> list[Tensor]:
     """The losses of all levels, then the student's gradients under a random upstream gradient."""
     upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype, device=loss.device).view_as(loss)
     return [loss.detach(), *torch.autograd.grad(loss, student, upstream)]
+
+
+def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operations that a block dispatches, by name; views and bare allocations launch nothing."""
+
+    NOTHING = ("detach", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return sum(self.names.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and name not in self.NOTHING:
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def allocated(run: Callable[[], Any]) -> tuple[int, Any]:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import ops
-from fastkd.levels import _warn_nothing_learns
+from fastkd.ops import backends, levels
+from fastkd.ops.levels import _warn_nothing_learns
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -53,11 +54,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"level 0: student_feats \(2, 4, 3, 3\) and teacher_feats \(2, 4, 6, 6\).*height or width.*Distiller.*stride",
     ),
     "batch": ({"teacher_feats": [s(1, 4, 3, 3), TEACHER[1]]}, ValueError, "level 0: .*batch size"),
-    "devices": (
-        {"teacher_feats": [TEACHER[0], TEACHER[1].to("meta")]},
-        ValueError,
-        r"teacher_feats\[1\]: .*device cpu, got meta",
-    ),
     "integers": (
         {"teacher_feats": [TEACHER[0].long(), TEACHER[1]]},
         TypeError,
@@ -107,13 +103,14 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "infinite weight": (
         {"weights": [1.0, float("inf")]},
         ValueError,
-        r"weights\[1\]: expected a finite number, got inf",
+        r"weights\[1\]: expected a finite number.*, got inf",
     ),
+    "weight that float32 cannot hold": ({"weights": [1.0, 1e39]}, ValueError, r"weights\[1\]: .*float32 can hold"),
     "weight is NaN": ({"weights": [float("nan"), 1]}, ValueError, r"weights\[0\]"),
     "unknown map": ({"info_map": "energi"}, ValueError, "info_map: .*'self_information'.*'uniform'; got 'energi'"),
     "not a map": ({"info_map": 3}, TypeError, "info_map: .*name or an InfoMap, got int"),
     "unknown penalty": ({"penalty": "huber"}, ValueError, "penalty: .*'l2', 'l1', 'smooth_l1'; got 'huber'"),
-    "unknown Z": ({"normalizer": "mean"}, ValueError, "normalizer: .*'elements'.*got 'mean'"),
+    "unknown Z": ({"divisor": "mean"}, ValueError, "divisor: .*'elements'.*got 'mean'"),
     "unknown reduction": ({"reduction": "mean"}, ValueError, "reduction: .*'sum', 'none'; got 'mean'"),
     "unknown backend": ({"backend": "cuda"}, ValueError, "backend: .*'cpp'.*'triton'.*'reference'.*got 'cuda'"),
     "beta": ({"penalty": "smooth_l1", "beta": 0}, ValueError, "beta: .*> 0.*, got 0"),
@@ -143,8 +140,8 @@ def test_the_good_input_that_the_cases_change_is_accepted() -> None:
         ("temperature", float("inf"), "temperature"),
         ("temperature", 1e-46, "temperature: .*float32 can hold"),
         ("score", "energie", "score: .*'magnitude'.*got 'energie'"),
-        ("norm", "l2", "norm: .*'minmax'.*got 'l2'"),
-        ("normalizer", "none", "normalizer"),
+        ("map_norm", "l2", "map_norm: .*'minmax'.*got 'l2'"),
+        ("divisor", "none", "divisor"),
     ],
 )
 def test_a_bad_info_map_is_a_clear_error(field: str, value: Any, message: str) -> None:
@@ -152,10 +149,51 @@ def test_a_bad_info_map_is_a_clear_error(field: str, value: Any, message: str) -
         fastkd.InfoMap(**{field: value})
 
 
+STRANGE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "sparse": (lambda x: x.to_sparse(), "dense tensor, got layout torch.sparse_coo.*to_dense"),
+    "mkldnn": (lambda x: x.to_mkldnn(), "dense tensor, got layout torch._mkldnn.*to_dense"),
+    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "quantised tensor.*dequantize"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "dense tensor, got a nested tensor"),
+    "jagged": (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "dense tensor, got a nested tensor"),
+    "meta": (lambda x: x.to("meta"), "tensor with values, got one on the meta device"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that some of these are prototypes
+@pytest.mark.parametrize("kind", STRANGE)
+def test_tensors_of_another_layout_are_refused_also_once_the_shapes_are_known(kind: str) -> None:
+    change, message = STRANGE[kind]
+    good = arguments(prior=[torch.rand(2, 3, 3), None], standardize=[(torch.zeros(4), torch.ones(4)), None])
+    for _ in range(2):
+        fastkd.distill_loss(**good)
+        for name in ("student_feats", "teacher_feats", "prior"):
+            first, second = good[name]
+            with pytest.raises(TypeError, match=rf"{name}\[0\]: expected a .*{message}"):
+                fastkd.distill_loss(**{**good, name: [change(first.detach()), second]})
+        if kind not in ("nested", "jagged"):  # numbers alone are none
+            strange = [(change(torch.zeros(4)), torch.ones(4)), None]
+            with pytest.raises((TypeError, ValueError), match=rf"standardize\[0\]\[0\]: expected a .*{message}"):
+                fastkd.distill_loss(**{**good, "standardize": strange})
+
+
+def test_what_changes_between_two_calls_of_the_same_shapes_is_still_checked() -> None:
+    good = arguments(prior=[torch.rand(2, 3, 3), None], standardize=[(torch.zeros(4), torch.ones(4)), None])
+    for _ in range(2):
+        fastkd.distill_loss(**good)
+        for case in ("teacher with grad", "negative prior", "prior with grad"):
+            changes, kind, message = BAD[case]
+            with pytest.raises(kind, match=message):
+                fastkd.distill_loss(**{**good, **changes})
+        learning = [(torch.zeros(4), torch.ones(4, requires_grad=True)), None]
+        with pytest.raises(ValueError, match=r"standardize\[0\]\[1\]: expected a constant"):
+            fastkd.distill_loss(**{**good, "standardize": learning})
+
+
 def test_a_backend_that_is_not_built_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastkd._C", None)
     monkeypatch.delattr(fastkd, "_C", raising=False)
-    monkeypatch.setitem(ops._unavailable, "cpp", ops._load_cpp())
+    monkeypatch.setitem(backends._unavailable, "cpp", backends._load_cpp())
+    monkeypatch.setattr(levels, "_plans", {})  # which have chosen it before
     with pytest.raises(RuntimeError, match=r"backend='cpp': .*not built.*pip install"):
         fastkd.distill_loss(**arguments(backend="cpp"))
     default = fastkd.distill_loss(**GOOD)
@@ -163,10 +201,9 @@ def test_a_backend_that_is_not_built_says_how_to_build_it(monkeypatch: pytest.Mo
 
 
 def test_cpp_says_that_it_has_no_kernels_for_another_device() -> None:
-    on_meta = {k: [x.detach().to("meta").requires_grad_(k == "student_feats") for x in v] for k, v in GOOD.items()}
-    with pytest.raises(RuntimeError, match=r"backend='cpp': .*CPU and CUDA tensors, got meta"):
-        fastkd.distill_loss(**on_meta, backend="cpp")
-    assert fastkd.distill_loss(**on_meta).device.type == "meta"
+    refused = fastkd.backends("meta")
+    assert "CPU and CUDA tensors, got meta" in str(refused["cpp"])
+    assert refused["reference"] is None
 
 
 def test_a_student_that_cannot_learn_is_warned_about_once() -> None:

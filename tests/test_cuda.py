@@ -5,38 +5,46 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from samples import DTYPES, INFO_MAPS, LAYOUTS, levels, loss_and_gradients, widened
+from samples import DTYPES, INFO_MAPS, LAYOUTS, levels, loss_and_gradients, random, widened
 from torch import Tensor
 
-from fastkd import ops
-from fastkd.info_map import NORMALIZERS, NORMS, PENALTIES, SCORES, SMALLEST, InfoMap, resolve
-from fastkd.levels import check
-from fastkd.reference import level_losses
+from fastkd.ops import backends
+from fastkd.ops.arguments import SMALLEST
+from fastkd.ops.presets import DIVISORS, MAP_NORMS, PENALTIES, SCORES, InfoMap, resolve
+from fastkd.ops.reference import accumulator, level_losses
+from fastkd.ops.schema import BACKWARD, FORWARD, ONE_PASS, RESCALE
 
 ROOT = Path(__file__).parent.parent
-built = pytest.mark.skipif(not ops._cuda_archs, reason="the extension was built without nvcc")
+built = pytest.mark.skipif(not backends._cuda_archs, reason="the extension was built without nvcc")
 
 Options = dict[str, Any]
-DEFAULTS: Options = {"info": resolve("energy"), "penalty": "l2", "beta": 0.5, "normalizer": "elements"}
+DEFAULTS: Options = {"info": resolve("energy"), "penalty": "l2", "beta": 0.5, "divisor": "elements"}
 
 
-def arguments(sample: dict[str, Any], info: InfoMap) -> tuple[Any, ...]:
-    """Tensors of a sample as an op takes them."""
-    per_level = {k: sample[k] for k in ("prior", "standardize", "weights")}
-    checked = check(sample["student_feats"], sample["teacher_feats"], info=info, **per_level)
-    student = [x.detach() for x in checked.student]
-    return student, checked.teacher, checked.prior, checked.mean, checked.rstd, checked.weights
+def arguments(sample: dict[str, Any]) -> tuple[Any, ...]:
+    """Student, teacher, prior, mean, rstd, bias and weights of a sample as an op takes them; a level that has moments
+    has a bias too."""
+    student, teacher = [x.detach() for x in sample["student_feats"]], sample["teacher_feats"]
+    dtype, generator = accumulator(*student, *teacher), torch.Generator().manual_seed(7)
+    absent = torch.empty(0, dtype=dtype)
+    prior = [absent if q is None else q.to(dtype) for q in sample["prior"]]
+    moments = [
+        (absent,) * 3 if m is None else (*(x.to(dtype) for x in m), random(torch.randn, len(m[0]), generator=generator))
+        for m in sample["standardize"]
+    ]
+    mean, rstd, bias = ([m[k].to(dtype) for m in moments] for k in range(3))
+    return student, teacher, prior, mean, rstd, bias, sample["weights"]
 
 
-def codes(info: InfoMap, penalty: str, beta: float, normalizer: str) -> tuple[Any, ...]:
-    numbers = SCORES.index(info.score), NORMS.index(info.norm), info.temperature, PENALTIES.index(penalty), beta
-    return *numbers, NORMALIZERS.index(normalizer)
+def codes(info: InfoMap, penalty: str, beta: float, divisor: str) -> tuple[Any, ...]:
+    numbers = SCORES.index(info.score), MAP_NORMS.index(info.map_norm), info.temperature, PENALTIES.index(penalty), beta
+    return *numbers, DIVISORS.index(divisor)
 
 
 # ---- on the host ----
@@ -57,13 +65,14 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Tens
         check=True,
     )  # fmt: skip
     definitions = torch.library.Library("fastkd_on_host", "DEF")
-    definitions.define("distill_cpp" + " ".join(ops._FORWARD.split()))
-    definitions.define("distill_cpp_backward" + " ".join(ops._BACKWARD.split()))
+    schemas = {"": FORWARD, "_backward": BACKWARD, "_one_pass": ONE_PASS, "_rescale": RESCALE}
+    for name, schema in schemas.items():
+        definitions.define(f"distill_cpp{name}" + " ".join(schema.split()))
     torch.ops.load_library(library)
 
     def run(sample: dict[str, Any], info: InfoMap, **options: Any) -> list[Tensor]:
         definitions  # noqa: B018  the ops live as long as it does
-        tensors, numbers = arguments(sample, info), codes(info, **options)
+        tensors, numbers = arguments(sample), codes(info, **options)
         losses, mass, maps = torch.ops.fastkd_on_host.distill_cpp(*tensors, *numbers)
         student, teacher, _, *rest = tensors
         upstream = torch.linspace(-1, 2, losses.numel(), dtype=losses.dtype)
@@ -74,25 +83,31 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Tens
 
 
 def by_reference(sample: dict[str, Any], info: InfoMap, **options: Any) -> list[Tensor]:
-    tensors = arguments(sample, info)
+    tensors = arguments(sample)
     student = [x.requires_grad_() for x in tensors[0]]
     losses, _ = level_losses(student, *tensors[1:], info, **options)
     return loss_and_gradients(losses, student)
 
 
 def assert_as_exact(got: list[Tensor], sample: dict[str, Any], options: Options) -> None:
-    """Errors per level at most twice those of eager PyTorch at the same dtype."""
+    """Losses and gradients as exact as those of eager PyTorch."""
     exact, eager = by_reference(widened(sample), **options), by_reference(sample, **options)
+    assert_errors([got[0][:], got[1:]], [eager[0][:], eager[1:]], [exact[0][:], exact[1:]])
+
+
+def assert_errors(got: list[Any], eager: list[Any], exact: list[Any]) -> None:
+    """In each group the largest error is at most twice that of eager PyTorch at the same dtype.
+
+    The fourth, if there is one, has sums by channel, whose terms cancel each other.
+    """
     floor = 2e-15 if got[0].dtype == torch.float64 else 6e-8
-    exact, eager, got = ([*x[0], *x[1:]] for x in (exact, eager, got))
 
     def error(x: Tensor, y: Tensor) -> float:
         return ((x.double() - y).norm() / y.norm().clamp_min(1e-12)).item()
 
-    count = len(got) // 2
-    for part in (slice(0, count), slice(count, None)):
-        largest = max(map(error, eager[part], exact[part]))
-        assert max(map(error, got[part], exact[part])) <= 2 * max(largest, floor)
+    for i, (mine, theirs, truth) in enumerate(zip(got, eager, exact, strict=True)):
+        least = floor if i < 3 else 10 * floor
+        assert max(map(error, mine, truth)) <= 2 * max(least, *map(error, theirs, truth))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -101,13 +116,13 @@ def test_the_kernels_run_on_the_host_agree_with_the_reference(on_host: Any, layo
     for i, info in enumerate(INFO_MAPS):
         if (i + LAYOUTS.index(layout) + DTYPES.index(dtype)) % 4:
             continue
-        options = {"info": info, "penalty": PENALTIES[i % 3], "beta": 0.5, "normalizer": NORMALIZERS[i % 4]}
+        options = {"info": info, "penalty": PENALTIES[i % 3], "beta": 0.5, "divisor": DIVISORS[i % 4]}
         sample = levels(dtype, layout, seed=i)
         assert_as_exact(on_host(sample, **options), sample, options)
 
 
 def test_more_levels_than_a_launch_takes_and_levels_of_all_dtypes(on_host: Any) -> None:
-    options = {**DEFAULTS, "normalizer": "map"}
+    options = {**DEFAULTS, "divisor": "map"}
     many = levels(shapes=[(1 + i % 3, 1 + i, 3, 2 + i) for i in range(29)])
     assert_as_exact(on_host(many, **options), many, options)
     mixed = levels(shapes=[(2, 16, 4, 8)] * 9)
@@ -172,19 +187,195 @@ def test_temperature_and_beta_near_zero(on_host: Any) -> None:
         torch.testing.assert_close(x, y)
 
 
+# ---- one pass, on the host ----
+
+# The first fits no packs; in NCHW packs of 13 x 13 cells span two channels. In channels_last 257 channels fit no packs,
+# 24 leave some threads of a block without work, 1024 do not, and 4096 take several tiles side by side.
+ONE_PASS_SHAPES = [(2, 7, 5, 3), (2, 64, 13, 13), (3, 257, 4, 6), (2, 24, 26, 26), (1, 1024, 3, 4), (2, 4096, 2, 2),
+                   (3, 16, 1, 1), (2, 1, 8, 8)]  # fmt: skip
+
+
+def one_pass(
+    sample: dict[str, Any], info: InfoMap, factor: float = 1, donate: bool = False, skip: Sequence[int] = (),
+    bias_skip: Sequence[int] = (), **options: Any,
+) -> list[Any]:  # fmt: skip
+    """Total, losses, gradients and bias gradients; ``skip``: levels whose gradient is not wanted."""
+    student, teacher, prior, *moments, weights = arguments(sample)
+    teacher = [x.clone() for x in teacher] if donate else teacher
+    absent = student[0].new_empty(0)
+    out = [absent if i in skip else t if donate else torch.full_like(t, 7) for i, t in enumerate(teacher)]
+    bias_out = [torch.full_like(b, 7) if i not in bias_skip else b[:0] for i, b in enumerate(moments[2])]
+    pairs = zip(student, prior, strict=True)
+    known = [q.double().sum() if q.numel() else torch.tensor(float(s[:, 0].numel())) for s, q in pairs]
+    needs_mass = options["divisor"] == "map" and (info.score, info.map_norm) == ("uniform", "none")
+    mass = torch.stack(known).double() if needs_mass else torch.empty(0, dtype=torch.float64)
+    scale = torch.empty(0) if factor == 1 else torch.tensor(factor)
+    op = torch.ops.fastkd_on_host.distill_cpp_one_pass
+    tensors = (student, teacher, prior, *moments, weights)
+    total, losses = op(*tensors, *codes(info, **options), mass, scale, out, bias_out)
+    return [total, losses, [g for g in out if g.numel()], [g for g in bias_out if g.numel()]]
+
+
+def one_pass_by_reference(
+    sample: dict[str, Any], info: InfoMap, factor: float = 1, skip: Sequence[int] = (),
+    bias_skip: Sequence[int] = (), **options: Any,
+) -> list[Any]:  # fmt: skip
+    student, *rest = arguments(sample)
+    bias = rest[4]
+    wanted = [x.requires_grad_() for i, x in enumerate(student) if i not in skip]
+    wanted_bias = [x.requires_grad_() for i, x in enumerate(bias) if i not in bias_skip and x.numel()]
+    losses, _ = level_losses(student, *rest, info, **options)
+    total = factor * losses.sum()
+    gradients = torch.autograd.grad(total, [*wanted, *wanted_bias])
+    return [total.detach(), losses.detach(), gradients[: len(wanted)], gradients[len(wanted) :]]
+
+
+def assert_same(got: list[Any], expected: list[Any]) -> None:
+    flat = [[y for x in result for y in (x if isinstance(x, list) else [x])] for result in (got, expected)]
+    assert all(torch.equal(x, y) for x, y in zip(*flat, strict=True))
+
+
+def assert_one_pass(sample: dict[str, Any], donate: bool = False, **options: Any) -> None:
+    got = one_pass(sample, donate=donate, **options)
+    exact, eager = one_pass_by_reference(widened(sample), **options), one_pass_by_reference(sample, **options)
+    got, eager, exact = ([x[0][None], x[1], *filter(len, x[2:])] for x in (got, eager, exact))
+    assert_errors(got, eager, exact)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_one_pass_on_the_host_agrees_with_the_reference(layout: str, dtype: torch.dtype) -> None:
+    for i, info in enumerate([*INFO_MAPS, InfoMap("uniform", "none"), InfoMap("uniform", "none")]):
+        options = {"info": info, "penalty": PENALTIES[i % 3], "beta": 0.5, "divisor": DIVISORS[i % 3]}
+        sample = levels(dtype, layout, seed=i, shapes=ONE_PASS_SHAPES[i % 2 :])
+        assert_one_pass(sample, factor=(1, 0.3)[i % 2], donate=i % 3 == 0, **options)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_one_pass_where_gradients_are_not_wanted() -> None:
+    for layout in ("contiguous", "channels_last"):
+        sample = levels(torch.bfloat16, layout, shapes=ONE_PASS_SHAPES)
+        for info in (InfoMap("uniform", "none"), resolve("energy")):
+            options = {**DEFAULTS, "info": info, "divisor": "map"}
+            assert_one_pass(sample, skip=(1, 2, 5), bias_skip=(2, 3), **options)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_one_pass_of_tiles_of_several_steps() -> None:
+    """Of packs that end with their channel, that do not, and of one element each."""
+    options = {**DEFAULTS, "info": InfoMap("uniform", "none")}
+    for layout in ("contiguous", "channels_last"):
+        assert_one_pass(levels(layout=layout, shapes=[(512, 8, 17, 32), (1, 8, 3, 3)]), **options)
+        assert_one_pass(levels(layout=layout, shapes=[(512, 8, 3, 179), (1, 8, 3, 3)]), **options)
+        assert_one_pass(levels(layout=layout, shapes=[(512, 5, 15, 15), (1, 8, 3, 3)]), **options)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_one_pass_of_more_levels_than_a_launch_takes_and_of_levels_without_elements() -> None:
+    shapes = [(1 + i % 3, 1 + i, 3, 2 + i) for i in range(29)]
+    assert_one_pass(levels(shapes=shapes), **{**DEFAULTS, "divisor": "map"})
+    for shapes in ([(0, 8, 4, 4), (2, 8, 4, 4), (2, 8, 0, 4)], [(0, 8, 4, 4), (2, 8, 4, 0)]):
+        total, losses, _, bias = one_pass(levels(shapes=shapes), **DEFAULTS)
+        assert losses[0] == losses[-1] == 0
+        assert total == losses.sum()
+        assert (losses.sum() > 0) == (len(shapes) == 3)
+        assert [x.any().item() for x in bias] == [x > 0 for x in losses[1:]]
+
+
+@pytest.mark.usefixtures("on_host")
+def test_one_pass_of_memory_that_is_not_aligned() -> None:
+    sample = levels(torch.bfloat16, shapes=[(2, 16, 4, 8), (2, 16, 4, 4)])
+    options = {**DEFAULTS, "info": InfoMap("uniform", "none")}
+    aligned = one_pass(sample, **options)
+    sample["prior"][0] = torch.cat([torch.zeros(1), sample["prior"][0].flatten()])[1:].view(2, 4, 8)
+    assert_same(one_pass(sample, **options)[2:], aligned[2:])
+    teacher = sample["teacher_feats"][0]
+    sample["teacher_feats"][0] = torch.cat([teacher.new_zeros(3), teacher.flatten()])[3:].view(teacher.shape)
+    assert_one_pass(sample, **options)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_one_pass_where_student_and_teacher_agree_is_zero() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        sample = levels(dtype, shapes=[(2, 16, 4, 8), (2, 16, 13, 13)])
+        sample["teacher_feats"] = [x.detach().clone() for x in sample["student_feats"]]
+        sample["standardize"] = [None, None]
+        total, losses, gradients, _ = one_pass(sample, **DEFAULTS)
+        assert not any(x.any() for x in (total, losses, *gradients))
+
+
+@pytest.mark.usefixtures("on_host")
+def test_one_pass_gives_the_same_bits_in_any_order_of_blocks_and_threads() -> None:
+    for layout in ("contiguous", "channels_last"):
+        sample = levels(torch.bfloat16, layout, shapes=[(5, 40, 13, 13), (3, 64, 24, 24)])
+        for info in (InfoMap("uniform", "none"), InfoMap("energy", "softmax")):
+            first = one_pass(sample, **{**DEFAULTS, "info": info})
+            for _ in range(3):
+                assert_same(one_pass(sample, **{**DEFAULTS, "info": info}), first)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_one_pass_refuses_what_python_must_not_pass() -> None:
+    for dtype, layout, message in (
+        (torch.float16, "contiguous", "must be bfloat16 or float32"),
+        (torch.float64, "contiguous", "must be bfloat16 or float32"),
+        (torch.float32, "cropped", "must be dense"),
+        (torch.float32, "teacher_channels_last", "must be dense"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            one_pass(levels(dtype, layout), **DEFAULTS)
+    with pytest.raises(RuntimeError, match="all ranks"):
+        one_pass(levels(), **{**DEFAULTS, "divisor": "map_all_ranks"})
+
+
+@pytest.mark.usefixtures("on_host")
+def test_rescale_on_the_host() -> None:
+    rescale = torch.ops.fastkd_on_host.distill_cpp_rescale
+    generator = torch.Generator().manual_seed(0)
+
+    def gradients() -> list[Tensor]:
+        sizes = [(2, 16, 4, 8), (3, 7, 5, 3), (0, 4, 4, 4), (2, 64, 26, 26)]
+        dense = [torch.randn(s, generator=generator).bfloat16() for s in sizes]
+        dense[3] = dense[3].to(memory_format=torch.channels_last)
+        unaligned = torch.randn(40, generator=generator)[3:]
+        return [
+            *dense,
+            torch.randn(16, generator=generator),
+            torch.randn(7, generator=generator),
+            torch.empty(0),
+            unaligned,
+        ]
+
+    for upstream in (torch.tensor(0.3), torch.tensor(1.0), torch.tensor([0.3, 1, 2, -4]), torch.tensor(3.0).expand(4),
+                     torch.tensor([0.3, 1, 2, -4]).double()):  # fmt: skip
+        for count in (4, 8):
+            got = gradients()[:count]
+            of = upstream if upstream.dim() else upstream.expand(4)
+            expected = [(x.float() * of[i % 4].float()).to(x.dtype) for i, x in enumerate(got)]
+            rescale(upstream, got)
+            assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    many = [torch.ones(3) for _ in range(150)]  # more than a launch takes
+    rescale(torch.arange(75.0), many)
+    assert [x.unique().item() for x in many] == [*range(75)] * 2
+    with pytest.raises(RuntimeError, match="must be dense"):
+        rescale(torch.tensor(2.0), [torch.ones(4, 4)[:, 1:]])
+
+
 # ---- in the extension ----
 
 
 @built
 def test_the_extension_with_cuda_kernels_loads_under_any_torch() -> None:
-    for name in ("distill_cpp", "distill_cpp_backward"):
+    for name in ("distill_cpp", "distill_cpp_backward", "distill_cpp_one_pass"):
         for device in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkd::{name}", device)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fastkd::distill_cpp_rescale", "CUDA")
 
 
 @built
 def test_the_cuda_kernels_refuse_cpu_tensors() -> None:
-    tensors = arguments(levels(), resolve("energy"))
+    tensors = arguments(levels())
     on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(RuntimeError, match="not on a CUDA device"):
         torch.ops.fastkd.distill_cpp.default.redispatch(on_cuda, *tensors, *codes(**DEFAULTS))
@@ -192,19 +383,21 @@ def test_the_cuda_kernels_refuse_cpu_tensors() -> None:
 
 def test_a_build_that_lacks_kernels_for_a_card_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda:0")
-    monkeypatch.setitem(ops._unavailable, "cpp", None)
-    monkeypatch.setattr(ops, "_cuda_archs", [])
+    monkeypatch.setitem(backends._unavailable, "cpp", None)
+    monkeypatch.setattr(backends, "_cuda_archs", [])
     with pytest.raises(RuntimeError, match=r"'cpp': is built without its CUDA kernels; build it .*pip"):
-        ops.choose("cpp", cuda, torch.float32)
-    monkeypatch.setattr(ops, "_cuda_archs", [80, 90])
+        backends.choose("cpp", cuda, torch.float32)
+    monkeypatch.setattr(backends, "_cuda_archs", [80, 90])
     for card, works in ((75, False), (80, True), (86, True), (90, True), (100, True)):
-        monkeypatch.setattr(ops, "_capability", lambda device, card=card: card)
-        assert (ops.choose(None, cuda, torch.float64) == "cpp") == works
+        monkeypatch.setattr(backends, "_capability", lambda device, card=card: card)
+        assert (backends.choose(None, cuda, torch.float64) == "cpp") == works
         if works:
-            assert ops.choose("cpp", cuda, torch.float32) == "cpp"
+            assert backends.choose("cpp", cuda, torch.float32) == "cpp"
         else:
             with pytest.raises(RuntimeError, match=r"sm_80, sm_90, but cuda:0 is sm_75; .*FASTKD_CUDA_ARCH=75 pip"):
-                ops.choose("cpp", cuda, torch.float32)
-    monkeypatch.setattr(ops, "_cuda_archs", [80, 100])
-    monkeypatch.setattr(ops, "_capability", lambda device: 90)  # code of 80 does not run on 90, nor does PTX of 100
-    assert ops.choose(None, cuda, torch.float64) == "reference"
+                backends.choose("cpp", cuda, torch.float32)
+    monkeypatch.setattr(backends, "_cuda_archs", [80, 100])
+    monkeypatch.setattr(
+        backends, "_capability", lambda device: 90
+    )  # code of 80 does not run on 90, nor does PTX of 100
+    assert backends.choose(None, cuda, torch.float64) == "reference"

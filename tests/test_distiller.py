@@ -193,13 +193,14 @@ def test_matching_by_stride_keeps_the_criterion(student: Net, teacher: Net, imag
     stages = ["stages.0", "stages.1", "stages.2"]
     distiller = Distiller(student, teacher, backbone=(stages[1:], stages), weights=[1.0, 2.0])
     criterion, adapters = distiller.criterion, distiller.criterion.adapters
+    distiller.prepare(images)
     student(images)
     distiller.loss(images)
     assert distiller.criterion is criterion
     assert criterion.adapters is adapters
     assert len(adapters) == 2
     assert criterion.level_losses.all()
-    assert list(criterion.weights) == [1.0, 2.0]
+    assert criterion.options.weights == (1.0, 2.0)
 
 
 def test_too_many_weights_for_any_matching_are_refused_at_once(student: Net, teacher: Net) -> None:
@@ -472,6 +473,10 @@ def test_unequal_lists_are_matched_by_stride(images: Tensor) -> None:
     )
     assert distiller.levels is None
     student(images)
+    with pytest.raises(RuntimeError, match=r"expected prepare\(images\) before the first loss"):
+        distiller.loss(images)
+    distiller.prepare(images)
+    student(images)
     assert distiller.loss(images) > 0
     assert distiller.levels == [("stages.2", "stages.2"), ("stages.1", "stages.1"), ("neck.p3", "neck.p3")]
     assert not teacher.stages[3]._forward_hooks
@@ -483,7 +488,7 @@ def test_a_stride_that_one_model_lacks_is_dropped_on_both_sides(images: Tensor) 
     distiller = Distiller(
         student, teacher, backbone=(["stages.0", "stages.2"], ["stages.2", "stages.3"]), weights=[2.0]
     )
-    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(distiller.prepare(images).parameters(), lr=0.1)
     student(images)
     distiller.loss(images).backward()
     optimizer.step()
@@ -494,9 +499,8 @@ def test_a_stride_that_one_model_lacks_is_dropped_on_both_sides(images: Tensor) 
 
 def test_no_common_stride_names_the_group(images: Tensor, student: Net, teacher: Net) -> None:
     distiller = Distiller(student, teacher, neck=(["neck.p3"], ["neck.p2"]))
-    student(images)
     with pytest.raises(ValueError, match=r"neck: levels: expected a stride that student and teacher share"):
-        distiller.loss(images)
+        distiller.prepare(images)
 
 
 class Shrinking(nn.Module):
@@ -514,10 +518,9 @@ def test_sizes_that_nearly_agree_are_aligned_where_asked(teacher: Net) -> None:
     student, images = Shrinking(), torch.randn(2, 3, 33, 33)
     for levels in (([student.stage], ["stages.0", "stages.1"]), [("stage", "stages.0")]):
         refusing = Distiller(student, teacher, backbone=levels)
-        student(images)
         with pytest.raises(ValueError, match='align="interpolate"'):
-            refusing.loss(images)
-        distiller = Distiller(student, teacher, backbone=levels, align="interpolate")
+            refusing.prepare(images)
+        distiller = Distiller(student, teacher, backbone=levels, align="interpolate").prepare(images)
         student(images)
         distiller.loss(images).backward()
         assert distiller.levels == [("stage", "stages.0")]
@@ -540,9 +543,8 @@ def test_aligned_features_are_the_students_resized(teacher: Net) -> None:
 
 def test_a_far_stride_is_not_aligned(student: Net, teacher: Net, images: Tensor) -> None:
     distiller = Distiller(student, teacher, neck=(["neck.p3"], ["neck.p2"]), align="interpolate")
-    student(images)
     with pytest.raises(ValueError, match=r"a stride that student and teacher share, got \[8\] and \[4\]$"):
-        distiller.loss(images)
+        distiller.prepare(images)
 
 
 def test_the_teacher_rests_once_the_loss_has_stopped(student: Net, teacher: Net, images: Tensor) -> None:
@@ -607,11 +609,77 @@ def test_a_criterion_of_another_length_is_refused(student: Net, teacher: Net, im
     with pytest.raises(ValueError, match="criterion: expected 2 levels, as there are pairs of modules, got 3"):
         Distiller(student, teacher, backbone=BACKBONE, criterion=criterion)
     distiller = Distiller(student, teacher, backbone=tuple(map(list, zip(*BACKBONE, strict=True))), criterion=criterion)
-    student(images)
     with pytest.raises(ValueError, match="criterion: expected 2 levels"):
-        distiller.loss(images)
+        distiller.prepare(images)
     with pytest.raises(ValueError, match="criterion: expected no loss options beside it, got penalty"):
         Distiller(student, teacher, backbone=BACKBONE, criterion=fastkd.DistillLoss(levels=2), penalty="l1")
+
+
+# --- memory of the teacher's features
+
+
+class Holder(nn.Module):
+    """A teacher of one feature, which in one of many ways somebody else holds after the forward."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.held = way, []
+        self.feature = nn.Identity() if way == "returns its input" else nn.Conv2d(3, 3, 1)
+        self.register_buffer("constant", torch.randn(2, 3, 8, 8))
+        if way == "keeps it by a hook":
+            self.feature.register_forward_hook(lambda module, args, output: self.held.append(output))
+        if way == "returns a buffer":
+            self.feature.register_forward_hook(lambda module, args, output: self.constant)
+
+    def forward(self, x: Tensor) -> Any:
+        feature = self.feature(x)
+        if self.way == "keeps a view of it":
+            self.held.append(feature[:, 1:])
+        if self.way == "keeps a detached one":
+            self.held.append(feature.detach())
+        return {"features": [feature]} if self.way == "is in its output" else feature.mean()
+
+
+WAYS = ("returns its input", "returns a buffer", "keeps it by a hook", "keeps a view of it", "keeps a detached one")
+
+
+@pytest.mark.parametrize("way", [*WAYS, "is in its output"])
+def test_nothing_that_somebody_else_holds_is_overwritten(way: str) -> None:
+    teacher, student, images = Holder(way), nn.Conv2d(3, 3, 1), torch.randn(2, 3, 8, 8)
+    seen: list[Any] = []
+
+    def prior(output: Any, sizes: Any) -> list[None]:
+        seen.append(output)
+        return [None]
+
+    distiller = Distiller(student, teacher, backbone=[(student, "feature")], prior=prior, weight=2.0).prepare(images)
+    for _ in range(2):
+        teacher.held.clear()
+        seen.clear()
+        student(images)
+        kept = [images, teacher.constant, *teacher.held]
+        before = [x.clone() for x in kept]
+        loss = distiller.loss(images)
+        kept += [*teacher.held, *(seen[0]["features"] if isinstance(seen[0], dict) else [])]
+        before += [x.clone() for x in kept[len(before) :]]
+        loss.backward()
+        assert all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))
+    expected = teacher.constant if way == "returns a buffer" else teacher.feature.eval()(images)
+    assert all(torch.equal(x, expected[:, 1:] if "view" in way else expected) for x in teacher.held)
+
+
+def test_the_gradient_takes_the_memory_of_features_that_only_the_hooks_hold() -> None:
+    teacher, student, images = Holder("nobody"), nn.Conv2d(3, 3, 1), torch.randn(2, 3, 64, 64)
+    distiller = Distiller(student, teacher, backbone=[(student, "feature")]).prepare(images)
+    memory: list[tuple[int, int]] = []
+    teacher.feature.register_forward_hook(lambda module, args, output: memory.append((output.data_ptr(), 0)))
+    distiller.criterion.adapters[0].register_full_backward_hook(
+        lambda module, inputs, outputs: memory.append((outputs[0].data_ptr(), 1))
+    )
+    student(images)
+    distiller.loss(images).backward()
+    (feature, _), (gradient, _) = memory
+    assert (feature == gradient) == (fastkd.backends("cpu")["cpp"] is None)
 
 
 # --- adapters, statistics, state
@@ -623,7 +691,7 @@ def test_state_dict_holds_adapters_statistics_and_step_alone(student: Net, teach
     distiller.loss(images)
     parts = {key.split(".")[1] for key in distiller.state_dict() if key.startswith("criterion.")}
     assert parts == {"adapters", "statistics", "loss_weight", "_extra_state"}
-    assert {key.split(".")[0] for key in distiller.state_dict()} == {"criterion", "_extra_state"}
+    assert {key.split(".")[0] for key in distiller.state_dict()} == {"criterion"}
     assert len(list(distiller.parameters())) == 6
 
 
@@ -634,6 +702,7 @@ def test_state_round_trips_into_a_fresh_lazy_distiller(teacher: Net, images: Ten
         student = Net(4)
         lists = (["stages.0", "stages.1"], ["stages.2", "stages.1"])
         distiller = Distiller(student, teacher, backbone=BACKBONE if form == "pairs" else lists, calibration_batches=2)
+        distiller.prepare(images)
         return student, distiller, torch.optim.AdamW([*student.parameters(), *distiller.parameters()], lr=1e-2)
 
     def step(student: Net, distiller: Distiller, optimizer: torch.optim.Optimizer, seed: int) -> float:
@@ -689,7 +758,7 @@ def test_calibrate_takes_a_loader_and_no_more_batches_than_it_needs(student: Net
 def test_an_optimizer_made_before_the_first_batch_trains_the_adapters(
     student: Net, teacher: Net, images: Tensor
 ) -> None:
-    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=(["neck.p3"], ["neck.p2", "neck.p3"]))
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=[("neck.p3", "neck.p3")])
     optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()], lr=1e-2)
     losses = []
     for i in range(8):
@@ -895,7 +964,7 @@ def halves(outputs: Any, sizes: list[tuple[int, int]]) -> list[Tensor | None]:
     return [*priors[:-1], None]
 
 
-@pytest.mark.parametrize("normalizer", ["elements", "map", "map_all_ranks", "batch"])
+@pytest.mark.parametrize("divisor", ["elements", "map", "map_all_ranks", "batch"])
 @pytest.mark.parametrize(
     ("info_map", "penalty", "prior"),
     [
@@ -907,9 +976,9 @@ def halves(outputs: Any, sizes: list[tuple[int, int]]) -> list[Tensor | None]:
     ],
 )
 def test_maps_are_those_that_make_the_loss(
-    student: Net, teacher: Net, images: Tensor, normalizer: str, info_map: Any, penalty: str, prior: Any
+    student: Net, teacher: Net, images: Tensor, divisor: str, info_map: Any, penalty: str, prior: Any
 ) -> None:
-    options = {"info_map": info_map, "penalty": penalty, "normalizer": normalizer, "weights": [1.0, 0.5, 2.0]}
+    options = {"info_map": info_map, "penalty": penalty, "divisor": divisor, "weights": [1.0, 0.5, 2.0]}
     student, teacher, images = student.double(), teacher.double(), images.double()
     distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK, prior=prior, **options)
     distiller.prepare(images).double().calibrate([images, images + 1])
@@ -922,7 +991,7 @@ def test_maps_are_those_that_make_the_loss(
     ):
         n, h, w = level.information.shape
         mass = level.information.sum()
-        z = {"elements": n * level.channels * h * w, "batch": n}.get(normalizer, level.channels * mass)
+        z = {"elements": n * level.channels * h * w, "batch": n}.get(divisor, level.channels * mass)
         total = level.product.sum() * level.channels / z
         assert float(weight * total) == pytest.approx(loss, rel=1e-6)  # maps are float32
         assert level.loss == pytest.approx(loss, rel=1e-12)
@@ -969,7 +1038,7 @@ def test_maps_ask_no_other_process(student: Net, teacher: Net, images: Tensor, m
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a collective")
 
-    distiller = Distiller(student, teacher, backbone=BACKBONE, normalizer="map_all_ranks", weight="auto")
+    distiller = Distiller(student, teacher, backbone=BACKBONE, divisor="map_all_ranks", weight="auto")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", refuse)

@@ -1,12 +1,15 @@
-"""``make gpu-check`` without a GPU: what it says, what it writes, and that nothing it started outlives its time."""
+"""``make gpu-check`` without a GPU: its schedule, what is on the disk after each row, and that nothing outlives it."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,39 +17,25 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import gpu_check  # noqa: E402  found beside the package
+from gpu_check import Row  # noqa: E402
 
 
-def row(provider: str, both: float, **more: object) -> dict[str, object]:
-    case = {"workload": "large6", "n": 64, "dtype": "bfloat16", "layout": "channels_last", "bytes": 4 * 10**9}
-    times = {x: [both * 0.9, both, both * 1.2] for x in ("forward_ms", "backward_ms", "both_ms", "wall_ms")}
-    return {**case, "provider": provider, **times, "peak_bytes": 2**20, **more}
-
-
-FOUND = {
-    "copy_bytes_per_second": 4e12,
-    "times": [row("fastkd-cpp", 1.25, graph_ms=[1.1, 1.2, 1.3]), row("eager", 10.0), row("torch.compile", 2.5)],
-    "left_out": [],
-}
-
-
-@pytest.fixture(autouse=True)
-def _logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """Of a check on a CPU, whose compilers in the background do nothing."""
     monkeypatch.setattr(gpu_check, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(gpu_check, "COMPILED", 0)
+    return argparse.Namespace(device="cpu", tiny=True, full=False, seconds=100.0, results=tmp_path / "results")
+
+
+def rows_of(options: argparse.Namespace, about: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(gpu_check.results_file(options.results, about).read_text())["rows"]
+    return found
 
 
 def test_it_begins_where_fastkd_is_not_built_yet() -> None:
     program = "import sys; sys.modules['fastkd'] = None; import gpu_check"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=BENCHMARKS)
-
-
-def test_tests_that_were_cut_short_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    output = (
-        "[gw0] [ 10%] PASSED tests/a.py::b \n[gw1] [ 20%] FAILED tests/a.py::c \n[gw1] [ 30%] PASSED tests/a.py::d \n"
-    )
-    monkeypatch.setattr(gpu_check, "run", lambda *_: (124, output))
-    found = gpu_check.test("cpp", False, 1)
-    assert found == ("tests, cpp", ["tests/a.py::c", "not done in its time"], "2 passed so far")
-    assert (gpu_check.LOGS / "tests_cpp.log").read_text() == output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -56,42 +45,149 @@ def test_without_a_gpu_it_says_so() -> None:
     assert (done.returncode, done.stdout) == (1, "gpu-check: this torch finds no GPU\n")
 
 
-def test_ratios_to_the_floor_and_to_other_providers() -> None:
-    (line,) = gpu_check.targets(FOUND)  # 4 GB at 4 TB/s are 1 ms
-    assert "fastkd-cpp: 1.25 times the floor of two passes on the device, 2.08 times that of one" in line
-    assert "8.0 times as fast as eager, 2.0 times as fast as torch.compile (both_ms); 1200 µs in a graph" in line
-    ours, eager, _ = gpu_check.table(FOUND)[2:]
-    assert "| fastkd-cpp | 1.250 | 1.250 | 1.250 (1.125 to 1.500) | 1.250 | 1.200 | 1.00 | 80% | 1.0 |" in ours
-    assert "| eager | 10.000 | 10.000 | 10.000 (9.000 to 12.000) | 10.000 |  | 8.00 |  | 1.0 |" in eager
+def test_what_decides_is_done_before_330_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    begins = {row.name: at for at, row, _ in gpu_check.plan(gpu_check.ROWS, 520)}
+    ends = {row.name: begins[row.name] + row.seconds for row in gpu_check.ROWS}
+    essential = ("build", "correct", "ceilings", "host", "stream", "score_pass", "wall", "compiled", "training")
+    assert max(ends[name] for name in essential) <= 330
+    assert all(fits for _, _, fits in gpu_check.plan(gpu_check.ROWS, 520))
+    gpu_check.print_plan(gpu_check.ROWS, 100)
+    printed = capsys.readouterr().out
+    assert "  15 s  correct, 50 s: whether the rows below count" in printed
+    assert "SKIP training, 60 s" in printed
+    assert "predicted: large6 bf16 N = 64 0.39 to 0.43 ms" in printed
 
 
-def test_results_are_named_after_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path / "results")
-    outcomes = [gpu_check.Outcome("build", [], "30 s"), gpu_check.Outcome("tests, cpp", ["test_x"], "1 failed")]
-    path = gpu_check.write_results({"gpu": "NVIDIA H200", "torch": "2.11"}, outcomes, FOUND)
-    assert sorted(x.name for x in path.parent.iterdir()) == ["nvidia-h200.json", "nvidia-h200.md"]
-    written = json.loads(path.read_text())
-    assert written["times"] == FOUND["times"]
-    assert written["checks"][1]["failures"] == ["test_x"]
-    assert "- tests, cpp: test_x (1 failed)" in path.with_suffix(".md").read_text()
+def test_the_budget_is_spent_from_the_top_and_what_does_not_fit_is_skipped() -> None:
+    rows = [Row(name, seconds, "", "") for name, seconds in (("a", 40), ("b", 60), ("c", 30), ("d", 30))]
+    assert [(at, row.name, fits) for at, row, fits in gpu_check.plan(rows, 90 + gpu_check.WRITING)] == [
+        (0, "a", True),
+        (40, "b", False),
+        (40, "c", True),
+        (70, "d", False),
+    ]
 
 
-def test_a_failing_test_a_crash_and_no_test_at_all_are_failures() -> None:
-    def failures(status: int, output: str, found: list[str]) -> list[str]:
-        return gpu_check.outcome("tests", status, output, found, "").failures
-
-    assert failures(0, "3 passed", []) == []
-    assert failures(1, "FAILED a", ["a"]) == ["a"]
-    assert failures(5, "7 deselected\n", []) == ["exit status 5: 7 deselected"]
-    assert failures(-11, "", []) == ["exit status -11: no output"]
-    assert failures(124, "half", []) == ["not done in its time"]
+def test_every_row_is_a_function() -> None:
+    program = "import json, gpu_timing; print(json.dumps(list(gpu_timing.ROWS)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=BENCHMARKS)
+    known = {*json.loads(done.stdout.splitlines()[-1]), *gpu_check.HERE}
+    assert {row.name for row in gpu_check.ROWS} == known
 
 
-def test_timings_that_measured_nothing_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    for status, expected in ((0, "not done in its time"), (124, "not done in its time"), (1, "exit status 1: no GPU")):
-        monkeypatch.setattr(gpu_check, "run", lambda *_, status=status: (status, "no GPU\n"))
-        timing, found = gpu_check.time_all(60)
-        assert (timing.failures, found["times"]) == ([expected], [])
+def test_what_was_found_is_on_the_disk_after_each_row(
+    options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about, whole = {"gpu": "NVIDIA H200"}, []
+
+    def first(_: argparse.Namespace, seconds: float) -> dict[str, Any]:
+        assert 0 < seconds <= 10, "twice its seconds, at most"
+        return {"failures": [], "summary": "fine", "table": [{"what": "a|b", "device, ms": [1.0, 2.0, 3.0]}]}
+
+    def second(_: argparse.Namespace, seconds: float) -> dict[str, Any]:
+        whole.append(rows_of(options, about))
+        raise ValueError("broken")
+
+    def last(_: argparse.Namespace, seconds: float) -> dict[str, Any]:
+        whole.append(rows_of(options, about))
+        assert seconds > 50, "all that is left"
+        return {"failures": ["test_x"], "targets": [{"what": "x", "asked": "≤ 1", "measured": "2", "met": False}]}
+
+    monkeypatch.setattr(gpu_check, "HERE", {"first": first, "second": second, "last": last})
+    rows = [
+        Row("first", 5, "what", "much"),
+        Row("second", 5, "what", "much"),
+        Row("far too long", 500, "what", "much"),
+        Row("last", 5, "what", "much"),
+    ]
+    found = gpu_check.decide(rows, options, about)
+    assert [[x["row"] for x in rows] for rows in whole] == [["first"], ["first", "second", "far too long"]]
+    assert rows_of(options, about) == found
+    assert [x.get("failures") for x in found] == [[], ["ValueError: broken"], None, ["test_x"]]
+    assert found[2]["skipped"].startswith("needs 500 s, ")
+    assert os.listdir(options.results) == ["nvidia-h200.json"]
+    printed = capsys.readouterr().out
+    assert "ok   first" in printed
+    assert "FAIL second: ValueError: broken" in printed
+    assert "skip far too long" in printed
+
+    text = gpu_check.report(about, found)
+    assert text.startswith("# NVIDIA H200\n")
+    assert "| x | ≤ 1 | 2 | **missed** |" in text
+    assert "| a\\|b | 2 (1 to 3) |" in text
+    assert "Decides: what. Predicted: much." in text
+
+
+def test_nothing_is_timed_without_an_extension(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "HERE", {"build": lambda *_: {"failures": ["no nvcc"]}})
+    found = gpu_check.decide([Row("build", 1, "", ""), Row("stream", 1, "", "")], options, {"gpu": "x"})
+    assert [x["row"] for x in found] == ["build"]
+
+
+def test_rows_run_in_a_worker_that_may_break(options: argparse.Namespace, tmp_path: Path) -> None:
+    program = tmp_path / "rows.py"
+    program.write_text(
+        "import json, os, sys, time\n"
+        "answers = os.fdopen(int(sys.argv[-1]), 'w')\n"
+        "for line in sys.stdin:\n"
+        "    row = json.loads(line)['row']\n"
+        "    if row == 'dies': print('out of memory'); os._exit(3)\n"
+        "    if row == 'hangs': time.sleep(60)\n"
+        "    print(json.dumps({'failures': [], 'summary': row}), file=answers, flush=True)\n"
+    )
+    worker = gpu_check.Worker(options)
+    worker.command = [sys.executable, str(program)]
+    gpu_check.LOGS.mkdir()
+    try:
+        assert worker.ask("one", 10) == {"failures": [], "summary": "one"}
+        assert worker.ask("dies", 10) == {"failures": ["the worker ended with status 3: out of memory"]}
+        assert worker.ask("two", 10)["summary"] == "two"
+        assert worker.ask("hangs", -4) == {"failures": ["not done in its time"]}
+        assert worker.ask("three", 10)["summary"] == "three"
+    finally:
+        worker.end()
+
+
+def test_a_real_row_on_this_cpu(options: argparse.Namespace) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--tiny", "--seconds", "100"]
+    command += ["--rows", "correct,stream", "--results", str(options.results)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    correct, stream = rows_of(options, {"gpu": "cpu, tiny"})
+    assert len(correct["table"]) == 12
+    assert {x["contender"] for x in stream["table"]} == {"floor", "fastkd-cpp", "the prior"}
+    assert "graded_iou, large6, N = 64, device" in (options.results / "cpu-tiny.md").read_text()
+
+
+def test_ncu_says_what_each_launch_moved() -> None:
+    header = '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+    values = {"dram__bytes_read.sum": "2,000", "dram__bytes_write.sum": "1,000", "lts__t_sector_hit_rate.pct": "3.5"}
+    lines = "".join(f'"0","stream(Level)","{name}","byte","{value}"\n' for name, value in values.items())
+    lines += '"1","fill","dram__bytes_read.sum","byte","1"\n'
+    program = f"import json, gpu_timing; print(json.dumps(gpu_timing.read_ncu({header + lines!r}, 1000)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=BENCHMARKS)
+    expected = [{"kernel": "stream", "units read": 2.0, "units written": 1.0, "L2 hits, %": 3.5}]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+def test_tests_that_were_cut_short_are_counted(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = (
+        "[gw0] [ 10%] PASSED tests/a.py::b \n[gw1] [ 20%] FAILED tests/a.py::c \n[gw1] [ 30%] PASSED tests/a.py::d \n"
+    )
+    monkeypatch.setattr(gpu_check, "run", lambda *_: (124, output))
+    found = gpu_check.test("cpp", False, 1)
+    assert found["failures"] == ["tests/a.py::c"]
+    assert found["summary"] == "2 passed so far; the others had no time"
+    assert (gpu_check.LOGS / "tests_cpp.log").read_text() == output
+
+
+def test_a_crash_and_no_test_at_all_are_failures(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for status, output, expected in (
+        (5, "7 deselected\n", "exit status 5: 7 deselected"),
+        (-11, "", "exit status -11: no output"),
+    ):
+        monkeypatch.setattr(gpu_check, "run", lambda *_, result=(status, output): result)
+        assert gpu_check.test("cpp", False, 1)["failures"] == [expected]
 
 
 def test_failed_tests_are_named_also_where_pytest_was_ended_before_its_summary() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fastkd import ops
+from fastkd.ops import backends
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from machine_code import Kernel, find_cuobjdump, widths  # noqa: E402  found beside the package
+from machine_code import Kernel, find_cuobjdump, readable, widths  # noqa: E402  found beside the package
 
 needs_tools = pytest.mark.skipif(find_cuobjdump() is None, reason="needs cuobjdump, as in Triton's wheel")
 
@@ -28,22 +28,30 @@ def report(*arguments: str) -> list[str]:
 
 
 @needs_tools
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_triton(capability: int, request: pytest.FixtureRequest) -> None:
     if capability != 90 and not request.config.getoption("--full"):
         pytest.skip("a minute for each card: with --full")
     rows = report("--only", "triton", "--capability", str(capability))
-    for name in ("forward", "backward", "one_pass", "rescale"):
+    for name in ("forward", "backward", "score", "stream", "rescale"):
         for dtype in ("bfloat16", "float16", "float32"):
             for layout in ("NCHW", "channels_last"):
                 assert any(row.startswith(f"| {name} | Triton, {dtype}, {layout}") for row in rows), (name, dtype)
 
 
 @needs_tools
-@pytest.mark.skipif(not ops._cuda_archs, reason="the extension was built without nvcc")
+@pytest.mark.skipif(not backends._cuda_archs, reason="the extension was built without nvcc")
 def test_cuda() -> None:
-    rows = report("--only", "cuda")
-    assert len(rows) == 15 * len(ops._cuda_archs)
+    rows = [row for row in report("--only", "cuda") if not row.startswith("| _Z")]  # without the small ops
+    assert len(rows) == 26 * len(backends._cuda_archs)
+
+
+def test_names_of_the_cuda_kernels() -> None:
+    prefix, any_double = "_ZN6fastkd4cuda", "INS0_3AnyELb1EdEEvNS0_6LaunchIT1_EE"
+    assert readable(f"{prefix}7forward{any_double}") == "forward<Any, entropy, double>"
+    stream = f"{prefix}11stream_passIN3c108BFloat16ELNS_7PenaltyE2EEEvNS0_12StreamLaunchE"
+    assert readable(stream) == "stream_pass<BFloat16, smooth_l1>"
+    assert readable(f"{prefix}7rescaleENS0_13RescaleLaunchE") == "rescale"
 
 
 def test_what_the_report_would_find() -> None:
@@ -56,6 +64,7 @@ def test_what_the_report_would_find() -> None:
     ]
     assert widths(code, "LDG") == [16, 2, 4, 32]
     assert widths(code, "STG") == [8]
+    assert widths(["@!P1 LDGSTS.E.BYPASS.LTC128B.128 [R5], [R2.64]"], "LDG") == [16]
     clean = Kernel("sm_90", "forward", 64, 0, 0, 512, spills=0, load=16, store=16, narrow_loads=0)
     assert not clean.leaks
     for what in ("stack", "local"):

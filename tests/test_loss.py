@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from samples import Dispatched
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
+from torch.nn import functional as F
 
 import fastkd
-from fastkd import DistillLoss, distill_loss, levels
-from fastkd.loss_weight import LossWeight
+from fastkd import DistillLoss, distill_loss
+from fastkd.ops import levels
 
 
 def feats(channels: tuple[int, ...] = (4, 8), seed: int = 0, n: int = 2) -> list[Tensor]:
@@ -24,10 +26,35 @@ def feats(channels: tuple[int, ...] = (4, 8), seed: int = 0, n: int = 2) -> list
 def test_adapters_bring_the_student_to_the_teachers_width() -> None:
     criterion = DistillLoss([3, 5], [4, 8], info_map="energy")
     student, teacher = feats((3, 5), seed=1), feats()
-    adapted = [a(s) for a, s in zip(criterion.adapters, student, strict=True)]
-    torch.testing.assert_close(criterion(student, teacher), distill_loss(adapted, teacher, info_map="energy"))
-    criterion(student, teacher).backward()
-    assert all(p.grad.abs().sum() > 0 for p in criterion.parameters())
+    student = [s.requires_grad_() for s in student]
+    leaves = [*student, *criterion.parameters()]
+    loss = criterion(student, teacher)
+    # as one convolution with its bias would do
+    adapted = [F.conv2d(s, a.weight, a.bias) for a, s in zip(criterion.adapters, student, strict=True)]
+    expected = distill_loss(adapted, teacher, info_map="energy")
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+    torch.testing.assert_close(criterion.adapted(student), adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_under_autocast(dtype: torch.dtype) -> None:
+    criterion, teacher = DistillLoss([3], [4], info_map="energy"), feats((4,))
+    (student,) = feats((3,), seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = criterion([student.to(dtype).requires_grad_()], [t.bfloat16() for t in teacher])
+    loss.backward()
+    found = [p.grad for p in criterion.parameters()]
+    exact = torch.autograd.grad(distill_loss(criterion.adapted([student]), teacher), list(criterion.parameters()))
+    torch.testing.assert_close(found, list(exact), rtol=0.05, atol=2e-3)
+
+
+def test_adapters_of_ones_own_are_called_as_they_are() -> None:
+    own = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(5, 8, 1)]
+    student, teacher = feats((3, 5), seed=1), feats()
+    loss = DistillLoss(adapters=own, info_map="energy")(student, teacher)
+    expected = distill_loss([a(s) for a, s in zip(own, student, strict=True)], teacher, info_map="energy")
+    torch.testing.assert_close(loss, expected)
 
 
 def test_lazy_adapters_take_their_widths_from_the_first_batch_and_train_in_an_earlier_optimizer() -> None:
@@ -56,6 +83,26 @@ def test_statistics_of_k_batches_are_those_of_their_union_and_then_stay() -> Non
         torch.testing.assert_close(rstd, union.var((0, 2, 3), correction=0).rsqrt(), rtol=1e-4, atol=0)
 
 
+def test_statistics_are_constants_until_they_change() -> None:
+    """The same tensors at every step; others once a batch, a checkpoint or another device or dtype came."""
+    (statistics,) = DistillLoss(adapters=[nn.Identity()]).statistics
+    before = statistics.moments()
+    for change in (
+        lambda: statistics.update(feats((4,))[0]),
+        lambda: statistics.update(feats((4,), seed=1)[0]),
+        lambda: statistics.load_state_dict({name: x + 1 for name, x in statistics.state_dict().items()}),
+        lambda: statistics.to(torch.float64),
+    ):
+        change()
+        after = statistics.moments()
+        assert after is not None
+        assert after is statistics.moments()
+        assert before is None or after[0] is not before[0]
+        torch.testing.assert_close(after[0], statistics.mean)
+        torch.testing.assert_close(after[1], (statistics.square / statistics.count).rsqrt())
+        before = after
+
+
 def test_a_dead_channel_is_not_blown_up() -> None:
     teacher = feats((4,))
     teacher[0][:, 1] = 7
@@ -72,14 +119,6 @@ def test_evaluation_neither_calibrates_nor_counts() -> None:
         criterion(feats(seed=1), feats())
     assert criterion.statistics[0].count == 0
     assert criterion.loss_weight.step == 0
-
-
-def test_warm_up_is_linear_and_stop_is_zero() -> None:
-    criterion = DistillLoss(adapters=[nn.Identity()] * 2, info_map="energy", warmup_steps=4, stop_step=6)
-    full = distill_loss(feats(seed=1), feats(), info_map="energy")
-    ratios = [(criterion(feats(seed=1), feats()) / full).item() for _ in range(8)]
-    assert ratios == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0, 0])
-    assert not criterion.level_losses.any()  # it is not even computed
 
 
 def test_a_loss_that_has_stopped_is_zero_whatever_the_features_are() -> None:
@@ -101,86 +140,6 @@ def test_a_compiled_loss_that_has_stopped_is_one_graph() -> None:
     assert compiled([x.requires_grad_() for x in feats((4,), seed=1)], feats((4,))) == 0
 
 
-@pytest.mark.parametrize(("decay", "ratios"), [("linear", [0.5, 1, 1, 0.75, 0.5, 0.25, 0]), ("cosine", None)])
-def test_decay_falls_from_the_end_of_the_warm_up_to_zero_at_the_stop(decay: str, ratios: list[float] | None) -> None:
-    weight = LossWeight(warmup_steps=2, decay=decay, stop_step=6)
-    found = [weight(torch.ones(())).item() for _ in range(7)]
-    half = [0.5, 1, *((1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)), 0]
-    assert found == pytest.approx(ratios or half)
-
-
-def test_auto_weight_holds_the_loss_at_its_share_of_the_task_loss() -> None:
-    criterion = DistillLoss([4, 8], [4, 8], weight="auto", share=0.5, calibration_batches=1)
-    for k in range(40):
-        scale = 10 ** (3 - 0.2 * k)  # the distillation loss falls by orders of magnitude, the task loss stays
-        student = [x * scale for x in feats(seed=k)]
-        loss = criterion(student, [x * scale for x in feats(seed=99)], task_loss=torch.tensor(6.0))
-        assert loss.isfinite()
-    criterion = DistillLoss([4, 8], [4, 8], weight="auto", share=0.5)
-    losses = [criterion(feats(seed=k), feats(seed=99), task_loss=torch.tensor(6.0)).item() for k in range(100)]
-    assert sum(losses[50:]) / 50 == pytest.approx(3.0, rel=0.05)
-
-
-def test_auto_weight_is_averaged_and_not_differentiated() -> None:
-    weight = LossWeight("auto", share=2.0)
-    task, distill = torch.tensor(3.0, requires_grad=True), torch.tensor(1.5, requires_grad=True)
-    assert weight(distill, task).item() == pytest.approx(4.0)
-    assert not weight(distill, task).requires_grad
-    assert weight(torch.tensor(3.0), 3.0).item() == pytest.approx(2 * 3 / 2)  # the third of three steps: plain means
-    for _ in range(2000):
-        factor = weight(torch.tensor(1.0), 5.0)
-    assert factor.item() == pytest.approx(10, rel=1e-4)
-
-
-def test_auto_weight_ignores_steps_that_overflowed_and_never_does() -> None:
-    weight = LossWeight("auto")
-    assert weight(torch.tensor(math.inf), 1.0).item() == 0
-    assert weight(torch.tensor(2.0), 1.0).item() == pytest.approx(0.5)
-    for distill, task in ((math.inf, 1.0), (math.nan, 1.0), (2.0, math.nan)):
-        assert weight(torch.tensor(distill), task).item() == pytest.approx(0.5)
-    assert LossWeight("auto")(torch.tensor(1.0), -1.0).item() == 0
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e-18])
-def test_auto_weight_of_a_loss_near_zero_leaves_the_gradient_finite(scale: float) -> None:
-    """A prior that is zero in the first batch, or features near zero; 65536 is where a gradient scaler starts."""
-    criterion = DistillLoss(levels=1, adapters=[torch.nn.Identity()], info_map="uniform", weight="auto")
-    (teacher,), (student,) = feats((4,)), feats((4,), seed=1)
-    nowhere = [torch.zeros(len(teacher), *teacher.shape[2:])]
-    for factor, prior in ((1.0, nowhere), (scale, None)):
-        s = (student * factor).requires_grad_()
-        (criterion([s], [teacher * factor], prior, task_loss=2.0) * 65536).backward()
-        assert s.grad is not None
-        assert s.grad.isfinite().all()
-    assert criterion([student], [teacher], task_loss=2.0) > 0
-
-
-def test_auto_weight_goes_on_from_its_state_and_looks_only_in_training() -> None:
-    first = LossWeight("auto")
-    for k in range(3):
-        first(torch.tensor(1.0 + k), 2.0)
-    second = LossWeight("auto")
-    second.load_state_dict(first.state_dict())
-    assert second.half().means.dtype == torch.float32
-    before = second.eval().means.clone()
-    second(torch.tensor(9.0), 1.0)
-    assert second.means.equal(before)
-    assert first(torch.tensor(5.0), 2.0) == second.train()(torch.tensor(5.0), 2.0)
-
-
-@pytest.mark.parametrize(
-    ("task_loss", "error", "message"),
-    [
-        (None, ValueError, 'task_loss: weight="auto" holds the distillation loss at a share of the task loss'),
-        (torch.ones(3), ValueError, r"task_loss: expected a scalar, got shape \(3,\); sum its terms"),
-        ("1", TypeError, "task_loss: expected a scalar tensor or a number, got a str"),
-    ],
-)
-def test_auto_weight_wants_a_scalar_task_loss(task_loss: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        DistillLoss([4], [4], weight="auto")(feats((4,), seed=1), feats((4,)), task_loss=task_loss)
-
-
 def test_state_returns_into_a_fresh_lazy_loss() -> None:
     trained = DistillLoss(levels=2, calibration_batches=2, warmup_steps=5)
     for k in range(3):
@@ -199,16 +158,6 @@ def test_state_survives_torch_save_with_weights_only(tmp_path: Path) -> None:
     DistillLoss([3], [4]).load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
 
 
-def test_a_calibrated_loss_compiles_without_graph_break() -> None:
-    criterion = DistillLoss([3, 5], [4, 8], calibration_batches=1, warmup_steps=3, weight="auto", share=0.5)
-    student, teacher = feats((3, 5), seed=1), feats()
-    criterion.calibrate(teacher)
-    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
-    for expected in (1 / 3, 2 / 3, 1, 1):
-        loss = compiled(student, teacher, task_loss=torch.tensor(4.0))
-        torch.testing.assert_close(loss, torch.tensor(2.0 * expected))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -223,7 +172,7 @@ def test_a_calibrated_loss_compiles_without_graph_break() -> None:
         ({"levels": 1, "calibration_batches": 0}, "calibration_batches: expected an integer >= 1, got 0"),
         ({"levels": 1, "warmup_steps": 2.5}, "warmup_steps: expected an integer >= 0, got 2.5"),
         ({"levels": 1, "stop_step": -1}, "stop_step: expected an integer >= 0, got -1"),
-        ({"levels": 1, "weight": "more"}, "weight: expected a finite number >= 0 or \"auto\", got 'more'"),
+        ({"levels": 1, "weight": "more"}, "weight: expected a finite number .* or \"auto\", got 'more'"),
         ({"levels": 1, "weight": -1.0}, "weight: expected a finite number"),
         ({"levels": 1, "weight": "auto", "share": 0.0}, "share: expected a finite number > 0, of the task loss, got 0"),
         ({"levels": 1, "decay": "linear"}, "decay: expected a stop_step after the 0 steps of warm-up"),
@@ -231,7 +180,7 @@ def test_a_calibrated_loss_compiles_without_graph_break() -> None:
         ({"student_channels": [3], "teacher_channels": [4], "adapters": [nn.Identity()]}, "adapters: expected no"),
         ({"levels": 2, "info_map": "nothing"}, "info_map: "),
         ({"levels": 2, "penalty": "nothing"}, "penalty: "),
-        ({"levels": 2, "normalizer": "nothing"}, "normalizer: "),
+        ({"levels": 2, "divisor": "nothing"}, "divisor: "),
         ({"levels": 2, "beta": -1}, "beta: "),
         ({"levels": 2, "warmup_steps": -1}, "warmup_steps: "),
     ],
@@ -315,11 +264,15 @@ def _rank(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )  # fmt: skip
     half = slice(0, 1) if rank == 0 else slice(1, 4)
-    student = [x[half].clone().requires_grad_() for x in feats(seed=1, n=4)]
-    teacher = [x[half] for x in feats(n=4)]
-    loss = distill_loss(student, teacher, info_map="attention", normalizer="map_all_ranks", prior=prior(half))
-    gradients = torch.autograd.grad(loss, student)
-    torch.save((loss.detach(), gradients), f"{folder}/{rank}.pt")
+    found = {}
+    for info_map in MAPS_OF_RANKS:
+        student = [x[half].clone().requires_grad_() for x in feats(seed=1, n=4)]
+        with Dispatched() as dispatched:
+            options = {"info_map": info_map, "divisor": "map_all_ranks", "prior": prior(half)}
+            loss = distill_loss(student, [x[half] for x in feats(n=4)], **options)
+            gradients = torch.autograd.grad(loss, student)
+        found[info_map] = loss.detach(), gradients, any("one_pass" in name for name in dispatched.names)
+    torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -328,12 +281,23 @@ def prior(images: slice) -> list[Tensor]:
     return [torch.rand(4, *x.shape[2:], generator=g)[images] for x in feats(n=4)]
 
 
-def test_map_all_ranks_averages_to_the_whole_batch(tmp_path: Path) -> None:
-    spawn(_rank, args=(str(tmp_path),), nprocs=2)
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("of_ranks")
+    spawn(_rank, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+MAPS_OF_RANKS = {"attention": False, "graded_iou": True}  # and whether one pass can be taken
+
+
+@pytest.mark.parametrize("info_map", MAPS_OF_RANKS)
+def test_map_all_ranks_averages_to_the_whole_batch(info_map: str, of_ranks: list[dict[str, Any]]) -> None:
     student = [x.requires_grad_() for x in feats(seed=1, n=4)]
-    whole = distill_loss(student, feats(n=4), info_map="attention", normalizer="map", prior=prior(slice(4)))
+    whole = distill_loss(student, feats(n=4), info_map=info_map, divisor="map", prior=prior(slice(4)))
     expected = torch.autograd.grad(whole, student)
-    (loss0, gradients0), (loss1, gradients1) = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    (loss0, gradients0, one_pass), (loss1, gradients1, _) = (found[info_map] for found in of_ranks)
+    assert one_pass == MAPS_OF_RANKS[info_map]
     torch.testing.assert_close((loss0 + loss1) / 2, whole.detach())
     for first, second, both in zip(gradients0, gradients1, expected, strict=True):
         torch.testing.assert_close(torch.cat([first, second]) / 2, both)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from fractions import Fraction
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd import distill_loss
+from fastkd.ops import prior_ops
 from fastkd.priors import box_balance, confidence, iou_mask
 
 
@@ -253,6 +255,22 @@ def all_priors(boxes: Tensor, batch: int = 4) -> list[Tensor]:
     ]
 
 
+def plain_priors(
+    boxes: Tensor, anchors: list[Tensor], sizes: list[tuple[int, int]], image: tuple[int, int], batch: int
+) -> list[Tensor]:
+    """``all_priors`` by the formulas in plain PyTorch, without a look at values: as on a GPU without kernels."""
+    flat, maps = [side for size in sizes for side in size], []
+    for rows, _ in (
+        prior_ops.plain_iou_mask(boxes, anchors, flat, *image, batch, 0.5, False),
+        prior_ops.plain_iou_mask(boxes, anchors, flat, *image, batch, 0.5, True),
+        prior_ops.plain_box_balance(boxes, flat, *image, batch, 1.0, False),
+    ):
+        maps += [
+            x.view(batch, *size) for x, size in zip(rows.split([batch * h * w for h, w in sizes]), sizes, strict=True)
+        ]
+    return maps
+
+
 def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
     for x, y in zip(a, b, strict=True):
         assert torch.equal(x, y)
@@ -264,8 +282,8 @@ def test_order_padding_precision_and_pieces_change_no_bit(monkeypatch: pytest.Mo
     assert_same_bits(all_priors(boxes.flip(0)), expected)
     assert_same_bits(all_priors(torch.cat([torch.zeros(3, 5), boxes])), expected)
     assert_same_bits(all_priors(boxes.double()), expected)
-    monkeypatch.setattr("fastkd.priors._PIECE_CPU", 100)
-    assert_same_bits(all_priors(boxes), expected)
+    monkeypatch.setattr("fastkd.ops.prior_ops._PIECE", 100)
+    assert_same_bits(plain_priors(boxes, ANCHORS, SIZES, IMAGE, 4), expected)
 
 
 def test_a_level_of_one_cell_and_one_far_from_square() -> None:
@@ -315,37 +333,87 @@ def test_compiles_into_one_graph_with_the_same_result() -> None:
 
 @pytest.mark.parametrize("batch", [0, 4])
 def test_a_wrong_image_index_is_ignored_where_values_are_not_looked_at(batch: int) -> None:
-    # traced, as on a GPU, no value is looked at; on the CPU, a write out of bounds would be an error of its own
+    # on the CPU, a write out of bounds would be an error of its own
     good = random_boxes(seed=8, count=6, whole=False)
     wrong = torch.tensor([[4.0, 0, 0, 20, 20], [-1, 0, 0, 20, 20], [0.5, 0, 0, 20, 20], [1e30, 0, 0, 20, 20]])
-    traced = torch.compile(all_priors, fullgraph=True, backend="eager")
     expected = all_priors(good if batch else good[:0], batch)
-    assert_same_bits(traced(torch.cat([wrong, good, wrong]), batch), expected)
+    assert_same_bits(plain_priors(torch.cat([wrong, good, wrong]), ANCHORS, SIZES, IMAGE, batch), expected)
 
 
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), -5.0, 0.0])
 def test_an_unusable_anchor_overlaps_nothing_where_values_are_not_looked_at(size: float) -> None:
     boxes = torch.cat([ODD_BOXES, random_boxes(seed=9, count=6, whole=False)])
-    for graded in (False, True):
-
-        def run(anchor: Tensor, graded: bool = graded) -> Tensor:
-            return iou_mask(boxes, [anchor], SIZES[:1], IMAGE, 4, graded=graded)[0]
-
-        traced = torch.compile(run, fullgraph=True, backend="eager")
-        both = traced(torch.tensor([[size, size], [24.0, 24.0]]))
-        assert torch.equal(both, run(torch.tensor([[24.0, 24.0]])))
+    both, good = torch.tensor([[size, size], [24.0, 24.0]]), torch.tensor([[24.0, 24.0]])
+    assert_same_bits(plain_priors(boxes, [both], SIZES[:1], IMAGE, 4), plain_priors(boxes, [good], SIZES[:1], IMAGE, 4))
 
 
 def test_nothing_waits_for_the_device() -> None:
     # tensors without values, on a device that is not the CPU: .item(), nonzero and boolean indexing raise
-    boxes, anchors = torch.empty(6400, 5, device="meta"), torch.empty(3, 3, 2, device="meta")
+    boxes, anchors = torch.empty(6400, 5, device="meta"), list(torch.empty(3, 3, 2, device="meta"))
     sizes = [(80, 80), (40, 40), (20, 20)]
-    maps = [
-        *iou_mask(boxes, anchors, sizes, (640, 640), 64),
-        *iou_mask(boxes, anchors, sizes, (640, 640), 64, graded=True),
-        *box_balance(boxes, sizes, (640, 640), 64),
-    ]
+    maps = plain_priors(boxes, anchors, sizes, (640, 640), 64)
     assert [(x.shape, x.device.type) for x in maps] == 3 * [((64, *size), "meta") for size in sizes]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_graph_looks_at_values_on_the_cpu_too() -> None:
+    compiled = torch.compile(all_priors, fullgraph=True, backend="eager")
+    with pytest.raises((RuntimeError, ValueError), match="boxes: expected whole image indices"):
+        compiled(torch.tensor([[4.0, 0, 0, 20, 20]]))
+
+
+@pytest.mark.parametrize("prior", ["iou_mask", "graded", "box_balance"])
+def test_the_maps_come_with_their_sums_until_one_is_changed(prior: str) -> None:
+    boxes = random_boxes(seed=10, count=8, whole=False)
+
+    def made() -> Any:
+        if prior == "box_balance":
+            return box_balance(boxes, SIZES, IMAGE, 4)
+        return iou_mask(boxes, ANCHORS, SIZES, IMAGE, 4, graded=prior == "graded")
+
+    maps = made()
+    assert maps.sums.dtype == torch.float64
+    torch.testing.assert_close(maps.sums, torch.stack([x.double().sum() for x in maps]), rtol=1e-14, atol=0)
+    assert copy.deepcopy(maps).sums is None  # a copy counts its changes anew
+    maps[1].mul_(2)
+    assert maps.sums is None
+    for edit in (
+        lambda x: x.append(x[0]),
+        lambda x: x.pop(),
+        lambda x: x.__setitem__(0, torch.ones(4, *SIZES[0])),
+        lambda x: x.reverse(),
+        lambda x: x[2].view(-1)[0].zero_(),
+    ):
+        maps = made()
+        edit(maps)
+        assert maps.sums is None
+    assert not hasattr(made()[:2], "sums")
+    assert type(made())(x + 1 for x in made()).sums is None
+    with torch.inference_mode():
+        assert made().sums is None  # no one counts the changes of such tensors
+
+
+def fgd_scale_mask(boxes: Tensor, size: tuple[int, int], background: float) -> Tensor:
+    """Cell by cell as FGD's published code has it: floor(low) to ceil(high), both included."""
+    weights = torch.zeros(4, *size)
+    for n in range(4):
+        for x1, y1, x2, y2 in valid_boxes(boxes, n):
+            first = math.floor(y1 * size[0] / IMAGE[0]), math.floor(x1 * size[1] / IMAGE[1])
+            last = math.ceil(y2 * size[0] / IMAGE[0]), math.ceil(x2 * size[1] / IMAGE[1])
+            area = (last[0] + 1 - first[0]) * (last[1] + 1 - first[1])
+            cells = weights[n, first[0] : last[0] + 1, first[1] : last[1] + 1]
+            cells.clamp_(min=1 / area)
+        empty = weights[n] == 0
+        weights[n][empty] = background / max(int(empty.sum()), 1)
+    return weights
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_box_balance_covers_the_cells_of_fgds_code_if_asked(whole: bool) -> None:
+    boxes = torch.cat([ODD_BOXES, random_boxes(seed=3, count=6, whole=whole)])
+    weights = box_balance(boxes, SIZES, IMAGE, 4, background=0.5, inclusive=True)
+    for weight, size in zip(weights, SIZES, strict=True):
+        torch.testing.assert_close(weight, fgd_scale_mask(boxes, size, 0.5), rtol=1e-6, atol=0)
 
 
 BOX = torch.tensor([[0.0, 1, 1, 9, 9]])
@@ -360,6 +428,13 @@ GOOD: dict[str, Any] = dict(boxes=BOX, anchors=[ANCHOR], sizes=[(2, 2)], image_s
         ({"boxes": BOX[:, :4]}, ValueError, r"boxes: expected shape \(M, 5\): image index, .*\(1, 4\)"),
         ({"boxes": BOX[0]}, ValueError, r"boxes: expected shape \(M, 5\).*\(5,\)"),
         ({"boxes": BOX.bfloat16()}, TypeError, "boxes: expected float32 or float64.*bfloat16; pack"),
+        ({"boxes": BOX.to_sparse()}, TypeError, "boxes: expected a dense tensor that has values, got .*sparse_coo"),
+        ({"boxes": BOX.to("meta")}, TypeError, "boxes: expected a dense tensor that has values, .*meta"),
+        (
+            {"boxes": torch.nested.nested_tensor([BOX, BOX], layout=torch.jagged)},
+            TypeError,
+            "boxes: expected a dense .*nested",
+        ),
         ({"boxes": BOX.long()}, TypeError, "boxes: expected float32 or float64.*int64"),
         ({"boxes": BOX + 1}, ValueError, r"boxes: .*indices from 0 to 0 in column 0 \(batch = 1\), got 1"),
         ({"boxes": BOX - 1}, ValueError, "boxes: expected whole image indices.*got -1"),
@@ -378,6 +453,7 @@ GOOD: dict[str, Any] = dict(boxes=BOX, anchors=[ANCHOR], sizes=[(2, 2)], image_s
         ({"anchors": [[8, 8]]}, TypeError, r"anchors\[0\]: expected a tensor of shape \(A, 2\), got a list"),
         ({"anchors": [ANCHOR[0]]}, ValueError, r"anchors\[0\]: expected shape \(A, 2\).*got \(2,\)"),
         ({"anchors": [ANCHOR[:0]]}, ValueError, r"anchors\[0\]: .*A > 0; got \(0, 2\)"),
+        ({"anchors": [ANCHOR.to_sparse()]}, TypeError, r"anchors\[0\]: expected a dense tensor .*sparse_coo"),
         ({"anchors": [ANCHOR > 0]}, TypeError, r"anchors\[0\]: expected a floating or integer dtype, got torch.bool"),
         ({"anchors": [ANCHOR.to("meta")]}, ValueError, r"anchors\[0\]: expected the boxes' device cpu, got meta"),
         ({"anchors": [ANCHOR - 8]}, ValueError, r"anchors\[0\]: expected finite widths and heights > 0.*0\.0"),

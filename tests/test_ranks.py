@@ -51,7 +51,7 @@ def _look(distiller: Distiller, images: Tensor, optimizer: torch.optim.Optimizer
 def _train(rank: int, folder: str, calibrating: str) -> None:
     student, teacher = DistributedDataParallel(net(4)), DistributedDataParallel(net(8))
     teacher(batch(0, 0))
-    options = {"weight": "auto", "normalizer": "map_all_ranks", "calibration_batches": 2}
+    options = {"weight": "auto", "divisor": "map_all_ranks", "calibration_batches": 2}
     distiller = Distiller(student, teacher, backbone=[("0", "0")], **options).prepare(batch(0, 0))
     optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], 0.01)
     if rank == 0:  # the other one waits for nobody, and nobody for it

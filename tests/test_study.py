@@ -325,7 +325,8 @@ def test_a_teacher_that_remembers_says_the_same_bits_without_running(objective, 
     student, distiller = objective.student.eval(), objective.distiller
     teacher = copy.deepcopy(distiller.teacher)
     remember(teacher, tmp_path)
-    again = Objective(student, teacher, info_map="self_information", prior="confidence", logit_weight=1.0)
+    options = {"prior": "confidence", "logit_weight": 1.0, "distill_weight": 1.0}
+    again = Objective(student, teacher, info_map="self_information", **options)
     ran = []
     teacher.get_submodule("block32").register_forward_hook(lambda *_: ran.append(1))
     images, targets = torch.rand(2, 3, 64, 64), torch.tensor([[0, 1, 8, 8, 40, 40.0]])
@@ -333,7 +334,7 @@ def test_a_teacher_that_remembers_says_the_same_bits_without_running(objective, 
     losses = [again(images, targets) for _ in range(2)]
     assert len(ran) == 1
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
-    plain = Objective(student, copy.deepcopy(distiller.teacher), prior="confidence", logit_weight=1.0)
+    plain = Objective(student, copy.deepcopy(distiller.teacher), info_map="self_information", **options)
     plain.distiller.prepare(images)
     plain.distiller.load_state_dict(again.distiller.state_dict())
     torch.testing.assert_close(plain(images, targets)[1], again(images, targets)[1], rtol=0, atol=0)

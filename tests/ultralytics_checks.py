@@ -25,7 +25,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics_offline import write_yolo_digits
 
-from fastkd.hooks import Tap
+from fastkd.hooks import FeatureHook
 from fastkd.integrations import ultralytics as integration
 from fastkd.integrations.ultralytics import DistillationTrainer, find_levels
 
@@ -108,7 +108,7 @@ def columns(trainer: Any) -> dict[str, list[float]]:
 
 def taps(model: nn.Module) -> list[Any]:
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return [hook for hook in hooks if isinstance(getattr(hook, "__self__", hook), Tap)]
+    return [hook for hook in hooks if isinstance(getattr(hook, "__self__", hook), FeatureHook)]
 
 
 # ---- levels
