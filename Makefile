@@ -39,17 +39,18 @@ lint: setup
 docs: setup
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky -b html docs build/docs
 
-# about 10 minutes on two cores, which must have nothing else to do: threads that wait for each other are not the loss
+# under 10 minutes on two cores, which must have nothing else to do: threads that wait for each other are not the loss
 bench: setup
 	mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest -q -p no:xdist benchmarks/bench_loss.py benchmarks/bench_training.py --benchmark-quiet \
-		--benchmark-json=$(RESULTS)/cpu.json
+	$(BIN)/python -m pytest -q -p no:xdist benchmarks/bench_step.py benchmarks/bench_training.py benchmarks/bench_loss.py \
+		--benchmark-quiet --benchmark-json=$(RESULTS)/cpu.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/cpu.json
 
 kernels-report: setup
 	$(BIN)/python benchmarks/kernels_report.py
 
-# on a machine with a GPU, with its own torch, Triton, nvcc and pytest: nothing is fetched
+# on a machine with a GPU, with its own torch, Triton and pytest: nothing is fetched. fastkd/_C.abi3.so is taken if it was
+# built before and has code for the card; else nvcc builds it
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
 

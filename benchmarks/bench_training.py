@@ -1,103 +1,158 @@
-"""A whole training step, YOLOv3 teaches YOLOv3-tiny, without and with each loss, by pytest-benchmark.
+"""A whole training step, YOLOv3 teaches YOLOv3-tiny, beside its rivals and the student alone, by pytest-benchmark.
 
     python -m pytest benchmarks/bench_training.py --benchmark-json=training.json
 
-At 416 px, 80 classes, random weights and boxes: student forward, detection loss, teacher forward, distillation of
-backbone and neck through 1x1 adapters, backward, SGD. ``extra_info`` has what map, loss and gradient take by
-themselves, on the features of that step after the adapters.
+At 416 px, 80 classes, random weights and boxes, with the trainer's defaults: student forward, detection loss, teacher
+forward, graded IoU prior, distillation of backbone and neck through 1x1 adapters with ``weight="auto"``, backward, SGD.
+Each round takes one step of each. ``extra_info`` also has what prior, loss and gradient take by themselves, on the
+features of that step after the adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import pytest
 import torch
-from bench_loss import milliseconds
+from rounds import Contender, compete, milliseconds
 from torch import Tensor, nn
+from workloads import FallingTask, random_targets
 
-from fastkd import Distiller, DistillLoss
-from fastkd.yolov3 import DetectionLoss, YOLOv3, YOLOv3Tiny
+from fastkd import DistillLoss
+from fastkd.ops.levels import LevelTensors
+from fastkd.ops.reference import level_losses
+from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
+from fastkd.yolov3.objective import Objective
 
-BATCHES = (1, 4)
-PROVIDERS = ("no teacher", "fastkd", "eager", "torch.compile")
-ROUNDS = 5
+ALONE = "student alone"
+PROVIDERS = (ALONE, "fastkd", "eager", "torch.compile")
+ROUNDS = {1: 7, 4: 5}  # by batch
+WARM_UP = 4  # calls of the loss alone: the first calibrate and compile
 CACHES = 1 << 28  # bytes, more than any holds
 
 
-def random_targets(batch: int, boxes: int = 8) -> Tensor:
-    """(M, 6) as ``DetectionLoss`` takes them."""
-    g = torch.Generator().manual_seed(0)
-    image = torch.arange(batch).repeat_interleave(boxes)[:, None].float()
-    label = torch.randint(80, (batch * boxes, 1), generator=g).float()
-    centre, size = (torch.rand(batch * boxes, 2, generator=g) * f + o for f, o in ((0.6, 0.2), (0.25, 0.05)))
-    return torch.cat([image, label, centre, size], 1)
+def random_images(batch: int, side: int, device: str = "cpu") -> Tensor:
+    images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+    return images.to(device, memory_format=torch.channels_last)
 
 
-def make_step(provider: str, images: Tensor) -> tuple[Callable[[], None], Distiller | None]:
+class CompiledLoss(DistillLoss):
+    """``DistillLoss`` with its plain formula compiled, of which moments, prior and factor are inputs."""
+
+    def _weighted(self, levels: LevelTensors, task: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight = self.loss_weight
+        tensors = (levels.student, levels.teacher, levels.prior, levels.mean, levels.rstd, levels.bias)
+        losses = self.formula(*tensors, levels.plan.weights)
+        factor = weight.factor.clone() if weight.is_known else weight.balanced(losses, task)
+        return factor * losses.sum(), losses.detach()
+
+    @cached_property
+    def formula(self) -> Callable[..., Tensor]:
+        o = self.active_options
+
+        def plain(*arguments: Any) -> Tensor:
+            return level_losses(*arguments, o.info_map, o.penalty, o.beta, o.divisor)[0]
+
+        return torch.compile(plain, dynamic=False, fullgraph=True)
+
+
+def options_of(provider: str) -> dict[str, Any]:
+    backend = None if provider == "fastkd" else "reference"
+    return {"info_map": "graded_iou", "calibration_batches": 1, "backend": backend}
+
+
+def make_objective(provider: str, images: Tensor, width: float = 1.0) -> Objective:
+    """What the trainer minimises, with its defaults; the rivals compute the feature term in plain PyTorch."""
     torch.manual_seed(0)
-    student, teacher = YOLOv3Tiny(num_classes=80), YOLOv3(num_classes=80).eval().requires_grad_(False)
-    detection, targets = DetectionLoss(student), random_targets(len(images))
-    distiller, parameters = None, list(student.parameters())
-    if provider != "no teacher":
-        levels = {
-            "backbone": (list(student.backbone_levels), list(teacher.backbone_levels)),
-            "neck": (list(student.neck_levels), list(teacher.neck_levels)),
-        }
-        backend = None if provider == "fastkd" else "reference"
-        options = {"backend": backend, "reuse_teacher_memory": provider == "fastkd", "calibration_batches": 1}
-        distiller = Distiller(student, teacher, **levels, **options)
-        distiller.prepare(images)
-        parameters += list(distiller.parameters())
-        if provider == "torch.compile":
-            distiller.criterion.compile(dynamic=False)
-    optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
+    student = YOLOv3Tiny(num_classes=80, width=width)
+    if provider == ALONE:
+        return Objective(student).to(images.device, memory_format=torch.channels_last)
+    teacher = YOLOv3(num_classes=80, width=width)
+    objective = Objective(student, teacher, prior="graded_iou", **options_of(provider))
+    assert objective.distiller is not None
+    objective.distiller.prepare(images.cpu())  # the adapters' widths, before they get another layout
+    for module in (objective, teacher):
+        module.to(images.device, memory_format=torch.channels_last)
+    if provider == "torch.compile":
+        objective.distiller.criterion.__class__ = CompiledLoss
+    return objective
+
+
+def make_step(objective: Objective, images: Tensor, autocast: bool = False) -> Callable[[], None]:
+    """One step of the optimiser; ``autocast`` computes in bfloat16."""
+    device = images.device.type
+    targets = random_targets(len(images), images.shape[2], device)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=1e-4, momentum=0.9)
 
     def step() -> None:
-        loss, _ = detection(student(images), targets)
-        if distiller is not None:
-            loss = loss + distiller.loss(images)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss, _ = objective(images, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, distiller
+    return step
 
 
-def loss_alone(distiller: Distiller, images: Tensor, compiled: bool) -> list[float]:
-    """Milliseconds of map, loss and gradient by themselves, on this model's features after the adapters.
+def loss_alone(objective: Objective, images: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of prior, loss and gradient by themselves, on this model's features after the adapters.
 
-    From cold caches, as the rest of the step leaves them.
+    From cold caches, as the rest of the step leaves them; of all providers in the same rounds.
     """
-    caught: list[Any] = []
-    hook = distiller.criterion.register_forward_pre_hook(lambda _, args: caught.append(args))
+    student, teacher, heads = caught_features(objective, images)
+    prior = objective.prior_of(images, random_targets(len(images), images.shape[2]))
+    sizes, task = [(t.shape[2], t.shape[3]) for t in teacher], FallingTask()
+    criteria = {
+        provider: DistillLoss(adapters=[nn.Identity() for _ in student], weight="auto", **options_of(provider))
+        for provider in PROVIDERS
+        if provider != ALONE
+    }
+    times: dict[str, list[float]] = {provider: [] for provider in criteria}
+    swept = torch.empty(CACHES // 4)
+    for _ in range(WARM_UP + rounds):
+        for provider, criterion in criteria.items():
+            swept.add_(1)
+            value = task.fall()
+            times[provider].append(
+                milliseconds(
+                    lambda c=criterion, v=value: torch.autograd.grad(
+                        c(student, teacher, prior(heads, sizes), v), student
+                    )
+                )
+            )
+    return {provider: found[WARM_UP:] for provider, found in times.items()}
+
+
+def caught_features(objective: Objective, images: Tensor) -> tuple[list[Tensor], list[Tensor], Any]:
+    """Student's features after the adapters, the teacher's, and the outputs of its heads."""
+    distiller, caught = objective.distiller, []
+    assert distiller is not None
+
+    def catch(_: nn.Module, features: Any, more: Any) -> None:
+        caught.append([[x.clone() for x in level] for level in features[:2]])  # the loss may overwrite the teacher's
+
+    handle = distiller.criterion.register_forward_pre_hook(catch, with_kwargs=True)
+    targets = random_targets(len(images), images.shape[2])
     with torch.no_grad():
         distiller.student(images)
-        distiller.loss(images)
-        hook.remove()
-        student, teacher, _ = caught[0]
-        adapters = list(distiller.criterion.adapters)
-        student = [adapter(s).requires_grad_() for adapter, s in zip(adapters, student, strict=True)]
-    reuses = distiller.criterion.reuse_teacher_memory
-    options = {"backend": distiller.criterion.backend, "reuse_teacher_memory": reuses, "calibration_batches": 1}
-    criterion = DistillLoss(adapters=[nn.Identity() for _ in student], **options)
-    if compiled:
-        criterion.compile(dynamic=False)
-    times, swept = [], torch.empty(CACHES // 4)
-    for _ in range(16):
-        own = [t.clone() for t in teacher] if reuses else teacher
-        swept.add_(1)
-        times.append(milliseconds(lambda own=own: torch.autograd.grad(criterion(student, own), student)))
-    return times[4:]  # the first calibrate and warm up
+        distiller.loss(images, objective.prior_of(images, targets), 1.0)
+        handle.remove()
+        ((student, teacher),) = caught
+        return [x.requires_grad_() for x in distiller.criterion.adapted(student)], teacher, distiller.teacher(images)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_training_step(provider: str, batch: int, benchmark: Any) -> None:
+@pytest.mark.parametrize("batch", ROUNDS)
+def test_training_step(batch: int, benchmark: Any, request: pytest.FixtureRequest) -> None:
     torch._dynamo.reset()
-    images = torch.rand(batch, 3, 416, 416, generator=torch.Generator().manual_seed(1))
-    step, distiller = make_step(provider, images)
-    benchmark.pedantic(step, rounds=ROUNDS, warmup_rounds=3)
-    alone = [] if distiller is None else loss_alone(distiller, images, provider == "torch.compile")
-    benchmark.extra_info.update(training=provider, batch=batch, loss_ms=alone)
+    count = request.config.getoption("--rounds") or ROUNDS[batch]
+    images = random_images(batch, 416)
+    objectives = {provider: make_objective(provider, images) for provider in PROVIDERS}
+    contenders = [Contender(provider, make_step(x, images)) for provider, x in objectives.items()]
+    for contender in contenders:
+        contender.measure()  # the first step has no factor yet, so that the second compiles once more
+    compete(benchmark, contenders, lambda _: count)
+    alone = loss_alone(objectives["fastkd"], images, 2 * count)
+    steps = [{**c.measured(), "loss_ms": alone.get(c.provider, [])} for c in contenders]
+    benchmark.extra_info.update(kind="training", batch=batch, steps=steps)

@@ -1,29 +1,36 @@
-"""Proves the GPU kernels on the GPU that is here, then times them: ``make gpu-check``.
+"""Decides on the GPU that is here whether the kernels are right, what they take, and what a user gets of them.
 
-    python benchmarks/gpu_check.py [--seconds 520]
+    make gpu-check                                                    # on a machine with a GPU
+    python benchmarks/gpu_check.py --dry                              # the schedule, without a GPU
+    python benchmarks/gpu_check.py --device cpu --tiny --seconds 300  # that the rows' code runs, on a CPU
 
-Offline, on a machine that has torch, Triton, nvcc and pytest: builds the extension for this card; runs the parity,
-operator, edge and GPU tests for both backends; a small matrix under compute-sanitizer; then times every workload.
-Writes benchmarks/results/<gpu name>.json and .md, prints one line per failure, and ends with status 1 if there was any.
-Parity is over the whole product of options for the CUDA kernels, and over a part of it for Triton, which compiles each;
-with ``--full``, which takes longer, over all of it.
+Offline, on a machine that has torch, Triton, pytest and, unless the extension was built before, nvcc. ``ROWS`` stand in
+order of worth, each with the seconds that it needs, what it decides and what was predicted for an H200. The budget is
+spent from the top, and what does not fit is skipped. ``gpu_timing.py`` has the rows, in a worker process of its own:
+one that hangs or breaks the device costs its row alone. Compilers run on the upper cores, and are stopped while a row
+takes times. benchmarks/results/<gpu name>.json is written after every row, the Markdown at the end; the status is 1 if
+there was any failure.
+
+An extension that was built beforehand (fastkd/_C.abi3.so) is taken if it loads and has code for this card; else it is
+built, which takes a minute. Import nothing of fastkd here: that comes after.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import platform
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,42 +41,136 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LOGS = ROOT / "build" / "gpu_check"
-TESTS = [f"tests/test_{name}.py" for name in ("parity", "ops", "one_pass", "info_map", "gpu")]
+TIMING = str(ROOT / "benchmarks" / "gpu_timing.py")
+WRITING = 10  # seconds kept for the reports
+WARMERS = 6  # processes that compile Triton's kernels
+COMPILED = 3  # cases of torch.compile, each compiled by a process
+TESTS = ("parity", "ops", "one_pass", "info_map", "gpu", "priors", "loss")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+Result = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One thing that the GPU decides."""
+
+    name: str  # of the function in ``gpu_timing.py``, or of one here
+    seconds: float  # that it may take; it gets what is left if it is the last
+    decides: str
+    predicted: str  # for an H200
+    needs: tuple[str, ...] = ()  # compilers in the background that it waits for
+    timed: bool = True  # whether compilers are stopped meanwhile
+
+
+ROWS = (
+    Row(
+        "build", 15, "whether the carried extension loads and has code for the card; else a minute of building",
+        "loads (abi3; glibc 2.36 on 2.39)", timed=False,
+    ),
+    Row(
+        "correct", 50, "whether the rows below count: 24 combinations of backend, dtype, layout and map against "
+        "float64, in memory poisoned with NaN, and the ops of prior and factor against the CPU's",
+        "all right, the same bits in two runs", needs=("triton",), timed=False,
+    ),
+    Row(
+        "ceilings", 15, "the true floor, two reads and one write, and what the adapters' bias costs in cuDNN",
+        "add at 4.2 TB/s or more; the bias about 0.1 ms of tiny5, N = 64",
+    ),
+    Row(
+        "host", 25, "the host path: one autograd.Function, cached plans, priors and factor as one op each",
+        "distill_loss 0.25 ms, was 1.2; DistillLoss 0.4, was 2.5; a prior under 0.05, was 5 to 7",
+    ),
+    Row(
+        "stream", 30, "one streaming pass where the weight of a cell is its prior (graded_iou)",
+        "large6 bf16 N = 64 0.39 to 0.43 ms, same6 0.17 to 0.19; float32 0.80 and 0.34", needs=("triton",),
+    ),
+    Row(
+        "score_pass", 25, "other maps: a score pass over the teacher and then the stream, or tiles held on chip",
+        "large6 bf16 N = 64 0.55 to 0.58 ms; above 1.45 times the floor, hold tiles on chip", needs=("triton",),
+    ),
+    Row(
+        "wall", 15, "what the caller waits at a size where the host decides (same6, N = 16)",
+        "0.25 to 0.40 ms, was 1.46",
+    ),
+    Row(
+        "compiled", 45, "whether torch.compile of the plain step is beaten, in two cases",
+        "torch.compile large6 0.72 ms of the device, same6 1.3 ms of the wall", needs=("compile 0", "compile 1"),
+    ),
+    Row(
+        "training", 60, "what a user gets: a step of YOLOv3 to YOLOv3-tiny at 416 px, N = 16 and 64, bfloat16",
+        "was 8 to 10 ms of host for distillation; now ahead of eager at both",
+    ),
+    Row(
+        "two_passes", 20, "whether the loops of the functional passes are pipelined",
+        "forward of large6 bf16 0.38 to 0.30 ms",
+    ),
+    Row(
+        "adapters", 20, "the bias in the loss, against a convolution with bias (tiny5, N = 64)",
+        "conv and loss 0.84 ms, bias folded 0.67, and streaming 0.50",
+    ),
+    Row(
+        "rescale", 12, "what an upstream gradient costs that is 1, and one that is not",
+        "under 0.01 ms, and two units",
+    ),
+    Row(
+        "bytes_moved", 35, "units really moved, by ncu",
+        "stream 3.0, score pass and stream 4.0; forward 2.0, backward 3.0",
+    ),
+    Row(
+        "compiled_image", 20, "torch.compile of self_information", "0.72 ms at large6 bf16 N = 64",
+        needs=("compile 2",),
+    ),
+    Row("others", 25, "no regressions: N = 1, NCHW, float16, in a CUDA graph", "at most today's times"),
+    Row(
+        "tests", 30, "that nothing is broken: sanitizers over a small matrix, and the tests, beside each other, in all "
+        "the time that is left", "ok", timed=False,
+    ),
+)  # fmt: skip
+
 SMALL_MATRIX = """
 import sys, torch
-sys.path.insert(0, "tests")
-from samples import levels, loss_and_gradients
+sys.path[:0] = ["tests", "benchmarks"]
+from samples import levels
+from workloads import FallingTask, loss_step, shrink, step_inputs
 import fastkd
+from fastkd.priors import box_balance, iou_mask
 for backend in ("cpp", "triton"):
     for layout in ("contiguous", "channels_last", "cropped"):
-        for dtype, info in ((torch.bfloat16, "attention"), (torch.float32, fastkd.InfoMap("entropy", "minmax"))):
+        for dtype, info in ((torch.bfloat16, "attention"), (torch.float32, fastkd.InfoMap("entropy", "minmax")),
+                            (torch.bfloat16, "fgfi"), (torch.float16, "energy")):
             with torch.device("cuda"):
                 sample = levels(dtype, layout, shapes=[(2, 7, 5, 3), (2, 64, 9, 9)])
-            for one_pass in (False, True)[: 1 + (backend == "triton")]:
-                loss = fastkd.distill_loss(
-                    **sample, info_map=info, reduction="none", backend=backend, one_pass=one_pass
-                )
-                loss_and_gradients(loss, sample["student_feats"])
+            loss = 2 * fastkd.distill_loss(**sample, info_map=info, backend=backend)
+            torch.autograd.grad(loss, sample["student_feats"])
+shrink()
+for dtype in (torch.bfloat16, torch.float32):
+    x = step_inputs("tiny5", 2, dtype, True, "cuda", adapters=True)
+    step, task = loss_step("fastkd", x), FallingTask("cuda")
+    for _ in range(3):
+        step(task.fall())
+box_balance(x.boxes, [(8, 8), (4, 4)], (64, 64), 2)
+iou_mask(x.boxes, x.anchors[:2], [(8, 8), (4, 4)], (64, 64), 2)
 torch.cuda.synchronize()
+"""
+LOADS = """
+import torch, fastkd
+if device == "cuda":
+    import fastkd.kernels
+ops = ["distill_cpp", "distill_cpp_backward", "distill_cpp_one_pass", "iou_mask", "box_balance", "update_factor"]
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+missing = [x for x in ops if not has(f"fastkd::{x}", device.upper())]
+print("LOADS", fastkd.backends(device)["cpp"] or f"no {', '.join(missing)}" * bool(missing) or "yes")
 """
 
 
-class Outcome(NamedTuple):
-    """What one stage found."""
-
-    stage: str
-    failures: list[str]
-    summary: str
+# ---- processes
 
 
-def run(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
+def run(command: Sequence[str], seconds: float, **environment: str) -> tuple[int, str]:
     """Exit status and output; 124 where it took longer, and was ended with all that it had started."""
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
-    variables.pop("TRITON_INTERPRET", None)
     process = subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True,
+        command, cwd=ROOT, env=variables(**environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=max(seconds, 1))
@@ -80,39 +181,180 @@ def run(command: list[str], seconds: float, **environment: str) -> tuple[int, st
     return process.returncode, output
 
 
-def outcome(stage: str, status: int, output: str, failures: list[str], summary: str) -> Outcome:
-    """As ``failures`` says; a bad status without any is one. The whole output is kept in ``build/gpu_check``."""
-    LOGS.mkdir(parents=True, exist_ok=True)
-    (LOGS / f"{re.sub('[^a-z]+', '_', stage)}.log").write_text(output)
-    if status == 124:
-        failures = [*failures, "not done in its time"]
-    elif status and not failures:
-        lines = [line for line in output.splitlines() if line.strip()]
-        failures = [f"exit status {status}: {lines[-1] if lines else 'no output'}"]
-    return Outcome(stage, failures, summary)
+def variables(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    of_process = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths, **more}
+    of_process.pop("TRITON_INTERPRET", None)
+    return of_process
 
 
-# ---- stages
+def on_cores(upper: bool) -> list[str]:
+    """The start of a command that keeps to half of the cores: the upper half compiles, the lower one is timed."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    half = cores[len(cores) // 2 :] if upper else cores[: len(cores) // 2]
+    return ["taskset", "-c", ",".join(map(str, half))] if half and shutil.which("taskset") else []
 
 
-def build(seconds: float) -> Outcome:
-    major, minor = torch.cuda.get_device_capability()
-    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
-    start = time.monotonic()
-    status, output = run(command, seconds, FASTKD_CUDA_ARCH=f"{major}{minor}")
-    return outcome("build", status, output, [], f"{time.monotonic() - start:.0f} s for sm_{major}{minor}")
+class Background:
+    """Compilers that fill caches beside rows that take no times, by the name that rows need them by."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        of = [*on_cores(upper=True), "nice", sys.executable, TIMING, *target(options)]
+        commands = {
+            **{f"compile {i}": [[*of, "--compile", str(i)]] for i in range(COMPILED)},
+            "triton": [[*of, "--warm", f"{i}/{WARMERS}"] for i in range(WARMERS)] if options.device == "cuda" else [],
+        }
+        log = (LOGS / "background.log").open("w")
+        self.jobs = {name: [self._start(command, log) for command in each] for name, each in commands.items()}
+
+    @staticmethod
+    def _start(command: list[str], log: Any) -> subprocess.Popen[bytes]:
+        more = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=variables(**more), stdout=log, stderr=log, start_new_session=True
+        )  # fmt: skip
+
+    def signal(self, number: int, names: Sequence[str] | None = None) -> None:
+        for job in self._of(self.jobs if names is None else names):
+            if job.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(job.pid, number)
+
+    def wait(self, names: Sequence[str], seconds: float) -> None:
+        """Then the row compiles what is missing; torch.compile would wait for a lock that a stopped process holds."""
+        end = time.monotonic() + seconds
+        for job in self._of(names):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(max(end - time.monotonic(), 0.01))
+        self.signal(signal.SIGKILL, [name for name in names if name.startswith("compile")])
+
+    def _of(self, names: Iterable[str]) -> list[subprocess.Popen[bytes]]:
+        return [job for name in names for job in self.jobs.get(name, ())]
+
+    def end(self) -> None:
+        self.signal(signal.SIGKILL)
 
 
-def test(backend: str, full: bool, seconds: float) -> Outcome:
-    workers = ["-n", "6" if backend == "cpp" else "10"] if importlib.util.find_spec("xdist") else []
-    options = ["-v", "--tb=line", "-k", f"{backend}-cuda", *(["--full"] if full else []), *workers]
-    status, output = run([sys.executable, "-m", "pytest", *options, *TESTS], seconds)
-    failures = failed_tests(output)
+class Worker:
+    """The process that runs the rows of ``gpu_timing.py``; a new one where the last has ended."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.command = [*on_cores(upper=False), sys.executable, TIMING, *target(options)]
+        self.process: subprocess.Popen[str] | None = None
+        self.answers = -1
+
+    def ask(self, row: str, seconds: float) -> Result:
+        running = self.process is not None and self.process.poll() is None
+        process: Any = self.process if running else self._start()
+        end = time.monotonic() + seconds
+        print(json.dumps({"row": row, "seconds": seconds}), file=process.stdin, flush=True)
+        answer = b""
+        while not answer.endswith(b"\n"):
+            left = end + 5 - time.monotonic()  # a row watches its own time; this is for one that hangs
+            if left <= 0 or not select.select([self.answers], [], [], left)[0]:
+                self.end()
+                return {"failures": ["not done in its time"]}
+            piece = os.read(self.answers, 1 << 16)
+            if not piece:
+                return {"failures": [f"the worker ended with status {process.wait()}: {last_line(self.log)}"]}
+            answer += piece
+        result: Result = json.loads(answer)
+        return result
+
+    @property
+    def log(self) -> str:
+        return (LOGS / "worker.log").read_text(errors="replace")
+
+    def _start(self) -> subprocess.Popen[str]:
+        self.end()
+        self.answers, write = os.pipe()
+        log = (LOGS / "worker.log").open("a")
+        self.process = subprocess.Popen(
+            [*self.command, "--answers", str(write)], cwd=ROOT, env=variables(), stdin=subprocess.PIPE, stdout=log,
+            stderr=log, text=True, pass_fds=[write], start_new_session=True,
+        )  # fmt: skip
+        os.close(write)
+        return self.process
+
+    def end(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            os.close(self.answers)
+            self.process = None
+
+
+def target(options: argparse.Namespace) -> list[str]:
+    return ["--device", options.device, *(["--tiny"] if options.tiny else [])]
+
+
+def last_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+# ---- rows that are processes of their own
+
+
+def build(options: argparse.Namespace, seconds: float) -> Result:
+    """The extension that is there, if it serves; else one built for this card."""
+    end = time.monotonic() + seconds
+    code = f"device = {options.device!r}{LOADS}"
+    found = loads(code, 60)
+    if found != "yes" and options.device == "cuda":
+        install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
+        major, minor = torch.cuda.get_device_capability()
+        ways = [{"FASTKD_CPP": "0"}] if "fastkd.kernels" in found else []  # it may serve, once the package is installed
+        for more in (*ways, {"FASTKD_CUDA_ARCH": f"{major}{minor}"}):
+            status, output = run(install, max(end - time.monotonic(), 150), **more)
+            keep("build", output)
+            if status:
+                return {"failures": [f"exit status {status}: {last_line(output)}"]}
+            before, found = found, loads(code, 60)
+            if found == "yes":
+                return {"failures": [], "summary": f"{'installed' if 'FASTKD_CPP' in more else 'built'}, as: {before}"}
+    return {"failures": [] if found == "yes" else [found], "summary": "the carried extension serves"}
+
+
+def loads(code: str, seconds: float) -> str:
+    status, output = run([sys.executable, "-c", code], seconds)
+    found = re.findall(r"^LOADS (.*)$", output, re.MULTILINE)
+    return found[0] if found else f"exit status {status}: {last_line(output)}"
+
+
+def tests(options: argparse.Namespace, seconds: float) -> Result:
+    """Sanitizers and tests beside each other."""
+    if options.device != "cuda":
+        return {"failures": [], "summary": "only on a GPU"}
+    with ThreadPoolExecutor() as pool:
+        parts = [pool.submit(test, x, options.full, seconds) for x in ("cpp", "triton")]
+        parts += [pool.submit(sanitize, x, seconds) for x in SANITIZERS]
+        found = [part.result() for part in parts]
+    return {
+        "failures": [f"{x['part']}: {failure}" for x in found for failure in x["failures"]],
+        "table": [{"part": x["part"], "found": x["summary"]} for x in found],
+        "summary": f"{sum(not x['failures'] for x in found)} of {len(found)} parts without failures",
+    }
+
+
+def test(backend: str, full: bool, seconds: float) -> Result:
+    files = [f"tests/test_{name}.py" for name in TESTS if (ROOT / f"tests/test_{name}.py").exists()]
+    workers = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    only = f"{backend}-cuda" if backend == "triton" else "cuda and not triton"
+    options = ["-v", "--tb=line", "-k", only, *(["--full"] if full or backend == "cpp" else []), *workers]
+    status, output = run([sys.executable, "-m", "pytest", *options, *files], seconds)
     counts = re.findall(r"^=+ (.*\b(?:passed|failed|error).* in .*?) =+$", output, re.MULTILINE)
     counts = counts or [f"{len(re.findall(' PASSED ', output))} passed so far"]
     errors = re.findall(r"^(?:cpp|triton)-cuda .*eager's.*$", output, re.MULTILINE)
     errors = [re.sub(" +", " ", line) for line in errors]
-    return outcome(f"tests, {backend}", status, output, failures, "; ".join([counts[-1], *errors]))
+    failures = failed_tests(output)
+    if status == 124:
+        counts[-1] += "; the others had no time"
+    elif status and not failures:
+        failures = [f"exit status {status}: {last_line(output)}"]
+    keep(f"tests {backend}", output)
+    return {"part": f"tests, {backend}", "failures": failures, "summary": "; ".join([counts[-1], *errors])}
 
 
 def failed_tests(output: str) -> list[str]:
@@ -123,184 +365,216 @@ def failed_tests(output: str) -> list[str]:
     return summary or one_by_one
 
 
-def sanitize(tool: str, seconds: float) -> Outcome:
-    stage, program = f"compute-sanitizer {tool}", shutil.which("compute-sanitizer")
+def sanitize(tool: str, seconds: float) -> Result:
+    part, program = f"compute-sanitizer {tool}", shutil.which("compute-sanitizer")
     if program is None:
-        return Outcome(stage, [], "skipped: compute-sanitizer is not on the PATH")
+        return {"part": part, "failures": [], "summary": "skipped: compute-sanitizer is not on the PATH"}
     command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL_MATRIX]
     status, output = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    keep(part, output)
     if "Device not supported" in output:
-        return Outcome(stage, [], "skipped: it does not support this machine (Device not supported)")
+        return {"part": part, "failures": [], "summary": "skipped: it does not support this machine"}
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
     found = re.findall(r"========= ((?:Invalid|Error|Uninitialized|Barrier|Potential|Race).*)", output)
     at = re.findall(r"=========\s+at (.*)", output)
     failures = [f"{len(found)} reports, the first: {found[0]} at {at[0] if at else '?'}"] if found else []
-    return outcome(stage, status, output, failures, summaries[-1] if summaries else "no summary")
+    if status not in (0, 124) and not failures:
+        failures = [f"exit status {status}: {last_line(output)}"]
+    return {"part": part, "failures": failures, "summary": "no time" if status == 124 else [*summaries, "?"][0]}
 
 
-def workloads() -> list[str]:
-    """Their names, asked of a process that sees what was built since this one began."""
-    program = "import sys; sys.path.insert(0, 'benchmarks'); from workloads import WORKLOADS; print(*WORKLOADS)"
-    status, output = run([sys.executable, "-c", program], 60)
-    return [] if status else output.split()
+def keep(name: str, output: str) -> None:
+    """The whole output, in ``build/gpu_check``."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    (LOGS / f"{re.sub('[^a-z]+', '_', name)}.log").write_text(output)
 
 
-def compile_ahead(workload: str, seconds: float) -> Outcome:
-    """Fill torch.compile's cache beside the tests, so that the timings need not wait for it."""
-    command = [sys.executable, "benchmarks/gpu_timing.py", "--compile", workload]
-    status, _ = run(command, seconds, TORCHINDUCTOR_COMPILE_THREADS="2")
-    return Outcome(f"torch.compile of {workload} ahead", [], f"exit status {status}")  # what is missing comes later
+HERE: dict[str, Callable[[argparse.Namespace, float], Result]] = {"build": build, "tests": tests}
 
 
-def time_all(seconds: float) -> tuple[Outcome, dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "times.json"
-        command = [sys.executable, "benchmarks/gpu_timing.py", "--out", str(out), "--seconds", str(seconds - 30)]
-        status, output = run(command, seconds)
-        found = json.loads(out.read_text()) if out.exists() else {"times": [], "left_out": []}
-    if status in (0, 124):  # cases for which there was no time are left out, but one there must be
-        status = 0 if found["times"] else 124
-    failures = [f"{x['workload']}, N = {x['n']}, {x['dtype']}, {x['layout']}, {x['provider']}: {x['error']}"
-                for x in found["times"] if "error" in x]  # fmt: skip
-    found["times"] = [x for x in found["times"] if "error" not in x]
-    left_out = len(found["left_out"])
-    summary = f"{len(found['times'])} rows" + (f"; {left_out} cases left out for want of time" if left_out else "")
-    return outcome("timing", status, output, failures, summary), found
+# ---- the schedule
 
 
-# ---- report
+def plan(rows: Sequence[Row], seconds: float) -> Iterator[tuple[float, Row, bool]]:
+    """When each row would begin, and whether it fits, if all took the seconds that they may."""
+    at, end = 0.0, seconds - WRITING
+    for row in rows:
+        fits = at + row.seconds <= end
+        yield at, row, fits
+        at += row.seconds * fits
 
 
-def machine() -> dict[str, Any]:
-    card = torch.cuda.get_device_properties(0)
+def print_plan(rows: Sequence[Row], seconds: float) -> None:
+    for at, row, fits in plan(rows, seconds):
+        print(f"{at:4.0f} s  {'' if fits else 'SKIP '}{row.name}, {row.seconds:g} s: {row.decides}")
+        print(f"        predicted: {row.predicted}")
+
+
+def decide(rows: Sequence[Row], options: argparse.Namespace, about: Result) -> list[Result]:
+    """Every row that fits, in order; what was found is on the disk after each."""
+    end, found = time.monotonic() + options.seconds - WRITING, []
+    worker, background = Worker(options), None
+    LOGS.mkdir(parents=True, exist_ok=True)
+    try:
+        for row in rows:
+            begin = time.monotonic()
+            result: Result = {"row": row.name, "decides": row.decides, "predicted": row.predicted}
+            if row.seconds > end - begin:
+                result["skipped"] = f"needs {row.seconds:g} s, {max(end - begin, 0):.0f} s were left"
+            else:
+                if background is not None:
+                    background.signal(signal.SIGCONT)
+                    background.wait(row.needs, min(row.seconds, end - begin - row.seconds))
+                    if row.timed or row is rows[-1]:
+                        background.signal(signal.SIGSTOP)
+                allowed = end - time.monotonic()
+                if row is not rows[-1]:
+                    allowed = min(allowed, 2 * row.seconds)
+                result |= attempt(HERE.get(row.name), options, worker, row, allowed)
+                result["seconds"] = round(time.monotonic() - begin, 1)
+            found.append(result)
+            say(result)
+            write(options, about, found)
+            if row.name == "build":
+                if result.get("failures"):
+                    break
+                background = Background(options)
+    finally:
+        worker.end()
+        if background is not None:
+            background.end()
+    return found
+
+
+def attempt(here: Any, options: argparse.Namespace, worker: Worker, row: Row, seconds: float) -> Result:
+    """A row that breaks must not cost what the others find."""
+    try:
+        found: Result = worker.ask(row.name, seconds) if here is None else here(options, seconds)
+        return found
+    except Exception as error:
+        return {"failures": [f"{type(error).__name__}: {error}"]}
+
+
+def say(result: Result) -> None:
+    for failure in result.get("failures", ()):
+        print(f"FAIL {result['row']}: {failure}", flush=True)
+    if "skipped" in result:
+        print(f"skip {result['row']}: {result['skipped']}", flush=True)
+    elif not result["failures"]:
+        print(f"ok   {result['row']}, {result['seconds']} s: {result.get('summary', '')}", flush=True)
+
+
+# ---- the report
+
+
+def machine(options: argparse.Namespace) -> Result:
+    """What the results are of, and are named after."""
+    about: Result = {"gpu": "cpu, tiny" if options.tiny else "cpu"}
+    if options.device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        about = {"gpu": card.name, "memory_gib": round(card.total_memory / 2**30)}
+        about["multiprocessors"] = card.multi_processor_count
     nvcc = re.findall(r"release ([\d.]+)", run(["nvcc", "--version"], 20)[1]) if shutil.which("nvcc") else []
-    commit = run(["git", "describe", "--always", "--dirty"], 20)[1].strip() if shutil.which("git") else None
+    status, commit = run(["git", "describe", "--always", "--dirty"], 20) if shutil.which("git") else (1, "")
+    triton = importlib.util.find_spec("triton") and __import__("triton").__version__
     return {
-        "gpu": card.name,
-        "memory_gib": round(card.total_memory / 2**30),
-        "multiprocessors": card.multi_processor_count,
+        **about,
         "torch": torch.__version__,
-        "triton": __import__("triton").__version__,
+        "triton": triton,
         "nvcc": nvcc[0] if nvcc else None,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": None if status else commit.strip(),
         "arguments": " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 
 
-def targets(found: dict[str, Any]) -> list[str]:
-    """What the kernels are measured by: bfloat16, channels_last, forward and backward."""
-    lines = []
-    for workload, n, of in (("large6", 64, "both_ms"), ("same6", 16, "wall_ms")):
-        case = (workload, n, "bfloat16", "channels_last")
-        rows = [x for x in found["times"] if (x["workload"], x["n"], x["dtype"], x["layout"]) == case]
-        medians = {x["provider"]: x[of][1] for x in rows}
-        for x in rows:
-            if x["provider"].startswith("fastkd"):
-                floor = 1e3 * x["bytes"] / found["copy_bytes_per_second"]
-                times = {name: medians[name] / x[of][1] for name in ("eager", "torch.compile") if name in medians}
-                faster = ", ".join(f"{ratio:.1f} times as fast as {name}" for name, ratio in times.items())
-                lines.append(
-                    f"- {workload}, N = {n}, {x['provider']}: {x['both_ms'][1] / floor:.2f} times the floor of two "
-                    f"passes on the device, {x['both_ms'][1] / floor * 5 / 3:.2f} times that of one; {faster} ({of}); "
-                    f"{1e3 * x['graph_ms'][1]:.0f} µs in a graph"
-                )
-    return lines
+def results_file(folder: Path, about: Result) -> Path:
+    return folder / (re.sub(r"\W+", "-", about["gpu"].lower()).strip("-") + ".json")
 
 
-def table(found: dict[str, Any]) -> list[str]:
-    """Markdown, medians: a provider's time by the first of ours, and of ours the share of a copy's bandwidth."""
-    rows = [
-        "| workload | N | dtype | layout | provider | forward, ms | backward, ms | both, ms (quartiles) | wall, ms "
-        "| in a graph, ms | times ours | share of copy | peak, MiB |",
-        "|" + "---|" * 13,
-    ]
-    ours: dict[tuple[Any, ...], float] = {}
-    for x in found["times"]:
-        case = (x["workload"], x["n"], x["dtype"], x["layout"])
-        both = x["both_ms"][1]
-        first = ours.setdefault(case, both)
-        of_copy = x["bytes"] / (both / 1e3) / found["copy_bytes_per_second"]
-        graph, share = (f"{x['graph_ms'][1]:.3f}", f"{of_copy:.0%}") if "graph_ms" in x else ("", "")
-        rows.append(
-            f"| {' | '.join(map(str, case))} | {x['provider']} | {x['forward_ms'][1]:.3f} | {x['backward_ms'][1]:.3f} "
-            f"| {both:.3f} ({x['both_ms'][0]:.3f} to {x['both_ms'][2]:.3f}) | {x['wall_ms'][1]:.3f} | {graph} "
-            f"| {both / first:.2f} | {share} | {x['peak_bytes'] / 2**20:.1f} |"
-        )
-    return rows
-
-
-def write_results(about: dict[str, Any], outcomes: list[Outcome], found: dict[str, Any]) -> Path:
-    """The JSON and the Markdown, each written beside and renamed."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / (re.sub(r"\W+", "-", about["gpu"].lower()).strip("-") + ".json")
-    checks = [x._asdict() for x in outcomes]
-    lines = [
-        f"# {about['gpu']}", "",
-        ", ".join(f"{key} {value}" for key, value in about.items() if key != "gpu"), "",
-        "`make gpu-check`; medians of 25 repeats. Times of forward, backward, both and in a graph are the device's, "
-        "after a flush of the L2 cache; wall has the launches in it.", "",
-        *(f"- {x.stage}: {'; '.join(x.failures) or 'ok'} ({x.summary})" for x in outcomes), "",
-    ]  # fmt: skip
-    if found["times"]:
-        copy = f"A copy moves {found['copy_bytes_per_second'] / 1e12:.2f} TB/s, read and written."
-        lines += [copy, "", *targets(found), "", *table(found)]
-    for target, text in (
-        (path, json.dumps({**about, "checks": checks, **found}, indent=1)),
-        (path.with_suffix(".md"), "\n".join(lines) + "\n"),
-    ):
-        beside = target.with_suffix(".partial")
-        beside.write_text(text)
-        beside.replace(target)
+def write(options: argparse.Namespace, about: Result, found: list[Result]) -> Path:
+    path = results_file(options.results, about)
+    replace(path, json.dumps({**about, "rows": found}, indent=1) + "\n")
     return path
 
 
-def attempt(stage: str, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
-    """A stage that breaks must not cost what the others found."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        return Outcome(stage, [f"{type(error).__name__}: {error}"], "")
+def replace(path: Path, text: str) -> None:
+    """Written beside and renamed, so that a reader never finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".partial")
+    beside.write_text(text)
+    beside.replace(path)
 
 
-def check_all(full: bool, seconds: float) -> list[Outcome]:
-    """Tests and sanitizers, beside each other; and beside them what the timings will need."""
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        stages = [pool.submit(attempt, f"tests, {x}", test, x, full or x == "cpp", seconds) for x in ("cpp", "triton")]
-        stages += [pool.submit(attempt, f"compute-sanitizer {x}", sanitize, x, seconds) for x in SANITIZERS]
-        stages += [pool.submit(attempt, f"torch.compile of {x} ahead", compile_ahead, x, seconds) for x in workloads()]
-        return [x.result() for x in stages]
+def report(about: Result, found: Sequence[Result]) -> str:
+    """Markdown: what was asked of the card, then every row with its prediction and its table."""
+    lines = [
+        f"# {about['gpu']}", "",
+        ", ".join(f"{key} {value}" for key, value in about.items() if key != "gpu" and value is not None), "",
+        "`make gpu-check`, in order of worth. Times are medians (and quartiles). Those of the device are by events, "
+        "each after a flush of the L2 cache and behind a sleep of the device; *wall* has the launches in it. "
+        "Contenders of a table were timed in the same rounds. The floor is `torch.add` of student and teacher into a "
+        "third tensor: three times the bytes of all student features.", "",
+    ]  # fmt: skip
+    asked = [x for result in found for x in result.get("targets", ())]
+    if asked:
+        lines += ["| what, as asked of an H200 | asked | measured | |", "|---|---|---|---|"]
+        lines += [
+            f"| {x['what']} | {x['asked']} | {x['measured']} | {'met' if x['met'] else '**missed**'} |" for x in asked
+        ]
+        lines.append("")
+    for x in found:
+        state = x.get("skipped") or "; ".join(x["failures"]) or "ok"
+        took = f", {x['seconds']} s" if "seconds" in x else ""
+        lines += [f"## {x['row']}{took}", "", f"Decides: {x['decides']}. Predicted: {x['predicted']}.", ""]
+        lines += [f"{'Skipped: ' if 'skipped' in x else ''}{state}. {x.get('summary', '')}".strip(), ""]
+        lines += table(x.get("table", ()))
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Result]) -> list[str]:
+    if not rows:
+        return []
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines += [f"| {' | '.join(cell(row.get(name)) for name in names)} |" for row in rows]
+    return [*lines, ""]
+
+
+def cell(value: Any) -> str:
+    """Quartiles are lists of three."""
+    if isinstance(value, list):
+        low, middle, high = (f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in value)
+        return f"{middle} ({low} to {high})"
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=520, help="for all of it")
-    parser.add_argument("--timing", type=float, default=200, help="seconds kept for the timings, which run alone")
-    parser.add_argument(
-        "--full", action="store_true", help="the whole product of options for Triton too: give it an hour"
-    )
+    parser.add_argument("--rows", help="only these, by commas, in the order of worth")
+    parser.add_argument("--dry", action="store_true", help="print the schedule")
+    parser.add_argument("--full", action="store_true", help="all of Triton's parity tests: give it an hour")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small sizes and few repeats: does it run at all?")
+    parser.add_argument("--results", type=Path, help="folder; by default benchmarks/results, of a CPU build/gpu_check")
     options = parser.parse_args()
-    end = time.monotonic() + options.seconds
-    if not torch.cuda.is_available():
+    only = options.rows.split(",") if options.rows else [row.name for row in ROWS]
+    rows = [row for row in ROWS if row.name in only]
+    if options.dry:
+        print_plan(rows, options.seconds)
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu-check: this torch finds no GPU")
         return 1
-    about, found = machine(), {"times": [], "left_out": []}
-    outcomes = [attempt("build", build, end - time.monotonic())]
-    path = write_results(about, outcomes, found)
-    if not outcomes[0].failures:
-        outcomes += check_all(options.full, end - time.monotonic() - options.timing)
-        write_results(about, outcomes, found)
-        timing, found = time_all(end - time.monotonic())
-        outcomes.append(timing)
-        write_results(about, outcomes, found)
-    for x in outcomes:
-        for failure in x.failures:
-            print(f"FAIL {x.stage}: {failure}")
-        if not x.failures:
-            print(f"ok   {x.stage}: {x.summary}")
-    print(f"wrote {path.relative_to(ROOT)} and .md")
-    return 1 if any(x.failures for x in outcomes) else 0
+    options.results = options.results or (RESULTS if options.device == "cuda" else LOGS)
+    about = machine(options)
+    found = decide(rows, options, about)
+    path = write(options, about, found)
+    replace(path.with_suffix(".md"), report(about, found))
+    print(f"wrote {path} and .md")
+    return 1 if any(x.get("failures") for x in found) else 0
 
 
 if __name__ == "__main__":

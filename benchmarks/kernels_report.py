@@ -25,11 +25,11 @@ import triton
 from machine_code import Kernel, find_cuobjdump, kernels
 from triton.backends.compiler import GPUTarget
 
-from fastkd import ops
-from fastkd.info_map import NORMS, PENALTIES, SCORES
 from fastkd.kernels import launch
+from fastkd.ops import backends
+from fastkd.ops.presets import DIVISORS, MAP_NORMS, PENALTIES, SCORES
 
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = [(2, 256, 16, 16), (2, 512, 8, 8)]  # aligned, as most levels of a detector are in channels_last
 
@@ -56,49 +56,50 @@ def compiled_launches(
     dtype: torch.dtype,
     channels_last: bool,
     score: str,
-    norm: str,
+    map_norm: str,
     penalty: str,
-    normalizer: str,
+    divisor: str,
 ) -> Iterator[Kernel]:
     """Every kernel, compiled by the very calls that launch them."""
-    kept: list[tuple[str, Any]] = []
+    name = str(dtype).removeprefix("torch.") + (", channels_last" if channels_last else ", NCHW")
+    of_map, of_loss = f"{score}, {map_norm}", f"{penalty}, {'Z of the map' if divisor == 'map' else 'Z of sizes'}"
+    kept: list[tuple[str, str, Any]] = []
 
     def compile_only(kernel: Any, programs: int, *arguments: Any, near: Any, **options: Any) -> None:
-        kept.append((kernel.fn.__name__, kernel.warmup(*arguments, **options, grid=(programs,))))
+        kind = "score" if options.get("PENALTY", "") is None else kernel.fn.__name__
+        of = {"forward": f"{of_map}, {of_loss}", "score": of_map, "rescale": "all"}.get(kind, of_loss)
+        kept.append((kind, f"{name}, {of}", kernel.warmup(*arguments, **options, grid=(programs,))))
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
     student, teacher = ([torch.zeros(s, dtype=dtype).to(memory_format=layout) for s in SHAPES] for _ in range(2))
     prior = [torch.ones(n, h, w) for n, _, h, w in SHAPES]
-    vectors = [torch.ones(c) for _, c, _, _ in SHAPES]
-    codes = (SCORES.index(score), NORMS.index(norm), 1.0, PENALTIES.index(penalty), 1.0)
-    z = launch.NORMALIZERS.index(normalizer)
+    vectors, weights = [torch.ones(c) for _, c, _, _ in SHAPES], [1.0, 1.0]
+    of_penalty = (PENALTIES.index(penalty), 1.0, DIVISORS.index(divisor))
+    options = (SCORES.index(score), MAP_NORMS.index(map_norm), 1.0, *of_penalty)
+    known = (SCORES.index("uniform"), MAP_NORMS.index("none"), 1.0, *of_penalty)
+    features, per_channel = (student, teacher), (vectors, vectors, vectors)
     driver = mock.patch.object(triton.runtime.driver, "_active", Driver(capability))
     with driver, mock.patch.object(launch, "_launch", compile_only):
-        losses, mass, maps = launch.distill(student, teacher, prior, vectors, vectors, [1.0, 1.0], *codes, z)
-        launch.distill_backward(losses, mass, maps, student, teacher, vectors, vectors, [1.0, 1.0], *codes[3:], z)
-        room = [torch.empty_like(s) for s in student]
-        constants = (prior, vectors, vectors, [1.0, 1.0], *codes, z)
-        launch.distill_one_pass(student, teacher, *constants, losses, room)
-        launch.distill_rescale(losses, mass, room)
-    name = str(dtype).removeprefix("torch.") + (", channels_last" if channels_last else ", NCHW")
-    z = "Z of the map" if normalizer == "map" else "Z of sizes"
-    all_options = f"{name}, {score}, {norm}, {penalty}, {z}"
-    of_kernel = {
-        "forward": all_options, "one_pass": all_options, "backward": f"{name}, {penalty}, {z}", "rescale": name
-    }  # fmt: skip
-    for kernel, result in kept:
+        losses, mass, maps = launch.distill(*features, prior, *per_channel, weights, *options)
+        launch.distill_backward(losses, mass, maps, *features, *per_channel, weights, *of_penalty)
+        gradients = ([torch.empty_like(s) for s in student], [torch.empty_like(x) for x in vectors])
+        for codes in (options, known):
+            arguments = (*features, prior, *per_channel, weights, *codes)
+            launch.distill_one_pass(*arguments, mass.double(), torch.ones(()), *gradients)
+        launch.distill_rescale(losses, gradients[0])
+    for kind, of, result in kept:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(result.asm["cubin"])
             (found,) = kernels(cubin, tool, f"sm_{capability}")
-        yield replace(found, options="Triton, " + of_kernel[kernel], shared=result.metadata.shared)
+        yield replace(found, name=kind, options=f"Triton, {of}", shared=result.metadata.shared)
 
 
 def combinations(full: bool, dtype: torch.dtype) -> list[tuple[str, str, str, str]]:
-    """(score, norm, penalty, normalizer): all of them; or each value once in bfloat16, and in the others together."""
-    every = itertools.product(SCORES, NORMS, PENALTIES, ("elements", "map"))
+    """(score, map_norm, penalty, divisor): all of them; or each value once in bfloat16, and in the others together."""
+    every = itertools.product(SCORES, MAP_NORMS, PENALTIES, ("elements", "map"))
     some = [
-        (SCORES[i], NORMS[(i + 1) % len(NORMS)], PENALTIES[i % len(PENALTIES)], ("elements", "map")[i % 2])
+        (SCORES[i], MAP_NORMS[(i + 1) % len(MAP_NORMS)], PENALTIES[i % len(PENALTIES)], ("elements", "map")[i % 2])
         for i in range(len(SCORES))
     ]
     return list(every) if full else {torch.float16: some[::2], torch.float32: some[1::2]}.get(dtype, some)
@@ -118,7 +119,7 @@ def triton_kernels(tool: str, full: bool, capabilities: Sequence[int] = CAPABILI
 def cuda_kernels(tool: str) -> list[Kernel]:
     """Those of the extension that is installed; none where it was built without."""
     spec = importlib.util.find_spec("fastkd._C")
-    return kernels(Path(spec.origin), tool) if spec and spec.origin and ops._cuda_archs else []
+    return kernels(Path(spec.origin), tool) if spec and spec.origin and backends._cuda_archs else []
 
 
 def faults(kernel: Kernel) -> list[str]:
@@ -127,12 +128,14 @@ def faults(kernel: Kernel) -> list[str]:
     A CUDA kernel has its code for features that are not aligned beside that for those that are; a Triton kernel is
     compiled for the one or the other, here for aligned ones.
     """
+    if kernel.name.startswith("_Z"):  # the small ops, which keep their mangled names, read no features
+        return []
     found = {"local memory": kernel.leaks}
     if "channels_last" in kernel.options:
         found["loads of 2 bytes"] = kernel.narrow_loads > 0
     if "double" not in kernel.name and (not kernel.options or "channels_last" in kernel.options):
         found["no load of 16 bytes"] = kernel.load < 16
-        found["no store of 16 bytes"] = kernel.store < 16 and not kernel.name.startswith("forward")
+        found["no store of 16 bytes"] = kernel.store < 16 and not kernel.name.startswith(("forward", "score"))
     return [what for what, is_so in found.items() if is_so]
 
 

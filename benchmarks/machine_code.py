@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-GLOBAL = re.compile(r"\b(LDG|STG)\.E((?:\.\w+)*)")
+GLOBAL = re.compile(r"\b(LDG|STG)(?:STS)?\.E((?:\.\w+)*)")  # LDGSTS: an asynchronous copy to shared memory
 LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 
 
@@ -76,11 +76,15 @@ def _sections(lines: list[str], function: str, target: str) -> Iterator[tuple[st
 
 
 def readable(mangled: str) -> str:
-    """``forward<BFloat16, energy>`` and the like, from a mangled kernel name of ours."""
-    kernel = re.search(r"4cuda\d+(forward|backward)I(.*?)EEvNS", mangled)
+    """``forward<BFloat16, float>``, ``stream_pass<float, l1>`` from the mangled name of a feature kernel."""
+    kernel = re.search(r"4cuda\d+(forward|backward|score|stream_pass|rescale)(?:I(.*?)EEv|E)NS", mangled)
     if kernel is None:
         return mangled
+    if kernel[2] is None:
+        return kernel[1]
     element = next((e for e in ("BFloat16", "Half", "Any") if e in kernel[2]), "float")
+    if penalty := re.search(r"7PenaltyE(\d)", kernel[2]):
+        return f"{kernel[1]}<{element}, {('l2', 'l1', 'smooth_l1')[int(penalty[1])]}>"
     sums = "double" if kernel[2].endswith("d") else "float"
     return f"{kernel[1]}<{element}, {'entropy, ' if 'Lb1' in kernel[2] else ''}{sums}>"
 

@@ -1,4 +1,4 @@
-"""Time of the priors from boxes against loops over images and boxes, all in one run, on one device.
+"""Time of the priors from boxes against their plain PyTorch and loops over images and boxes, all in one run.
 
     python benchmarks/priors.py --images 64 --boxes 100
 
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.ops.prior_ops import plain_box_balance, plain_iou_mask
 from fastkd.priors import box_balance, iou_mask
 
 Maps = Callable[[], list[Tensor]]
@@ -114,7 +115,7 @@ def milliseconds(run: Callable[[], object], repeats: int, device: torch.device) 
 
 
 class Case(NamedTuple):
-    """A prior: ours, the loops to beat, and the loop in float64 that says what is right."""
+    """A prior: ours, what to beat, and the loop in float64 that says what is right."""
 
     name: str
     ours: Maps
@@ -125,6 +126,7 @@ class Case(NamedTuple):
 
 def cases(boxes: Tensor, images: int) -> list[Case]:
     anchors = torch.tensor(ANCHORS, device=boxes.device)
+    flat = [side for size in SIZES for side in size]
     single = [placed(a, s) for a, s in zip(anchors, SIZES, strict=True)]
     double = [placed(a, s) for a, s in zip(anchors.double(), SIZES, strict=True)]
     masks = [
@@ -132,6 +134,9 @@ def cases(boxes: Tensor, images: int) -> list[Case]:
             name,
             lambda graded=graded: iou_mask(boxes, anchors, SIZES, IMAGE, images, graded=graded),
             {
+                "plain PyTorch": lambda graded=graded: list(
+                    plain_iou_mask(boxes, list(anchors), flat, *IMAGE, images, 0.5, graded)
+                ),
                 "loop over images and boxes": lambda graded=graded: loop_iou_mask(boxes, single, images, graded),
                 "loop over images": lambda graded=graded: images_iou_mask(boxes, single, images, graded),
             },
@@ -143,7 +148,10 @@ def cases(boxes: Tensor, images: int) -> list[Case]:
     balance = Case(
         "`box_balance`",
         lambda: box_balance(boxes, SIZES, IMAGE, images),
-        {"loop over images and boxes": lambda: loop_box_balance(boxes, images)},
+        {
+            "plain PyTorch": lambda: list(plain_box_balance(boxes, flat, *IMAGE, images, 1.0, False)),
+            "loop over images and boxes": lambda: loop_box_balance(boxes, images),
+        },
         lambda: loop_box_balance(boxes.double(), images),
         1e-6,
     )
