@@ -99,7 +99,9 @@ for i, (info, dtype) in enumerate((info, dtype) for info in INFO_MAPS for dtype 
     for one_pass in (False, True):
         for x, y in zip(step(sample, **options, backend="cpp", one_pass=one_pass), exact, strict=True):
             error = ((x.double() - y).norm() / y.norm().clamp_min(1e-12)).item()
-            assert error < 16 * torch.finfo(x.dtype).eps, (info, dtype, one_pass, error)
+            # in two passes the gradient of a bias is the sum of one that was rounded to the features' dtype
+            rounded = x.dtype if one_pass and dtype != torch.float16 else dtype
+            assert error < 16 * torch.finfo(rounded).eps, (info, dtype, one_pass, error)
 """
     environment = {**os.environ, "FASTKD_CPU_CAPABILITY": capability, "PYTHONPATH": os.path.dirname(__file__)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
