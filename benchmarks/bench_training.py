@@ -58,6 +58,10 @@ class CompiledLoss(DistillLoss):
         return torch.compile(plain, dynamic=False, fullgraph=True)
 
 
+def kind_of(provider: str) -> type[DistillLoss]:
+    return CompiledLoss if provider == "torch.compile" else DistillLoss
+
+
 def options_of(provider: str) -> dict[str, Any]:
     backend = None if provider == "fastkd" else "reference"
     return {"info_map": "graded_iou", "calibration_batches": 1, "backend": backend}
@@ -75,8 +79,7 @@ def make_objective(provider: str, images: Tensor, width: float = 1.0) -> Objecti
     objective.distiller.prepare(images.cpu())  # the adapters' widths, before they get another layout
     for module in (objective, teacher):
         module.to(images.device, memory_format=torch.channels_last)
-    if provider == "torch.compile":
-        objective.distiller.criterion.__class__ = CompiledLoss
+    objective.distiller.criterion.__class__ = kind_of(provider)
     return objective
 
 
@@ -105,7 +108,7 @@ def loss_alone(objective: Objective, images: Tensor, rounds: int) -> dict[str, l
     prior = objective.prior_of(images, random_targets(len(images), images.shape[2]))
     sizes, task = [(t.shape[2], t.shape[3]) for t in teacher], FallingTask()
     criteria = {
-        provider: DistillLoss(adapters=[nn.Identity() for _ in student], weight="auto", **options_of(provider))
+        provider: kind_of(provider)(adapters=[nn.Identity() for _ in student], weight="auto", **options_of(provider))
         for provider in PROVIDERS
         if provider != ALONE
     }
