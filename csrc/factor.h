@@ -10,7 +10,7 @@
 
 namespace fastkd {
 
-constexpr double kMaxAutoWeight = 1e12, kMemory = 49;  // MAX_AUTO_WEIGHT, and EMA_DECAY = 49 / 50, of factor.py
+constexpr double kMaxAutoWeight = 1e12, kMemory = 49;  // MAX_AUTO_WEIGHT and _MEMORY of factor.py
 
 enum class Decay : int64_t { none, linear, cosine };
 

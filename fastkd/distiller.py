@@ -469,11 +469,12 @@ def _held_by_hooks_alone(features: list[Tensor]) -> list[bool]:
     return [holders == alone for holders in _holders(features)]
 
 
-def _holders(features: list[Tensor]) -> list[tuple[int, int]]:
+def _holders(features: list[Tensor]) -> list[tuple[int, int, int]]:
     found = []
     for feature in features:
-        memory = torch._C._storage_Use_Count(feature.untyped_storage()._cdata)
-        found.append((sys.getrefcount(feature), memory))
+        storage = feature.untyped_storage()
+        memory = torch._C._storage_Use_Count(storage._cdata)
+        found.append((sys.getrefcount(feature), sys.getrefcount(storage), memory))
     return found
 
 

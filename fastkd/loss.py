@@ -84,7 +84,8 @@ def distill_loss(
 class DistillLoss(nn.Module):
     """``distill_loss`` with what it needs to keep: 1x1 adapters, the teacher's statistics, level weights, warm-up.
 
-    Adapters keep their dtype: outside autocast, student features of another are converted. Statistics stay float32.
+    The bias of an adapter is added by the loss: its own output, to a hook or when called, is without. Adapters keep
+    their dtype: outside autocast, student features of another are converted. Statistics stay float32.
 
     Args:
         student_channels, teacher_channels: widths of each level's student and teacher, for the adapters: one 1x1
@@ -174,7 +175,7 @@ class DistillLoss(nn.Module):
             donated: per level, whether the student's gradient may take the memory of the teacher's feature: only where
                 nobody else holds that, as its content is gone afterwards. Empty: nowhere.
         """
-        shapes = _shapes(student_feats, teacher_feats)
+        shapes = None if torch.compiler.is_compiling() else _layout(student_feats, teacher_feats)
         if shapes is None or shapes != self._seen_shapes:
             self._require_levels(student_feats, teacher_feats)
         if self.training and self.loss_weight.stopped:
@@ -190,6 +191,8 @@ class DistillLoss(nn.Module):
                 self.calibrate(teacher_feats, all_ranks=not self._standalone)
         levels = self._checked(student_feats, teacher_feats, prior)
         if donated:
+            if isinstance(donated, bool) or len(donated) != len(self.adapters):
+                raise ValueError(f"donated: expected one truth value per level, {len(self.adapters)}, got {donated!r}")
             pairs = zip(donated, levels.student, levels.teacher, strict=True)
             levels.donated = [gift and _can_hold_gradient(s, t) for gift, s, t in pairs]
         loss, self.level_losses = self._weighted(levels, task)
@@ -338,9 +341,11 @@ def require_scalar(options: Mapping[str, Any]) -> None:
         raise ValueError(f"reduction: expected 'sum', as a trainer needs one number, got {options['reduction']!r}")
 
 
-def _shapes(student_feats: Any, teacher_feats: Any) -> Any:
-    """The shapes of all features; None of what is no list of tensors."""
+def _layout(*lists: Any) -> Any:
+    """Types, shapes and dtypes of all features; None of what is no list of tensors."""
     try:
-        return [x.shape for x in student_feats], [x.shape for x in teacher_feats]
-    except (AttributeError, TypeError):
+        if not all(isinstance(features, (list, tuple)) for features in lists):
+            return None
+        return [[(type(x), x.shape, x.dtype) for x in features] for features in lists]
+    except AttributeError:
         return None

@@ -19,8 +19,9 @@ class LossWeight(KeepsPrecision):
 
     The factor of a step is known before its forward: it is that of the averages *before* this step, which look back
     over some 50 steps. So the kernels multiply loss and gradient with it, and nothing is left to do for autograd. Only
-    the very first step of ``"auto"`` has no average yet and takes its own losses. Everything is computed where the
-    loss is, by one op a step (``fastkd::update_factor``), without waiting for the device.
+    the very first step of ``"auto"`` has no average yet and takes its own losses; where these are not finite, the
+    factor is 0 until those of a step are. Everything is computed where the loss is, by one op a step
+    (``fastkd::update_factor``), without waiting for the device.
     """
 
     step: Tensor  # training forwards so far
@@ -43,8 +44,8 @@ class LossWeight(KeepsPrecision):
         self._steps = 0  # what ``step`` is, as far as Python knows without asking the device
         self._has_average = False  # whether a step has been averaged: a device's averages are not asked for that
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("averages", torch.zeros(3))
-        self.register_buffer("factor", torch.zeros(()))
+        self.register_buffer("averages", torch.zeros(3, dtype=torch.float32))
+        self.register_buffer("factor", torch.zeros((), dtype=torch.float32))
         self._update(self.factor, self.averages, self.step, None, None, advance=0)
 
     @property
@@ -149,10 +150,12 @@ def _task_value(task_loss: Tensor | float | None, device: torch.device) -> Tenso
     if isinstance(task_loss, Tensor):
         if task_loss.numel() != 1:
             raise ValueError(f"task_loss: expected a scalar, got shape {tuple(task_loss.shape)}; sum its terms")
-        return task_loss.detach().to(device, non_blocking=True)
+        if task_loss.is_complex():
+            raise TypeError(f"task_loss: expected a real number, got {task_loss.dtype}")
+        return task_loss.detach().to(device, torch.float32, non_blocking=True)
     if isinstance(task_loss, bool) or not isinstance(task_loss, Real):
         raise TypeError(f"task_loss: expected a scalar tensor or a number, got a {type(task_loss).__name__}")
-    return torch.tensor(float(task_loss)).to(device, non_blocking=True)
+    return torch.tensor(float(task_loss), dtype=torch.float32).to(device, non_blocking=True)
 
 
 def _require_weight(weight: float | str, share: float) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.ops.levels import is_traced
 from fastkd.ranks import sum_over_ranks, world_size
 
 
@@ -35,16 +36,15 @@ class ChannelStatistics(KeepsPrecision):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(0))
-        self.register_buffer("square", torch.zeros(0))  # sum of squared distances from the mean
-        self._moments: tuple[Tensor, Tensor] | None = None  # of the buffers as they are; None: to be computed
+        self.register_buffer("count", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("mean", torch.zeros(0, dtype=torch.float32))
+        self.register_buffer("square", torch.zeros(0, dtype=torch.float32))  # sum of squared distances from the mean
+        self._cached: tuple[list[tuple[Tensor, int]], tuple[Tensor, Tensor]] | None = None  # buffers, versions; moments
 
     def prepare(self, channels: int) -> None:
         """Give the buffers their size, which DDP wants to stay as it is."""
         if self.mean.numel() == 0:
             self.mean, self.square = (x.new_zeros(channels) for x in (self.mean, self.square))
-            self._moments = None
 
     @torch.no_grad()
     def update(self, feature: Tensor, *, all_ranks: bool = False) -> None:
@@ -53,7 +53,6 @@ class ChannelStatistics(KeepsPrecision):
         if feature.numel() == 0 and not all_ranks:
             return
         self.prepare(feature.shape[1])
-        self._moments = None
         variance, mean = torch.var_mean(feature.to(self.mean.dtype), dim=(0, 2, 3), correction=0)
         finite = variance.isfinite().all()  # a batch that overflowed counts for nothing
         cells = finite * (feature.numel() // feature.shape[1])
@@ -72,7 +71,6 @@ class ChannelStatistics(KeepsPrecision):
 
         Ranks may have the same from DDP or a checkpoint, so it counts as much as one of them has on average.
         """
-        self._moments = None
         holders = (self.count > 0).to(self.count.dtype)
         sum_over_ranks(holders)
         count, mean, variance = _over_ranks(self.count, self.mean, self.square / self.count.clamp_min(1))
@@ -82,24 +80,22 @@ class ChannelStatistics(KeepsPrecision):
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
         """(mean, rstd), each (C,), or None before the first batch; the same tensors until the statistics change."""
-        if self._moments is not None:
-            return self._moments
+        buffers = (self.count, self.mean, self.square)
+        remembers = not is_traced() and all(type(x) is Tensor and not x.is_inference() for x in buffers)
+        if remembers and self._cached is not None:
+            seen, moments = self._cached
+            if all(x is y and x._version == version for x, (y, version) in zip(buffers, seen, strict=True)):
+                return moments
         if self.mean.numel() == 0:
             return None
         variance = torch.where(self.count > 0, self.square / self.count.clamp_min(1), 1)
         # a copy, because the next batch changes the mean in place, maybe before this one's backward
         moments = self.mean.clone(), variance.clamp_min(1e-4 * variance.mean()).clamp_min(1e-12).rsqrt()
-        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
-            self._moments = moments
+        if remembers and all(type(x) is Tensor and not x.is_inference() for x in moments):
+            self._cached = [(x, x._version) for x in buffers], moments
         return moments
 
-    def _apply(self, fn: Any, recurse: bool = True) -> ChannelStatistics:
-        self._moments = None
-        super()._apply(fn, recurse)
-        return self
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._moments = None
         for name in ("mean", "square"):
             if prefix + name in state_dict:  # before the first batch the number of channels is unknown
                 setattr(self, name, getattr(self, name).new_zeros(state_dict[prefix + name].shape))

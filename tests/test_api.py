@@ -249,3 +249,27 @@ assert s[0].grad.abs().sum() > 0
 def test_every_public_name_has_a_docstring() -> None:
     for name in fastkd.__all__:
         assert name in ("__version__", "PRESETS") or re.search(r"\w", getattr(fastkd, name).__doc__ or ""), name
+
+
+def test_a_call_that_was_right_does_not_let_wrong_containers_pass() -> None:
+    s, t = [torch.randn(1, 4, 3, 3) for _ in range(2)], [torch.randn(1, 4, 3, 3) for _ in range(2)]
+    q, moments = [torch.rand(1, 3, 3) for _ in range(2)], [(torch.zeros(4), torch.ones(4))] * 2
+    with torch.no_grad():
+        fastkd.distill_loss(s, t, info_map="fgfi", prior=q, standardize=moments, weights=(1.0, 1.0))
+        for wrong in (
+            {"prior": (x for x in q)},
+            {"prior": torch.rand(2, 1, 3, 3)},
+            {"standardize": iter(moments)},
+            {"standardize": moments[:1] * 3},
+            {"standardize": [(None, *moments[0]), moments[1]]},
+            {"weights": (True, 1.0)},
+        ):
+            arguments = {"prior": q, "standardize": moments, "weights": (1.0, 1.0), **wrong}
+            with pytest.raises((TypeError, ValueError), match=r"prior|standardize|weights"):
+                fastkd.distill_loss(s, t, info_map="fgfi", **arguments)
+
+
+def test_a_scaled_loss_of_levels_without_elements_has_a_gradient_without_elements() -> None:
+    x = torch.randn(0, 4, 5, 5, requires_grad=True)
+    (fastkd.distill_loss([x], [torch.randn(0, 4, 5, 5)]) / 2).backward()
+    assert x.grad is not None

@@ -635,12 +635,22 @@ class Holder(nn.Module):
         feature = self.feature(x)
         if self.way == "keeps a view of it":
             self.held.append(feature[:, 1:])
+        if self.way == "keeps its storage":
+            self.storage = feature.untyped_storage()
+            self.bytes = bytes(self.storage)
         if self.way == "keeps a detached one":
             self.held.append(feature.detach())
         return {"features": [feature]} if self.way == "is in its output" else feature.mean()
 
 
-WAYS = ("returns its input", "returns a buffer", "keeps it by a hook", "keeps a view of it", "keeps a detached one")
+WAYS = (
+    "returns its input",
+    "returns a buffer",
+    "keeps it by a hook",
+    "keeps a view of it",
+    "keeps a detached one",
+    "keeps its storage",
+)
 
 
 @pytest.mark.parametrize("way", [*WAYS, "is in its output"])
@@ -664,6 +674,7 @@ def test_nothing_that_somebody_else_holds_is_overwritten(way: str) -> None:
         before += [x.clone() for x in kept[len(before) :]]
         loss.backward()
         assert all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))
+        assert way != "keeps its storage" or bytes(teacher.storage) == teacher.bytes
     expected = teacher.constant if way == "returns a buffer" else teacher.feature.eval()(images)
     assert all(torch.equal(x, expected[:, 1:] if "view" in way else expected) for x in teacher.held)
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from samples import Dispatched
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
@@ -84,14 +86,14 @@ def test_statistics_of_k_batches_are_those_of_their_union_and_then_stay() -> Non
 
 
 def test_statistics_are_constants_until_they_change() -> None:
-    """The same tensors at every step; others once a batch, a checkpoint or another device or dtype came."""
+    """The same tensors at every step; others once a batch or a checkpoint came, or they were set from outside."""
     (statistics,) = DistillLoss(adapters=[nn.Identity()]).statistics
     before = statistics.moments()
     for change in (
         lambda: statistics.update(feats((4,))[0]),
         lambda: statistics.update(feats((4,), seed=1)[0]),
         lambda: statistics.load_state_dict({name: x + 1 for name, x in statistics.state_dict().items()}),
-        lambda: statistics.to(torch.float64),
+        lambda: statistics.mean.add_(1),
     ):
         change()
         after = statistics.moments()
@@ -314,3 +316,69 @@ def test_the_public_map_of_a_standardised_teacher_is_that_of_the_loss() -> None:
         for w, s, t, (m, r) in zip(maps, feats(seed=1), teacher, moments, strict=True)
     )
     torch.testing.assert_close(loss, by_hand)
+
+
+# ---- what a module keeps between calls
+
+
+def energy_loss(**options: Any) -> DistillLoss:
+    return DistillLoss(adapters=[nn.Identity()], info_map="energy", standardize=True, calibration_batches=1, **options)
+
+
+def test_statistics_that_were_set_from_outside_are_those_of_the_next_call() -> None:
+    s, t = [torch.randn(2, 4, 5, 5)], [torch.randn(2, 4, 5, 5)]
+    one, other = energy_loss(), energy_loss()
+    with torch.no_grad():
+        one(s, t)
+        other(s, [5 * t[0]])
+        one.eval(), other.eval()
+        expected, own = other(s, t), one(s, t)
+        assert not torch.allclose(expected, own)
+        buffers = dict(other.named_buffers())
+        torch.testing.assert_close(torch.func.functional_call(one, buffers, (s, t)), expected)
+        torch.testing.assert_close(one(s, t), own)
+        for name, buffer in one.statistics.named_buffers():
+            buffer.copy_(buffers[f"statistics.{name}"])
+        torch.testing.assert_close(one(s, t), expected)
+
+
+def test_a_fake_call_leaves_nothing_behind() -> None:
+    s, t = [torch.randn(2, 4, 5, 5)], [torch.randn(2, 4, 5, 5)]
+    criterion = energy_loss().eval()
+    with torch.no_grad():
+        criterion.calibrate(t)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            criterion(s, t)
+        assert type(criterion(s, t)) is Tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_of_the_process_changes_no_statistics(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        criterion = energy_loss(weight="auto")
+        s, t = [torch.randn(2, 4, 5, 5, requires_grad=True)], [torch.randn(2, 4, 5, 5)]
+        for _ in range(2):
+            criterion(s, t, task_loss=2).backward()
+    finally:
+        torch.set_default_dtype(before)
+    kept = (*criterion.statistics.buffers(), criterion.loss_weight.factor, criterion.loss_weight.averages)
+    assert {x.dtype for x in kept} == {torch.float32}
+
+
+def test_other_shapes_do_not_compile_anew() -> None:
+    graphs = CompileCounter()
+    criterion = DistillLoss([4], [4], info_map="energy", weight=2.0)
+    torch._dynamo.reset()
+    compiled = torch.compile(criterion, dynamic=True, backend=graphs)
+    for size in range(4, 16):
+        compiled([torch.randn(2, 4, size, size)], [torch.randn(2, 4, size, size)])
+    assert graphs.frame_count <= 3
+
+
+def test_donations_that_do_not_fit_the_levels_are_refused_by_name() -> None:
+    s, t = [torch.randn(2, 4, 5, 5, requires_grad=True)], [torch.randn(2, 4, 5, 5)]
+    for donated in (True, [True, False]):
+        with pytest.raises(ValueError, match="donated: expected one truth value per level, 1"):
+            energy_loss()(s, t, donated=donated)

@@ -82,15 +82,15 @@ class TwoPasses(torch.autograd.Function):
     def forward(ctx: Any, levels: LevelTensors, *differentiable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         plan = levels.plan
         # inference tensors cannot be saved for the backward
-        teacher = [t.clone() if t.is_inference() else t for t in levels.teacher]
+        teacher, mean, rstd = (
+            [x.clone() if x.is_inference() else x for x in each] for each in (levels.teacher, levels.mean, levels.rstd)
+        )
         losses, mass, maps = op(plan.backend)(
-            levels.student, teacher, levels.prior, levels.mean, levels.rstd, levels.bias, plan.weights, *plan.codes
+            levels.student, teacher, levels.prior, mean, rstd, levels.bias, plan.weights, *plan.codes
         )
         connection = losses.new_empty(0)
         ctx.plan = plan
-        ctx.save_for_backward(
-            connection, mass, maps, *levels.student, *teacher, *levels.mean, *levels.rstd, *levels.bias
-        )
+        ctx.save_for_backward(connection, mass, maps, *levels.student, *teacher, *mean, *rstd, *levels.bias)
         ctx.mark_non_differentiable(mass)
         ctx.set_materialize_grads(False)
         return losses, mass, connection
@@ -138,7 +138,8 @@ def _scale(backend: str, upstream: Tensor, gradient: list[Tensor]) -> None:
     with torch.no_grad():
         factors = values * (len(gradient) // len(values))
         there = [(g, factor) for g, factor in zip(gradient, factors, strict=True) if g.numel()]
-        torch._foreach_mul_([g for g, _ in there], [factor for _, factor in there])
+        if there:
+            torch._foreach_mul_([g for g, _ in there], [factor for _, factor in there])
 
 
 def _result(connection: Tensor, gradient: list[Tensor], wanted: tuple[bool, ...]) -> list[Tensor | None]:

@@ -15,10 +15,9 @@ from torch import Tensor
 from fastkd.ops.schema import define_small
 
 MAX_AUTO_WEIGHT = 1e12  # of features near zero the gradient must not overflow
-EMA_DECAY = 49 / 50  # share that the moving averages keep of themselves: they look back over some 50 steps
 DECAYS = (None, "linear", "cosine")  # by the op's codes
 AUTO = -1.0  # the op's code of weight="auto"
-_MEMORY = 49  # of n, the number of steps in the averages: n = 50 keeps 49/50 of them
+_MEMORY = 49  # of n, the number of steps in the averages: n = 50 keeps 49/50, they look back over some 50 steps
 
 UPDATE_FACTOR = """(Tensor(a!) factor, Tensor(b!) averages, Tensor(c!) step, Tensor losses, Tensor task_loss,
     float weight, float share, int warmup_steps, int decay, int stop_step, int advance) -> ()"""

@@ -78,7 +78,7 @@ def check(
     Raises:
         TypeError, ValueError: as documented at ``fastkd.distill_loss``.
     """
-    key = None if _is_traced() else _key(options, student, teacher, prior, standardize, bias)
+    key = None if is_traced() else _key(options, student, teacher, prior, standardize, bias)
     plan = None if key is None else _plans.get(key)
     if plan is None:
         plan = _make_plan(student, teacher, options, prior, standardize, bias)
@@ -110,12 +110,17 @@ def _key(options: LossOptions, student: Any, teacher: Any, prior: Any, standardi
     try:
         if any(type(x) not in PLAIN for x in (*student, *teacher)):
             return None
+        lists = [x for x in (prior, standardize, bias) if x is not None]
+        lists += [pair for pair in standardize or () if pair is not None]
+        if not all(isinstance(x, (list, tuple)) for x in lists):
+            return None  # an iterator must not be used up here, nor a tensor taken for a list
         features = [(x.shape, x.stride(), x.dtype, x.device) for x in (*student, *teacher)]
         small = [
             None if x is None else (x.shape, x.dtype, x.device, x.layout)
             for x in (*(prior or ()), *(y for pair in standardize or () for y in pair or (None,)), *(bias or ()))
         ]
-        kinds = (len(student), prior is None, standardize is None, bias is None)
+        kinds = (len(student), *(None if x is None else len(x) for x in (prior, standardize, bias)))
+        kinds += tuple(None if pair is None else len(pair) for pair in standardize or ())
         return options, type(student), type(teacher), *kinds, *features, *small
     except Exception:
         return None
@@ -141,9 +146,9 @@ def _mass(prior: Any, q: list[Tensor], plan: Plan, options: LossOptions) -> Tens
     if prior is None or all(x is None for x in prior):
         return plan.uniform_mass
     known = prior.sums if isinstance(prior, PriorMaps) else None
-    if known is not None or _is_traced():
+    on_cpu = plan.absent.device.type == "cpu"  # where values may also have been changed through NumPy
+    if is_traced() or (known is not None and not on_cpu):
         return known
-    on_cpu = plan.absent.device.type == "cpu"
     of_map = options.info_map.weights_are_prior and options.divisor in ("map", "map_all_ranks")
     if not on_cpu and not (plan.one_pass and of_map):
         return None
@@ -159,14 +164,15 @@ def _mass(prior: Any, q: list[Tensor], plan: Plan, options: LossOptions) -> Tens
 
 def is_eager(levels: LevelTensors) -> bool:
     """Whether nobody traces: tensors are what they seem, and autograd runs as it is."""
-    return levels.plan.plain and not _is_traced()
+    return levels.plan.plain and not is_traced()
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether a compiler, a tracer or a transform of ``torch.func`` runs, whose tensors are not those of a call."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
 
 
 # ---- what is checked each time

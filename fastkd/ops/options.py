@@ -71,10 +71,9 @@ def options_of_call(*arguments: Any) -> LossOptions:
     """``make_options`` of one call of the functional form, remembered: most calls repeat the last one's options."""
     if torch.compiler.is_compiling():
         return make_options(*arguments)
+    info_map, weights, *rest = arguments
+    numbers = None if weights is None else require_weights(weights)
     try:
-        return _cached_options(*arguments)
-    except TypeError:  # an argument that cannot be hashed: a list of weights, or a mistake that is named below
-        info_map, weights, *rest = arguments
-        if isinstance(weights, list) and all(type(x) in (int, float) for x in weights):
-            return _cached_options(info_map, tuple(weights), *rest)
+        return _cached_options(info_map, numbers, *rest)
+    except TypeError:  # an argument that cannot be hashed, a mistake that is named here
         return make_options(*arguments)

@@ -80,10 +80,10 @@ def level_losses(levels: LevelTensors, options: LossOptions) -> Tensor:
 
 def _mean_over_ranks(mass: Tensor, student: list[Tensor]) -> Tensor:
     """Z of ``map_all_ranks``: C times the map's mass, averaged over the ranks of the default process group."""
-    mass = mass.detach().clone()
-    ranks = sum_over_ranks(mass)
-    channels = torch.tensor([x.shape[1] for x in student], dtype=mass.dtype).to(mass.device, non_blocking=True)
-    return channels * mass / ranks + reference.EPS
+    sums = mass.detach().to(torch.float64, copy=True)  # as in one pass, which another rank may take
+    ranks = sum_over_ranks(sums)
+    channels = torch.tensor([x.shape[1] for x in student], dtype=sums.dtype).to(sums.device, non_blocking=True)
+    return (channels * sums / ranks + reference.EPS).to(mass.dtype)
 
 
 def _refuse_forward_mode(student: list[Tensor]) -> None:
