@@ -26,7 +26,6 @@ from torch import Tensor
 from workloads import Loss, eager, features, floor
 
 import fastkd
-from fastkd.ops import buffers
 
 EVERYONE = ("fastkd", "eager", "torch.compile")
 
@@ -129,7 +128,6 @@ def peak_bytes(step: Provider) -> int | None:
     try:
         step.prepare()
         gc.collect()
-        buffers.release()
         CDLL("libc.so.6").malloc_trim(0)  # what PyTorch freed is not kept for later
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins now
         before = status("VmRSS")

@@ -5,8 +5,9 @@
 ``DistillLoss(weight="auto")`` in training, calibrated, with the trainer's map, ``graded_iou``, and a task loss that
 falls from step to step. Inside the time, of each provider: the prior from the boxes (``priors.iou_mask``, one op for
 all levels), the adapters if the case has them, the loss with its factor, the averages that give the next factor, and
-the gradients of the student's features and of the adapters. Also the loss alone with a constant weight, the host's time
-at levels that take no other, and the operations that a step dispatches.
+the gradients of the student's features and of the adapters. ``fastkd`` is called as a ``Distiller`` calls it, whose
+gradients take the memory of the teacher's features; *features kept* as a trainer calls it that goes on to use them. Also
+the loss alone with a constant weight, the host's time at levels that take no other, and the operations of a step.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import Any
 import pytest
 import torch
 from rounds import Contender, compete
-from torch import Tensor
+from torch import Tensor, nn
 from workloads import (
     FallingTask,
+    Step,
+    StepInputs,
     adapters_step,
     dispatched,
-    features,
-    floor,
     floor_of,
     host_steps,
     loss_step,
@@ -39,7 +40,8 @@ from fastkd.priors import iou_mask
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
 from fastkd.yolov3.objective import Objective
 
-PROVIDERS = ("fastkd", "eager", "torch.compile")
+KEPT = "fastkd, features kept"
+PROVIDERS = ("fastkd", KEPT, "eager", "torch.compile")
 CALLS = 50  # of a host's step in a round
 Rounds = Callable[[float], int]
 
@@ -73,44 +75,58 @@ def test_step(case: Case, benchmark: Any, rounds: Rounds) -> None:
     torch._dynamo.reset()
     x = step_inputs(case.workload, case.batch, adapters=case.adapters)
     task = FallingTask()
-    steps = {provider: loss_step(provider, x) for provider in PROVIDERS}
-    require_same(steps)
+    steps = {name: loss_step(name, x, donate=name == "fastkd") for name in PROVIDERS}
+    require_same(x, steps)
     parts = {"the prior alone": x.prior, **({"the adapters alone": adapters_step(x)} if case.adapters else {})}
     contenders = [
         *(
-            Contender(name, lambda step=step: step(task.value), prepare=task.fall, floor=floor_of(x))
+            Contender(name, lambda step=step: step(task.fall()), prepare=x.restore, floor=floor_of(x))
             for name, step in steps.items()
         ),
-        *(Contender(name, part, floor=floor_of(x)) for name, part in parts.items()),
+        *(Contender(name, part, prepare=x.restore, floor=floor_of(x)) for name, part in parts.items()),
     ]
     compete(benchmark, contenders, rounds)
     benchmark.extra_info.update(kind="step", **case.title, steps=[c.measured() for c in contenders])
 
 
-def require_same(steps: dict[str, Callable[[Tensor], tuple[Tensor, ...]]]) -> None:
+def require_same(x: StepInputs, steps: dict[str, Step]) -> None:
     """All providers give the same loss and gradients, from the second step on, where all know a factor."""
     task = FallingTask()
     for _ in range(3):
-        value = task.fall()
-        expected, *found = (steps[name](value) for name in ("eager", "fastkd", "torch.compile"))
-    for got in found:
-        for a, b in zip(got, expected, strict=True):
+        value, results = task.fall(), []
+        for step in steps.values():
+            x.restore()
+            results.append([y.clone() for y in step(value)])
+    first, *others = results
+    for result in others:
+        for a, b in zip(result, first, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("turn", [1, 2])
 def test_constant_weight(turn: int, benchmark: Any, rounds: Rounds) -> None:
-    """``distill_loss`` alone, with a map that is normalised over each image."""
-    student, teacher = features("same6", 16, torch.float32, False)
+    """The loss with a constant weight and a map that is normalised over each image."""
+    x = step_inputs("same6", 16)
     info = InfoMap("energy", "softmax")
-    step = Contender(
-        "fastkd",
-        lambda: torch.autograd.grad(fastkd.distill_loss(student, teacher, info_map=info), student),
-        floor=floor(student, teacher),
-    )
-    step.measure()
-    compete(benchmark, [step], rounds)
-    benchmark.extra_info.update(kind="constant weight", steps=[step.measured()])
+    layers = [nn.Identity() for _ in x.teacher]
+    criterion = fastkd.DistillLoss(adapters=layers, info_map=info, weight=1.0, standardize=False)
+    steps: dict[str, Callable[[], Tensor]] = {
+        "fastkd": lambda: criterion(x.student, x.teacher, donated=[True] * len(layers)),
+        KEPT: lambda: fastkd.distill_loss(x.student, x.teacher, info_map=info),
+    }
+    contenders = [
+        Contender(
+            name,
+            lambda step=step: torch.autograd.grad(step(), x.student),
+            prepare=x.restore,
+            floor=floor_of(x),
+        )
+        for name, step in steps.items()
+    ]
+    for contender in contenders:
+        contender.measure()
+    compete(benchmark, contenders, rounds)
+    benchmark.extra_info.update(kind="constant weight", steps=[c.measured() for c in contenders])
 
 
 def test_host_time(benchmark: Any, rounds: Rounds) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -75,6 +75,12 @@ class StepInputs:
     boxes: Tensor  # (M, 5): image and corners in pixels
     anchors: list[Tensor]  # of each level
     adapters: bool  # whether the student's features still lack the teacher's widths
+    saved: list[Tensor] = field(default_factory=list)  # the teacher's features, to write them again
+
+    def restore(self) -> None:
+        """Write the teacher's features again, whose memory a gradient may have taken."""
+        self.saved = self.saved or [t.clone() for t in self.teacher]
+        torch._foreach_copy_(self.teacher, self.saved)
 
     def prior(self) -> list[Tensor]:
         """The graded IoU mask of the boxes, which is the trainer's default."""
@@ -111,7 +117,9 @@ def eager(
     return fastkd.distill_loss(student, teacher, info_map=info_map, backend="reference", **more)
 
 
-def loss_step(provider: str, x: StepInputs, info_map: str = "graded_iou", *, fold_bias: bool = True) -> Step:
+def loss_step(
+    provider: str, x: StepInputs, info_map: str = "graded_iou", *, fold_bias: bool = True, donate: bool = False
+) -> Step:
     """The step that people run: the prior from the boxes, adapters if any, the loss with its auto weight, gradients.
 
     Args:
@@ -120,6 +128,8 @@ def loss_step(provider: str, x: StepInputs, info_map: str = "graded_iou", *, fol
             their bias in the convolution). ``"torch.compile"``: the plain formula and the adapters, compiled; prior and
             weight come from the same ops as ours, so that these cost all the same.
         fold_bias: whether our adapters leave their bias to the loss; False: plain convolutions.
+        donate: whether the gradients take the memory of the teacher's features, as a ``Distiller`` has it where nobody
+            else holds them; ``x.restore()`` before each step.
     """
     torch.manual_seed(0)
     device, kind = x.student[0].device, x.student[0].dtype
@@ -135,11 +145,12 @@ def loss_step(provider: str, x: StepInputs, info_map: str = "graded_iou", *, fol
     criterion.train().to(device).adapters.to(kind)
     criterion.calibrate(x.teacher)
     wanted = [*x.student, *criterion.adapters.parameters()]
+    donated = [donate] * len(x.teacher)
     if provider == "torch.compile":
         return _compiled_step(x, criterion, info_map, wanted)
 
     def step(task: Tensor) -> tuple[Tensor, ...]:
-        loss = criterion(x.student, x.teacher, x.prior(), task)
+        loss = criterion(x.student, x.teacher, x.prior(), task, donated=donated)
         return loss.detach(), *torch.autograd.grad(loss, wanted)
 
     return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class ChannelStatistics(KeepsPrecision):
         self.register_buffer("count", torch.zeros((), dtype=torch.float32))
         self.register_buffer("mean", torch.zeros(0, dtype=torch.float32))
         self.register_buffer("square", torch.zeros(0, dtype=torch.float32))  # sum of squared distances from the mean
-        self._cached: tuple[list[tuple[Tensor, int]], tuple[Tensor, Tensor]] | None = None  # buffers, versions; moments
+        self._cached: tuple[list[Tensor], list[int], tuple[Tensor, Tensor]] | None = None  # buffers, versions, moments
 
     def prepare(self, channels: int) -> None:
         """Give the buffers their size, which DDP wants to stay as it is."""
@@ -80,19 +81,19 @@ class ChannelStatistics(KeepsPrecision):
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
         """(mean, rstd), each (C,), or None before the first batch; the same tensors until the statistics change."""
-        buffers = (self.count, self.mean, self.square)
-        remembers = not is_traced() and all(type(x) is Tensor and not x.is_inference() for x in buffers)
-        if remembers and self._cached is not None:
-            seen, moments = self._cached
-            if all(x is y and x._version == version for x, (y, version) in zip(buffers, seen, strict=True)):
+        traced, buffers = is_traced(), list(self._buffers.values())
+        if self._cached is not None and not traced:
+            seen, versions, moments = self._cached
+            if all(map(operator.is_, buffers, seen)) and [x._version for x in seen] == versions:
                 return moments
         if self.mean.numel() == 0:
             return None
         variance = torch.where(self.count > 0, self.square / self.count.clamp_min(1), 1)
         # a copy, because the next batch changes the mean in place, maybe before this one's backward
         moments = self.mean.clone(), variance.clamp_min(1e-4 * variance.mean()).clamp_min(1e-12).rsqrt()
-        if remembers and all(type(x) is Tensor and not x.is_inference() for x in moments):
-            self._cached = [(x, x._version) for x in buffers], moments
+        own = [self.count, self.mean, self.square]
+        if not traced and all(type(x) is Tensor and not x.is_inference() for x in (*own, *moments)):
+            self._cached = own, [x._version for x in own], moments
         return moments
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import InfoMap
-from fastkd.ops import buffers
 from fastkd.ops.levels import check
 from fastkd.ops.options import options_of_call
 from fastkd.ops.run import run
@@ -176,11 +174,8 @@ class Dispatched(TorchDispatchMode):
 
 
 def allocated(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes that a call takes of PyTorch's allocator, and its result; memory that fastkd keeps is not at hand."""
-    with (
-        mock.patch.object(buffers, "_can_map", False),
-        torch.profiler.profile(profile_memory=True) as profile,
-    ):
+    """Bytes that a call takes of PyTorch's allocator, and its result."""
+    with torch.profiler.profile(profile_memory=True) as profile:
         result = run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
     return sum(e.nbytes() for e in events), result

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops import buffers
 from fastkd.ops.levels import LevelTensors
 from fastkd.ops.presets import DIVISORS
 from fastkd.ops.schema import NO_SECOND_DERIVATIVE, bias_gradients
@@ -116,14 +115,10 @@ class TwoPasses(torch.autograd.Function):
 
 def _room(levels: LevelTensors, wanted: tuple[bool, ...]) -> list[Tensor]:
     """Where the gradient of each level goes; empty where none is wanted."""
-    if not levels.donated and all(wanted):
-        return buffers.empty_like(levels.student)
     donated = levels.donated or [False] * len(wanted)
-    fresh = [s for s, needs, gift in zip(levels.student, wanted, donated, strict=True) if needs and not gift]
-    room = iter(buffers.empty_like(fresh))
     return [
-        levels.plan.absent if not needs else t.detach() if gift else next(room)
-        for t, needs, gift in zip(levels.teacher, wanted, donated, strict=True)
+        levels.plan.absent if not needs else t.detach() if gift else torch.empty_like(s)
+        for s, t, needs, gift in zip(levels.student, levels.teacher, wanted, donated, strict=True)
     ]
 
 

@@ -171,6 +171,8 @@ def is_traced() -> bool:
     """Whether a compiler, a tracer or a transform of ``torch.func`` runs, whose tensors are not those of a call."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
     keys = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
 
@@ -186,18 +188,16 @@ def _require_constants(teacher: Sequence[Tensor], prior: Any, standardize: Any) 
                 "run the teacher under torch.no_grad() or pass t.detach()"
             )
     for i, q in enumerate(prior or ()):
-        if q is not None:
-            _require_constant(f"prior[{i}]", q)
+        if q is not None and q.requires_grad:
+            _refuse_gradient(f"prior[{i}]")
     for i, pair in enumerate(standardize or ()):
         for k, x in enumerate(pair or ()):
-            _require_constant(f"standardize[{i}][{k}]", x)
+            if x.requires_grad:
+                _refuse_gradient(f"standardize[{i}][{k}]")
 
 
-def _require_constant(name: str, x: Tensor) -> None:
-    if x.requires_grad:
-        raise ValueError(
-            f"{name}: expected a constant, got a tensor that requires grad, and none would flow; detach it"
-        )
+def _refuse_gradient(name: str) -> None:
+    raise ValueError(f"{name}: expected a constant, got a tensor that requires grad, and none would flow; detach it")
 
 
 # ---- what is checked once a plan
