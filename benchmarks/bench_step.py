@@ -6,7 +6,7 @@
 falls from step to step. Inside the time, of each provider: the prior from the boxes (``priors.iou_mask``, one op for
 all levels), the adapters if the case has them, the loss with its factor, the averages that give the next factor, and
 the gradients of the student's features and of the adapters. ``fastkd`` is called as a ``Distiller`` calls it, whose
-gradients take the memory of the teacher's features; *features kept* as a trainer calls it that goes on to use them. Also
+gradients take the memory of the teacher's features; *features kept* as a trainer calls it that still needs them. Also
 the loss alone with a constant weight, the host's time at levels that take no other, and the operations of a step.
 """
 

@@ -183,7 +183,6 @@ def _add_train(commands: Any) -> None:
         type=_numbers,
         metavar="N,N,...",
     )
-    add(kd, "--logit-weight", "factor of the loss on the heads' outputs (default: 0.0)", type=float)
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
     add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
     add(kd, "--distill-decay", "fall to zero until then (default: no decay)", choices=DECAYS[1:])

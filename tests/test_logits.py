@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, logit_distill_loss
+from fastkd.study.logits import LogitObjective, logit_distill_loss
+from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
 
 
 def heads(seed: int, strides: tuple[int, ...], classes: int = 3, images: int = 2) -> list[Tensor]:
@@ -125,3 +126,20 @@ def test_heads_that_do_not_match_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         logit_distill_loss(student, teacher, *strides, classes)
+
+
+def test_the_objective_adds_the_term_until_distillation_stops() -> None:
+    torch.manual_seed(0)
+    student, teacher = YOLOv3Tiny(4, 0.125), YOLOv3(4, 0.125)
+    objective = LogitObjective(student, teacher, logit_weight=0.5, prior="graded_iou", stop_step=6, decay="linear")
+    images, targets = torch.rand(2, 3, 64, 64), torch.tensor([[0, 1, 8, 8, 40, 40.0]])
+    objective.distiller.prepare(images)  # type: ignore[union-attr]
+    found = []
+    for _ in range(7):
+        loss, values = objective(images, targets)
+        found.append(dict(zip(objective.terms, values.tolist(), strict=True)))
+        parts = sum(found[-1][name] for name in ("box", "objectness", "class", "distill", "logit"))
+        assert parts == pytest.approx(loss.item(), rel=1e-5)
+    assert all(terms["logit"] > 0 for terms in found[:6])
+    assert found[5]["logit"] < 0.4 * found[0]["logit"]  # a sixth of its weight, at its last step
+    assert found[6]["logit"] == found[6]["distill"] == 0

@@ -16,6 +16,7 @@ import torch
 
 import fastkd
 from fastkd.study import study
+from fastkd.study.logits import LogitObjective
 from fastkd.study.maps import MAPS, SHUFFLED, prior_name
 from fastkd.study.memo import remember
 from fastkd.study.protocol import Protocol, Regime
@@ -326,7 +327,7 @@ def test_a_teacher_that_remembers_says_the_same_bits_without_running(objective, 
     teacher = copy.deepcopy(distiller.teacher)
     remember(teacher, tmp_path)
     options = {"prior": "confidence", "logit_weight": 1.0, "distill_weight": 1.0}
-    again = Objective(student, teacher, info_map="self_information", **options)
+    again = LogitObjective(student, teacher, info_map="self_information", **options)
     ran = []
     teacher.get_submodule("block32").register_forward_hook(lambda *_: ran.append(1))
     images, targets = torch.rand(2, 3, 64, 64), torch.tensor([[0, 1, 8, 8, 40, 40.0]])
@@ -334,7 +335,7 @@ def test_a_teacher_that_remembers_says_the_same_bits_without_running(objective, 
     losses = [again(images, targets) for _ in range(2)]
     assert len(ran) == 1
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
-    plain = Objective(student, copy.deepcopy(distiller.teacher), info_map="self_information", **options)
+    plain = LogitObjective(student, copy.deepcopy(distiller.teacher), info_map="self_information", **options)
     plain.distiller.prepare(images)
     plain.distiller.load_state_dict(again.distiller.state_dict())
     torch.testing.assert_close(plain(images, targets)[1], again(images, targets)[1], rtol=0, atol=0)

@@ -100,7 +100,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(config, teacher, tmp_path, monkeypatch):
-    config = replace(config, teacher=str(teacher), distill_warmup=4, logit_weight=0.1)
+    config = replace(config, teacher=str(teacher), distill_warmup=4)
     whole = train(replace(config, out=str(tmp_path / "whole")))
     for step in (2, 5, 8):  # before the first checkpoint, and in the middle of two epochs
         kill_at(monkeypatch, step)
@@ -276,13 +276,13 @@ def test_distillation_moves_student_and_adapters_but_not_the_teacher(config, tea
 
 
 def test_reported_terms_add_up_to_the_loss(config, teacher):
-    config = replace(config, teacher=str(teacher), logit_weight=0.5, distill_weight=40.0)
+    config = replace(config, teacher=str(teacher), distill_weight=40.0)
     data = training_set(config)
     objective = build_objective(config, data).train()
     batch = next(batches(data, config, 0, 1))
     loss, values = objective(batch.images, batch.targets)
     terms = dict(zip(objective.terms, values.tolist(), strict=True))
-    parts = [terms[name] for name in ("box", "objectness", "class", "distill", "logit")]
+    parts = [terms[name] for name in ("box", "objectness", "class", "distill")]
     assert terms["loss"] == pytest.approx(loss.item())
     assert sum(parts) == pytest.approx(loss.item(), rel=1e-5)
     levels = [value for name, value in terms.items() if name.startswith("distill/")]
@@ -641,21 +641,17 @@ def test_a_run_with_a_prior_of_boxes_is_inspected(config, teacher, pictures):
 
 def test_distillation_decays_and_stops_at_its_epoch(config, teacher, tmp_path):
     run = replace(config, teacher=str(teacher), distill_stop=2, distill_decay="linear", log_every=1, warmup=0)
-    run = replace(run, logit_weight=0.5)
     train(run)
-    lines = [x for x in read_log(Path(run.out) / "metrics.jsonl") if "distill" in x]
-    for term in ("distill", "logit"):
-        values = [x[term] for x in lines]
-        assert all(values[:6])  # an epoch has three steps
-        assert values[6:] == [0, 0, 0]
-    assert lines[5]["logit"] < 0.4 * lines[0]["logit"]  # a sixth of its weight, at its last step
+    values = [x["distill"] for x in read_log(Path(run.out) / "metrics.jsonl") if "distill" in x]
+    assert all(values[:6])  # an epoch has three steps
+    assert values[6:] == [0, 0, 0]
     data = training_set(run)
     objective, batch = build_objective(run, data), next(batches(data, run, 0, 1))
     load_checkpoint(run, objective)
     maps = objective.distiller.maps(batch.images, objective.prior_of(batch.images, batch.targets))
     assert level_loss_figure(Path(run.out), maps).axes[1].get_xlim() == (1, 6)
     terms = dict(zip(objective.terms, objective.train()(batch.images, batch.targets)[1].tolist(), strict=True))
-    assert terms["distill"] == terms["logit"] == 0  # what the teacher said for the maps does not count
+    assert terms["distill"] == 0
 
 
 def test_frozen_batch_norms_keep_the_statistics_of_the_initial_weights(config, teacher, tmp_path):

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from fastkd.files import replacing
 from fastkd.health import fingerprint
 from fastkd.study import maps  # noqa: F401  # the priors that only the study knows
+from fastkd.study.logits import LogitObjective
 from fastkd.study.memo import remember
 from fastkd.study.scenes import scene_files
 from fastkd.yolov3.augment import Augmentation
@@ -35,6 +36,7 @@ from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import PATHS, TrainConfig
 from fastkd.yolov3.data import DetectionDataset
 from fastkd.yolov3.evaluate import evaluate
+from fastkd.yolov3.objective import Objective
 from fastkd.yolov3.run_log import versions
 from fastkd.yolov3.train import epoch_steps, train, training_set
 
@@ -224,8 +226,11 @@ def _train_and_score(run: Run, root: Path, keep: bool) -> Result:
     """A run that was killed before goes on from its checkpoint."""
     out = root / "runs" / run.key
     config = train_config(run, root)
+    weight = run.config.get("logit_weight")
+    objective = partial(LogitObjective, logit_weight=weight) if weight else Objective
     with contextlib.redirect_stderr(io.StringIO()):  # the bars of several runs at a time
-        result = train(config, on_teacher=partial(remember, folder=root / MEMO / str(run.teacher and run.teacher[1])))
+        memory = partial(remember, folder=root / MEMO / str(run.teacher and run.teacher[1]))
+        result = train(config, on_teacher=memory, make_objective=objective)
     scenes = DetectionDataset(*scene_files(root, run.scored_on), config.size)
     metrics = evaluate(result.model, scenes)
     if keep:
@@ -239,7 +244,7 @@ def _train_and_score(run: Run, root: Path, keep: bool) -> Result:
 def train_config(run: Run, root: Path) -> TrainConfig:
     """The run's configuration, with paths as they are here; digits must not be mirrored, the scenes fit in memory."""
     values: dict[str, Any] = {name: str(root / x) if name in PATHS else x for name, x in run.config.items()}
-    zoom = values.pop("zoom", None)
+    zoom, _ = values.pop("zoom", None), values.pop("logit_weight", None)  # the latter is the objective's
     values["augmentation"] = Augmentation(flip=0.0) if zoom is None else Augmentation(flip=0.0, zoom=tuple(zoom))
     if run.teacher is not None:
         values["teacher"] = str(model_file(root, run.teacher[0]))

@@ -3,7 +3,6 @@
 from fastkd.yolov3.anchors import HeadLayout, Heads, dataset_anchors, kmeans_anchors
 from fastkd.yolov3.boxes import Detections, box_iou, decode, detect
 from fastkd.yolov3.darknet import load_weights, save_weights
-from fastkd.yolov3.logits import logit_distill_loss
 from fastkd.yolov3.loss import DetectionLoss
 from fastkd.yolov3.model import YOLOv3, YOLOv3Tiny
 
@@ -20,6 +19,5 @@ __all__ = [
     "detect",
     "kmeans_anchors",
     "load_weights",
-    "logit_distill_loss",
     "save_weights",
 ]

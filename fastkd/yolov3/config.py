@@ -21,7 +21,7 @@ FREE_TO_CHANGE = {
     *("val_annotations", "val_images"),
 }
 OF_DISTILLATION = {  # without a teacher they do nothing
-    *("teacher_model", "distill_weight", "distill_share", "info_map", "prior", "level_weights", "logit_weight"),
+    *("teacher_model", "distill_weight", "distill_share", "info_map", "prior", "level_weights"),
     *("distill_warmup", "distill_stop", "distill_decay"),
 }
 PATHS = {"annotations", "images", "teacher", "init", "unlabelled"}
@@ -50,7 +50,7 @@ class TrainConfig:
         unlabelled: folder of pictures, with its sub-folders, that only the teacher explains; None: none.
         unlabelled_batch: how many of these a step has, over all processes; None: as many as ``batch``.
         match_threshold: IoU of sizes above which a box trains an anchor; 1: the best anchor alone, as in the paper.
-        distill_weight, info_map, logit_weight: see ``Objective`` and ``fastkd.DistillLoss``.
+        distill_weight, info_map: see ``Objective`` and ``fastkd.DistillLoss``.
         prior: as in ``Objective``; None: the one that goes with the map, ``"confidence"`` for ``"score"``,
             ``"iou_mask"`` for ``"fgfi"``, ``"graded_iou"`` for that map, else none.
         level_weights: a factor for each level of the feature loss, backbone first; 0 leaves a level out; None: all 1.
@@ -105,7 +105,6 @@ class TrainConfig:
     prior: str | None = None
     level_weights: tuple[float, ...] | None = None
     match_threshold: float = 0.5
-    logit_weight: float = 0.0
     distill_warmup: int = 0
     distill_stop: int | None = None
     distill_decay: str | None = None
@@ -163,7 +162,7 @@ class TrainConfig:
         self._require("distill_stop", self.distill_stop is None or self.distill_stop >= 1, "None or an epoch >= 1")
         self._require("steps", self.steps is None or self.steps >= 1, "None or a number >= 1")
         self._require("lr", 0 < self.lr < math.inf, "a finite number > 0")
-        for name in ("logit_weight", "weight_decay", "clip", "warmup", "distill_warmup", "final_lr"):
+        for name in ("weight_decay", "clip", "warmup", "distill_warmup", "final_lr"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
         self._require("ema", 0 <= self.ema < 1, "a number in [0, 1)")
         self._require("val_images", (self.val_annotations is None) == (self.val_images is None), "it with the other")

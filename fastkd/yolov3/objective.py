@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 
 from fastkd import priors
 from fastkd.distiller import Distiller, Prior
-from fastkd.loss_weight import LossWeight
 from fastkd.ops.arguments import require_known
 from fastkd.yolov3.boxes import likely_boxes
 from fastkd.yolov3.checkpoint import Detector
-from fastkd.yolov3.logits import logit_distill_loss
 from fastkd.yolov3.loss import DetectionLoss
 
 
@@ -66,9 +63,7 @@ def _iou_mask(context: PriorContext, graded: bool = False) -> LevelPriors:
 
 
 def _graded_iou(context: PriorContext) -> LevelPriors:
-    return priors.iou_mask(
-        context.boxes, context.anchors(), context.sizes, context.image_size, len(context.images), graded=True
-    )
+    return _iou_mask(context, graded=True)
 
 
 def _box_balance(context: PriorContext) -> LevelPriors:
@@ -105,8 +100,6 @@ class Objective(nn.Module):
         student: trained in place.
         teacher: frozen; None to train without distillation.
         distill_weight: factor of the feature term, or ``"auto"``: see ``fastkd.DistillLoss``, ``weight``.
-        logit_weight: factor of the term on the heads' outputs (``logit_distill_loss``); the feature term's warm-up,
-            decay and stop are its too.
         match_threshold: see ``DetectionLoss``.
         prior: what also weighs the cells, one of ``PRIORS``: ``"confidence"``, the teacher's own; ``"iou_mask"``,
             ``"graded_iou"`` or ``"box_balance"``, of the boxes (and the teacher's anchors), which in images without
@@ -117,7 +110,7 @@ class Objective(nn.Module):
         ValueError: teacher and student have different numbers of classes; what ``Distiller`` raises.
     """
 
-    _logit_factor: LossWeight
+    distill_terms: tuple[str, ...] = ("distill",)  # names of what ``_distill`` returns
 
     def __init__(
         self,
@@ -125,7 +118,6 @@ class Objective(nn.Module):
         teacher: Detector | None = None,
         *,
         distill_weight: float | str = "auto",
-        logit_weight: float = 0.0,
         match_threshold: float = 0.5,
         prior: str = "none",
         **loss_options: Any,
@@ -133,9 +125,6 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.detection = DetectionLoss(student, match_threshold=match_threshold)
-        self.logit_weight = logit_weight
-        schedule = {name: loss_options[name] for name in ("warmup_steps", "decay", "stop_step") if name in loss_options}
-        self._logit_factor = LossWeight(logit_weight, **schedule)
         require_known("prior", prior, list(PRIORS))
         self.prior = prior
         self.distiller: Distiller | None = None
@@ -155,15 +144,13 @@ class Objective(nn.Module):
             **loss_options,
         )
         self._teacher = (teacher,)  # in a tuple it is not registered as a submodule
-        self._teacher_outputs: Sequence[Tensor] = ()
 
     @property
     def terms(self) -> list[str]:
         """Names of what ``forward`` reports, in its order."""
         names = ["loss", "box", "objectness", "class"]
         if self.distiller is not None:
-            names += ["distill"] + ["logit"] * (self.logit_weight > 0)
-            names += [f"distill/{student}" for student, _ in self.distiller.levels or []]
+            names += [*self.distill_terms, *(f"distill/{student}" for student, _ in self.distiller.levels or [])]
         return names
 
     def forward(self, images: Tensor, targets: Tensor, unlabelled: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -185,47 +172,28 @@ class Objective(nn.Module):
         report = list(parts.values())
         levels = loss.new_zeros(0)
         if self.distiller is not None:
-            self._teacher_outputs = ()  # whoever ran the teacher since the last step, for maps say, left its own
-            factor = self._logit_factor.at(self.distiller.criterion.loss_weight.step) if self.logit_weight else None
-            distill = self.distiller.loss(images, self.prior_of(images, targets, labelled), loss)
-            loss, report = loss + distill, [*report, distill.detach()]
+            terms = self._distill(outputs, images, self.prior_of(images, targets, labelled), loss)
+            loss, report = loss + sum(terms), [*report, *(term.detach() for term in terms)]
             levels = self.distiller.criterion.level_losses
-            if factor is not None:
-                logit = factor * self._logit_loss(outputs)
-                loss, report = loss + logit, [*report, logit.detach()]
-            self._teacher_outputs = ()
         return loss, torch.cat([torch.stack([loss.detach(), *report]), levels.to(loss)])
+
+    def _distill(self, outputs: Sequence[Tensor], images: Tensor, prior: Prior, task: Tensor) -> list[Tensor]:
+        """What distillation adds to the loss; ``outputs`` are the student's."""
+        assert self.distiller is not None
+        return [self.distiller.loss(images, prior, task)]
 
     def prior_of(self, images: Tensor, targets: Tensor, labelled: int | None = None) -> Prior:
         """What weighs the cells of this batch, as ``Distiller.loss``, ``maps`` and ``check`` take it.
 
         The first ``labelled`` images have labels, ``targets``; None: all.
         """
-        return partial(self._prior, images, targets, len(images) if labelled is None else labelled)
+        (teacher,), distiller, known = self._teacher, self.distiller, len(images) if labelled is None else labelled
+        assert distiller is not None
 
-    def _prior(
-        self, images: Tensor, targets: Tensor, labelled: int, outputs: Sequence[Tensor], sizes: list[tuple[int, int]]
-    ) -> LevelPriors:
-        """The teacher's outputs are kept for the logit term, so that it runs once a step."""
-        self._teacher_outputs = outputs
-        (teacher,) = self._teacher
-        assert self.distiller is not None
-        return PRIORS[self.prior](PriorContext(images, labelled, targets, outputs, sizes, teacher, self.distiller))
+        def prior(outputs: Sequence[Tensor], sizes: list[tuple[int, int]]) -> LevelPriors:
+            return PRIORS[self.prior](PriorContext(images, known, targets, outputs, sizes, teacher, distiller))
 
-    def _logit_loss(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The term on the heads' outputs, without its weight."""
-        if not self._teacher_outputs:  # distillation has stopped, and the teacher rests
-            return outputs[0].new_zeros(())
-        (teacher,) = self._teacher
-        return logit_distill_loss(
-            outputs,
-            self._teacher_outputs,
-            self.student.strides,
-            teacher.strides,
-            teacher.num_classes,
-            student_anchors=self.student.anchors,
-            teacher_anchors=teacher.anchors,
-        )
+        return prior
 
 
 def _nearest(strides: Sequence[int], stride: float) -> int:

@@ -21,7 +21,7 @@ from fastkd.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = ("loss", "box", "objectness", "class", "distill", "logit")
+SHOWN = ("loss", "box", "objectness", "class", "distill")
 
 FIGURE_DPI = 80  # of TensorBoard's copies, which are kept of every evaluation
 FIGURE_SHARE = 0.05  # of the run's time

@@ -53,7 +53,12 @@ class TrainResult:
     model_file: Path
 
 
-def train(config: TrainConfig, *, on_teacher: Callable[[Detector], None] | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    on_teacher: Callable[[Detector], None] | None = None,
+    make_objective: Callable[..., Objective] = Objective,
+) -> TrainResult:
     """Train, evaluate and export a detector.
 
     Can be killed at any point and resumed: files appear whole. On a CPU the resumed run ends with the same weights,
@@ -62,6 +67,7 @@ def train(config: TrainConfig, *, on_teacher: Callable[[Detector], None] | None 
     Args:
         config: of the run.
         on_teacher: called with the teacher as soon as it is loaded, to change how it computes, not what.
+        make_objective: called as ``Objective``, for a loss of one's own.
 
     Raises:
         FileNotFoundError: a file of the configuration is missing.
@@ -70,7 +76,7 @@ def train(config: TrainConfig, *, on_teacher: Callable[[Detector], None] | None 
         FloatingPointError: a loss is not finite (names it).
         ConnectionError: of several processes another one is gone (says what is left, and how to go on).
     """
-    run = _Run(config, on_teacher)
+    run = _Run(config, on_teacher, make_objective)
     try:
         while run.step < run.steps:
             run.go_on()
@@ -89,6 +95,7 @@ def build_objective(
     *,
     ranks: int = 1,
     on_teacher: Callable[[Detector], None] | None = None,
+    make_objective: Callable[..., Objective] = Objective,
 ) -> Objective:
     """Student with the run's initial weights, teacher, adapters and losses, on the CPU; for one of ``ranks`` processes.
 
@@ -104,11 +111,10 @@ def build_objective(
         teacher = found.model
         if on_teacher is not None:
             on_teacher(teacher)
-    objective = Objective(
+    objective = make_objective(
         student,
         teacher,
         distill_weight=config.distill_weight,
-        logit_weight=config.logit_weight,
         prior=config.effective_prior,
         match_threshold=config.match_threshold,
         **(_loss_options(config, data, ranks) if teacher is not None else {}),
@@ -149,7 +155,12 @@ def total_steps(config: TrainConfig, data: DetectionDataset) -> int:
 class _Run:
     """State of one training run; ``go_on`` trains to the next checkpoint."""
 
-    def __init__(self, config: TrainConfig, on_teacher: Callable[[Detector], None] | None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        on_teacher: Callable[[Detector], None] | None,
+        make_objective: Callable[..., Objective],
+    ) -> None:
         self.config, self.out = config, Path(config.out)
         self.data = training_set(config)
         self.val = validation_set(config)
@@ -168,7 +179,9 @@ class _Run:
         self.evaluated, self.metrics = False, cast(Metrics | None, None)
         saved = self._saved()
 
-        objective = build_objective(config, self.data, ranks=ranks, on_teacher=on_teacher).to(self.accelerator.device)
+        objective = build_objective(
+            config, self.data, ranks=ranks, on_teacher=on_teacher, make_objective=make_objective
+        ).to(self.accelerator.device)
         self.student, self.distiller = objective.student, objective.distiller
         if self.distiller is not None:  # the teacher is no submodule
             self.distiller.teacher.to(self.accelerator.device)

@@ -1,14 +1,61 @@
-"""Distilling the heads: the student's outputs follow the teacher's where the teacher sees an object."""
+"""Distilling the heads: the student's outputs follow the teacher's where the teacher sees an object.
+
+A row of the study: alone and beside a feature loss it made students worse there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastkd.distiller import Prior
+from fastkd.loss_weight import LossWeight
 from fastkd.yolov3.boxes import head_cells, widen
+from fastkd.yolov3.objective import LevelPriors, Objective
+
+
+class LogitObjective(Objective):
+    """``Objective`` with a teacher and the term on the heads' outputs, ``logit_distill_loss``.
+
+    Args:
+        logit_weight: factor of the term; the feature term's warm-up, decay and stop are its too.
+    """
+
+    distill_terms = ("distill", "logit")
+
+    def __init__(self, *args: Any, logit_weight: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        schedule = {name: options[name] for name in ("warmup_steps", "decay", "stop_step") if name in options}
+        self.logit_factor = LossWeight(logit_weight, **schedule)
+
+    def _distill(self, outputs: Sequence[Tensor], images: Tensor, prior: Prior, task: Tensor) -> list[Tensor]:
+        found: Sequence[Tensor] = ()
+
+        def see_outputs(of_teacher: Sequence[Tensor], sizes: list[tuple[int, int]]) -> LevelPriors:
+            nonlocal found
+            found = of_teacher
+            return prior(of_teacher, sizes)
+
+        assert self.distiller is not None
+        factor = self.logit_factor.at(self.distiller.criterion.loss_weight.step)
+        terms = super()._distill(outputs, images, see_outputs, task)
+        if not found:  # distillation has stopped, and the teacher does not run
+            return [*terms, outputs[0].new_zeros(())]
+        (teacher,) = self._teacher
+        term = logit_distill_loss(
+            outputs,
+            found,
+            self.student.strides,
+            teacher.strides,
+            teacher.num_classes,
+            student_anchors=self.student.anchors,
+            teacher_anchors=teacher.anchors,
+        )
+        return [*terms, factor * term]
 
 
 def logit_distill_loss(
