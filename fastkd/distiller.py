@@ -35,7 +35,7 @@ class Distiller(nn.Module):
 
     The teacher is put in eval mode and frozen, and again before each use, whoever called ``.train()``. The two models
     are not submodules: ``parameters()`` and ``state_dict()`` hold the adapters, the teacher's statistics and the step
-    alone. A copy or pickle of the student carries hooks that do nothing. For several processes call
+    alone. A copy or pickle of the student has nothing of fastkd. For several processes call
     ``prepare(images)``, wrap the distiller in ``DistributedDataParallel`` like the student, and call it
     (``forward`` is ``loss``), so that adapters and statistics are the same on every rank.
 

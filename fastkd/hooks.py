@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -23,8 +25,8 @@ class FeatureHook:
     """Forward hook that keeps the last output of one module and counts its calls in one forward of the model.
 
     If a later module changes that output in place (ReLU(inplace=True), ``out += identity``), the changed one is what
-    is kept, with a warning. What checkpointing recomputes during a backward is not recorded. A copied or unpickled hook
-    records nothing, so an EMA of the student can't feed the distiller.
+    is kept, with a warning. What checkpointing recomputes during a backward is not recorded. Copies and pickles of the
+    model are without it, so that they load without fastkd and an EMA of the student can't feed the distiller.
     """
 
     def __init__(self, role: str, label: str, model: nn.Module, place: Place) -> None:
@@ -47,7 +49,8 @@ class FeatureHook:
 
     def attach(self) -> None:
         # what an earlier forward left behind, a validation's say, is dropped as the model's next one begins
-        before = self.root.register_forward_pre_hook(self._begin)
+        leave_hooks_behind(self.root, self.module)
+        before = self.root.register_forward_pre_hook(self)
         self.handles = [before, self.module.register_forward_hook(self)]
 
     def detach(self) -> None:
@@ -58,18 +61,20 @@ class FeatureHook:
     def reset(self) -> None:
         self.output, self.calls = None, 0
 
-    def _begin(self, *_: Any) -> None:
-        if not _in_backward():  # where the whole model is checkpointed, a forward that is waiting must not be lost
-            self.reset()
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is not self.module or _in_backward():
+    def __call__(self, module: nn.Module, args: Any, *output: Any) -> None:
+        """Before a forward of the model (without an output), and after one of the module."""
+        if _in_backward():  # where the whole model is checkpointed, a forward that is waiting must not be lost
             return
-        self.output, self.version = output, _version(output)
-        self.calls += 1
+        if not output and module is self.root:
+            self.reset()
+        elif output and module is self.module:  # not a replica of DataParallel, which shares the hooks
+            (self.output,) = output
+            self.version = _version(self.output)
+            self.calls += 1
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"module": None, "output": None, "calls": 0}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In copies of a module that others had hooks on before: a function that takes anything and does nothing."""
+        return getattr, (nullcontext(), "__exit__")
 
     def feature(self) -> Tensor:
         """The last output, a 4-D tensor."""
@@ -159,14 +164,26 @@ def image_height(images: Any, heights: Sequence[int]) -> int:
     return images.shape[-2] if isinstance(images, Tensor) else max(heights)
 
 
-def without_hooks(model: nn.Module) -> nn.Module:
-    """The same model without the hooks that a copy of a hooked model carries: plain to pickle."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", hook), FeatureHook):
-                    del hooks[key]
-    return model
+class ModuleHooks(OrderedDict[int, Any]):
+    """A module's dict of hooks, of which copies, pickles and ``torch.jit.script`` get those that are not fastkd's."""
+
+    def values(self) -> Any:
+        """What ``torch.jit.script`` would compile; a call of the module goes through ``items()``."""
+        return [hook for hook in super().values() if not isinstance(hook, FeatureHook)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ([(key, hook) for key, hook in self.items() if not isinstance(hook, FeatureHook)],)
+
+
+def leave_hooks_behind(root: nn.Module, module: nn.Module) -> None:
+    """Let the hooks stay behind when the model is copied or pickled.
+
+    A dict that has hooks stays as it is: it is the one that their handles remove them from.
+    """
+    if not root._forward_pre_hooks:
+        root._forward_pre_hooks = ModuleHooks()
+    if not module._forward_hooks:
+        module._forward_hooks = ModuleHooks()
 
 
 def bare_name(name: str) -> str:

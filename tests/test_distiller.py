@@ -8,9 +8,12 @@ import gc
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,6 +322,56 @@ def test_copies_of_the_student_do_not_feed_the_distiller(student: Net, teacher: 
         copy.copy(student.stages[1])(torch.randn(2, 4, 16, 16))  # shares the hooks, as DataParallel's replicas do
         with pytest.raises(RuntimeError, match="has not fired"):
             distiller.loss(images)
+
+
+def test_a_student_saved_whole_has_nothing_of_fastkd(tmp_path: Path) -> None:
+    """Also one that others have hooks on, whose handles still remove them, and an EMA's copy."""
+    student, teacher = (nn.Sequential(block(3, 4), block(4, 8)) for _ in range(2))
+    images, seen = torch.randn(2, 3, 16, 16), []
+    theirs = student[1].register_forward_hook(print)  # a function that every process has
+    distiller = Distiller(student, teacher, backbone=[("0", "0"), ("1", "1")]).prepare(images)
+    later = student[0].register_forward_hook(lambda *_: seen.append(1))
+    student(images)
+    later.remove()
+    assert seen == [1]
+    for i, model in enumerate((student, copy.deepcopy(student), torch.optim.swa_utils.AveragedModel(student))):
+        torch.save(model, tmp_path / f"{i}.pt")
+    code = f"""
+import sys
+sys.modules["fastkd"] = None
+import torch
+for i in range(3):
+    torch.load({str(tmp_path)!r} + f"/{{i}}.pt", weights_only=False)(torch.rand(2, 3, 16, 16))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert distiller.loss(images) > 0
+    theirs.remove()
+    assert len(student[1]._forward_hooks) == 1
+    assert not copy.deepcopy(student)[0]._forward_hooks
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_a_student_with_hooks_can_be_scripted_traced_and_exported() -> None:
+    student, x = Scripted(), torch.randn(1, 3, 16, 16)
+    distiller = Distiller(student, Scripted(), backbone=[("a", "a"), ("b", "b")]).prepare(x)
+    for found in (
+        torch.jit.script(student),
+        torch.jit.script(copy.deepcopy(student)),
+        torch.jit.trace(student, x),
+        torch.export.export(student, (x,)).module(),
+    ):
+        torch.testing.assert_close(found(x), student(x))
+    student(x)
+    assert distiller.loss(x) > 0
 
 
 def test_a_validation_in_between_leaves_nothing_behind(student: Net, teacher: Net, images: Tensor) -> None:

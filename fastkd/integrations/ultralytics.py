@@ -32,7 +32,6 @@ from torch.utils.hooks import RemovableHandle
 from fastkd.distiller import Distiller
 from fastkd.files import replacing
 from fastkd.health import fingerprint
-from fastkd.hooks import without_hooks
 from fastkd.loss import require_scalar
 from fastkd.loss_weight import weight_of
 from fastkd.modes import eval_mode
@@ -248,7 +247,7 @@ class Student(nn.Module):
             return getattr(super().__getattr__("module"), name)
 
     def __deepcopy__(self, memo: Any) -> nn.Module:
-        return without_hooks(copy.deepcopy(self.module, memo))
+        return copy.deepcopy(self.module, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return copy.deepcopy(self).__reduce_ex__(protocol)
@@ -341,7 +340,6 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
     def resume_training(self, ckpt: Any) -> None:
         """The last step of the set-up."""
         super().resume_training(ckpt)
-        without_hooks(self.ema.ema)
         student: Any = self.distiller.student
         own = getattr(student, "criterion", None) or student.init_criterion()
         student.criterion = Criterion(own, self.distiller)
@@ -393,7 +391,6 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
         """Ultralytics' checkpoint, of the student alone; before it, so that a kill between them is harmless, ours."""
         with replacing(self._state_file(self.epoch)) as part:
             torch.save(self._state(), part)
-        without_hooks(self.ema.ema)
         with self._student_alone():
             saved = super().save_model()
         if saved is not False:  # it is where weights are not finite
@@ -410,7 +407,6 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
         """Go back to a checkpoint, on resume or after a loss that was not finite."""
         with self._student_alone():
             super()._load_checkpoint_state(ckpt)
-        without_hooks(self.ema.ema)
         self._restore(ckpt["epoch"])
 
     def _state(self) -> dict[str, Any]:
