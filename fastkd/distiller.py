@@ -271,19 +271,22 @@ class Distiller(nn.Module):
         Returns:
             A ``Report``; ``report.ok`` is False if anything is wrong.
         """
-        checks = [health.check_trained(self.teacher, teacher_fingerprint), health.check_frozen(self.teacher)]
+        ran: set[nn.Module] | None = None
+        frozen = health.check_frozen(self.teacher)
         hooks = Check("hooks", None, "not known: pass images")
         gradient = Check("gradient", None, "not known: pass images")
         weight = health.check_weight(self.criterion)
         share = Check("loss share", None, "not known: pass images and task_loss")
         if images is not None:
-            hooks = self._check_hooks(images, prior)
+            hooks, ran = self._check_hooks(images, prior)
             missing = "the hooks do not work" if not hooks.ok else "the loss is zero"
             gradient, share = (Check(name, None, f"not known: {missing}") for name in ("gradient", "loss share"))
             if hooks.ok and weight.ok:
-                gradient, loss = self._check_gradient(images, task_loss, prior)
-                share = health.check_share(loss, task_loss, self.criterion)
-        checks += [
+                gradient, losses = self._check_gradient(images, task_loss, prior)
+                share = health.check_share(losses, task_loss, self.criterion)
+        checks = [
+            health.check_trained(self.teacher, teacher_fingerprint, ran),
+            frozen,
             hooks,
             gradient,
             weight,
@@ -329,7 +332,7 @@ class Distiller(nn.Module):
         output = self._run_teacher(images)
         pairs = self._matched(images)
         teacher = [t.feature() for _, t in pairs]
-        student = [self._aligned(s, t, y) for (s, t), y in zip(pairs, teacher, strict=True)]
+        student = [self._aligned(s, t, s.feature(), y) for (s, t), y in zip(pairs, teacher, strict=True)]
         self._move_criterion(teacher)
         prior = self.prior if prior is None else prior
         if prior is None:
@@ -337,9 +340,8 @@ class Distiller(nn.Module):
         with torch.no_grad():
             return student, teacher, prior(output, [(x.shape[2], x.shape[3]) for x in teacher]), output
 
-    def _aligned(self, s: FeatureHook, t: FeatureHook, teacher: Tensor) -> Tensor:
-        """The student's feature in the teacher's height and width."""
-        x = s.feature()
+    def _aligned(self, s: FeatureHook, t: FeatureHook, x: Tensor, teacher: Tensor) -> Tensor:
+        """The student's feature ``x`` in the teacher's height and width."""
         if x.shape[0] != teacher.shape[0]:
             raise ValueError(
                 f"{s} and {t}: expected equal batch sizes, got {tuple(x.shape)} and {tuple(teacher.shape)}; "
@@ -404,31 +406,41 @@ class Distiller(nn.Module):
         for hook in self._feature_hooks:
             hook.reset()
 
-    def _check_hooks(self, images: Any, prior: Prior | None) -> Check:
+    def _check_hooks(self, images: Any, prior: Prior | None) -> tuple[Check, set[nn.Module] | None]:
+        """Also which of the teacher's layers that look untrained take part in its forward; None: not known."""
+        ran: set[nn.Module] = set()
+        watched = [
+            module.register_forward_hook(lambda module, *_: ran.add(module))
+            for module in health.initial_layers(self.teacher)
+        ]
         try:
             pairs = len(self._dry_run(images, prior)[0])
             often = [f"{hook} {hook.calls} times" for hook in self._feature_hooks if hook.calls != 1]
         except (RuntimeError, TypeError, ValueError) as error:
-            return Check("hooks", False, str(error))
+            return Check("hooks", False, str(error)), None
         finally:
             self._clear()
+            _remove(watched)
         if often:
-            return Check("hooks", False, f"expected once a forward, fired: {', '.join(often)}; the last output counts")
-        return Check("hooks", True, f"each fired once a forward, at {pairs} levels")
+            message = f"expected once a forward, fired: {', '.join(often)}; the last output counts"
+            return Check("hooks", False, message), ran
+        return Check("hooks", True, f"each fired once a forward, at {pairs} levels"), ran
 
     def _check_gradient(
         self, images: Any, task_loss: float | Tensor | None, prior: Prior | None
-    ) -> tuple[Check, float]:
-        """Pushes each level's own gradient through the student; also the loss at full weight."""
+    ) -> tuple[Check, Tensor]:
+        """Pushes each level's own gradient through the student; also the levels' losses, without the weight."""
         try:
             with torch.enable_grad():
                 student, teacher, q, _ = self._dry_run(images, prior)
                 self.criterion.prepare(student, teacher)
                 criterion = self.criterion.standalone_copy()
-                leaves = [x.detach().requires_grad_() for x in student]  # cut off from the levels that follow
-                loss = criterion(leaves, teacher, q, 1.0 if task_loss is None else task_loss).sum()
+                pairs = self._matched()
+                hooks = [s for s, _ in pairs]
+                leaves = [s.feature().detach().requires_grad_() for s in hooks]  # cut off from the levels that follow
+                aligned = [self._aligned(s, t, x, y) for (s, t), x, y in zip(pairs, leaves, teacher, strict=True)]
+                loss = criterion(aligned, teacher, q, 1.0 if task_loss is None else task_loss).sum()
                 gradients = torch.autograd.grad(loss, leaves)
-                hooks = [s for s, _ in self._matched()]
                 on = criterion.options.weights or [1.0] * len(hooks)  # a level that was switched off gets no gradient
                 norms = {
                     str(s): self._student_gradient(images, s, g)
@@ -442,18 +454,34 @@ class Distiller(nn.Module):
         message = f"reaches the student at every level (norm): {listed}"
         if bad:
             message = f"none, or no finite one, reaches the student's weights (norm): {listed}; frozen or detached?"
-        return Check("gradient", not bad, message), loss.item()
+        return Check("gradient", not bad, message), criterion.level_losses
 
     def _student_gradient(self, images: Any, hook: FeatureHook, gradient: Tensor) -> float:
         """Norm of the gradient of the student's weights, from ``gradient`` at this level alone."""
         parameters = [p for p in self.student.parameters() if p.requires_grad]
-        with eval_mode(self.student):
+        with eval_mode(self.student):  # the backward too: checkpointing runs parts of the forward again there
             without_ddp(self.student)(images)  # anew for each level: a compiled graph can't always be walked twice
-        feature = hook.feature()
-        if not feature.requires_grad or not parameters:
-            return 0.0
-        found = torch.autograd.grad(feature, parameters, gradient, allow_unused=True)
+            feature = hook.feature()
+            if not feature.requires_grad or not parameters:
+                return 0.0
+            found = _gradients(feature, parameters, gradient)
         return math.sqrt(sum(x.double().square().sum().item() for x in found if x is not None))
+
+
+def _gradients(feature: Tensor, parameters: list[nn.Parameter], upstream: Tensor) -> Sequence[Tensor | None]:
+    found = torch.autograd.grad(feature, parameters, upstream, allow_unused=True)
+    if any(x is not None for x in found):
+        return found
+    # reentrant checkpointing hides its parameters from autograd.grad
+    before = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = None
+        feature.backward(upstream)  # type: ignore[no-untyped-call]
+        return [p.grad for p in parameters]
+    finally:
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
 
 
 def _held_by_hooks_alone(features: list[Tensor]) -> list[bool]:

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,15 +63,20 @@ def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_trained(teacher: nn.Module, expected: str | None) -> Check:
-    """Compares with the expected weights; else looks for layers that still are as a constructor leaves them."""
+def check_trained(teacher: nn.Module, expected: str | None, ran: Container[nn.Module] | None = None) -> Check:
+    """Compares with the expected weights; else looks for layers that still are as a constructor leaves them.
+
+    Args:
+        ran: modules that ran in a forward of the teacher: one that no forward uses may be as it was. None: not known.
+    """
     name = "teacher trained"
     if expected is not None:
         found = fingerprint(teacher)
         same = f"has the expected weights, fingerprint {found}"
         return Check(name, found == expected, same if found == expected else f"expected {expected}, got {found}")
-    layers = {bare_name(n): x for n, m in teacher.named_modules() if (x := _looks_initial(m)) is not None}
-    fresh = [n for n, initial in layers.items() if initial]
+    layers = {m: bare_name(n) for n, m in teacher.named_modules() if _looks_initial(m) is not None}
+    initial = initial_layers(teacher)
+    fresh = [layers[m] for m in initial if ran is None or m in ran]
     if not layers:
         return Check(name, None, "not known: no layer whose initial weights can be told; pass teacher_fingerprint")
     if fresh:
@@ -79,8 +84,16 @@ def check_trained(teacher: nn.Module, expected: str | None) -> Check:
         message = (
             f"{len(fresh)} of {len(layers)} layers look as initialised ({some}): was a checkpoint loaded, all of it?"
         )
+        if ran is None and 2 * len(fresh) < len(layers):
+            return Check(name, None, f"{message} Pass images to see whether they are used at all")
         return Check(name, False, message)
-    return Check(name, True, f"none of {len(layers)} normalisation layers is as initialised")
+    unused = f"; {len(initial)} are, which no forward uses" if initial else ""
+    return Check(name, True, f"none of {len(layers)} normalisation layers is as initialised{unused}")
+
+
+def initial_layers(model: nn.Module) -> list[nn.Module]:
+    """The normalisation layers that look as a constructor leaves them."""
+    return [module for module in model.modules() if _looks_initial(module)]
 
 
 def _looks_initial(module: nn.Module) -> bool | None:
@@ -112,20 +125,28 @@ def check_weight(criterion: DistillLoss) -> Check:
     return Check("loss weight", True, f"not zero, but for {off} of {len(levels)} levels" if off else "not zero")
 
 
-def check_share(loss: float, task_loss: float | Tensor | None, criterion: DistillLoss) -> Check:
+def check_share(losses: Tensor, task_loss: float | Tensor | None, criterion: DistillLoss) -> Check:
+    """What a training step adds to the task loss now, by the averages, warm-up and decay that it has reached."""
+    weight = criterion.loss_weight
+    task = 1.0 if task_loss is None else float(task_loss.detach() if isinstance(task_loss, Tensor) else task_loss)
+    factor, ramp = weight.now(losses, losses.new_tensor(task))
+    loss = float(losses.sum()) * factor
     if not math.isfinite(loss):
         return Check("loss share", False, f"expected a finite distillation loss, got {loss}")
-    if task_loss is None and criterion.loss_weight.weight == "auto":
-        message = f'weight="auto" holds it at {criterion.loss_weight.share:g} times the task loss'
-        return Check("loss share", None, f"{message}; pass task_loss to see it")
+    if task_loss is None and weight.is_auto:
+        message = f'weight="auto" holds it at {weight.share:g} times the task loss, by averages over some 50 steps'
+        return Check("loss share", None, f"{message}; pass task_loss to see what it is now")
     if task_loss is None:
-        return Check("loss share", None, f"distillation loss {loss:.4g} at full weight; pass task_loss to compare")
-    task = float(task_loss.detach() if isinstance(task_loss, Tensor) else task_loss)
-    share = loss / (loss + task) if loss + task else math.nan
-    ok = SHARE[0] <= share <= SHARE[1]
+        return Check("loss share", None, f"distillation loss {loss:.4g} now; pass task_loss to compare")
+    if ramp == 0:
+        return Check("loss share", None, "distillation is over")
+    share, full = (x / (x + task) if x + task else math.nan for x in (loss, loss / ramp))
     message = f"distillation {loss:.4g}, task {task:.4g}: {share:.1%} of the total"
-    hint = f'; expected {SHARE[0]:.0%} to {SHARE[1]:.0%}: choose another weight, or weight="auto"'
-    return Check("loss share", ok, message if ok else message + hint)
+    message += f" now, {full:.1%} without warm-up and decay" if ramp < 1 else ""
+    ok = full >= SHARE[0] and share <= SHARE[1]
+    hint = f"; expected {SHARE[0]:.0%} to {SHARE[1]:.0%}: "
+    lag = "the averages have not yet followed the task loss" if weight.is_auto else 'choose another weight, or "auto"'
+    return Check("loss share", ok, message if ok else message + hint + lag)
 
 
 def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | None) -> Check:

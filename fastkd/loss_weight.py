@@ -82,6 +82,12 @@ class LossWeight(KeepsPrecision):
         self._update(factor, averages, step, *self._over_ranks(losses, task), advance=0)
         return factor
 
+    def now(self, losses: Tensor, task: Tensor | None) -> tuple[float, float]:
+        """The factor that a training step with these losses has now, and how much of it warm-up and decay leave."""
+        ramp = LossWeight(1.0, 1.0, self.warmup_steps, self.decay, self.stop_step).to(self.step.device).at(self.step)
+        factor = self.factor if self.is_known else self.balanced(losses, task)
+        return float(factor), float(ramp)
+
     def at(self, step: Tensor) -> Tensor:
         """The factor of another step, counted elsewhere."""
         factor = self.factor.clone()

@@ -924,6 +924,70 @@ def test_check_names_a_teacher_without_a_checkpoint(student: Net, images: Tensor
     assert "2 of 3 layers look as initialised (stages.1.1, stages.2.1)" in text(report)
 
 
+def test_check_forgives_a_layer_that_no_forward_of_the_teacher_uses(student: Net, teacher: Net, images: Tensor) -> None:
+    teacher.spare = nn.BatchNorm2d(8)
+    distiller = Distiller(student, teacher, backbone=BACKBONE)
+    assert named(distiller.check())["teacher trained"] is None
+    report = distiller.check(images)
+    assert named(report)["teacher trained"] is True
+    assert "1 are, which no forward uses" in text(report)
+    teacher.stages[1][1].reset_parameters()
+    assert named(distiller.check(images))["teacher trained"] is False
+    assert not teacher.spare._forward_hooks
+
+
+class Checkpointed(Net):
+    reentrant = False
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        for stage in self.stages[:2]:
+            x = checkpoint(stage, x, use_reentrant=self.reentrant)
+        return [self.neck["p3"](self.stages[2](x))]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_check_is_content_with_a_student_that_checkpoints_activations(
+    reentrant: bool, teacher: Net, images: Tensor
+) -> None:
+    student = Checkpointed(4)
+    student.reentrant = reentrant
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK).prepare(images)
+    for p in student.parameters():
+        p.grad = torch.ones_like(p)
+    assert named(distiller.check(images))["gradient"] is True
+    assert all(bool((p.grad == 1).all()) for p in student.parameters())
+    student.stages[0].requires_grad_(False)
+    student.stages[1].requires_grad_(False)
+    assert named(distiller.check(images))["gradient"] is False
+
+
+def test_check_is_content_with_features_that_are_resized(teacher: Net, images: Tensor) -> None:
+    student = Net(4)
+    student.stages[0][0].padding = (0, 0)
+    distiller = Distiller(student, teacher, backbone=BACKBONE, align="interpolate").prepare(images)
+    student(images)
+    assert distiller.loss(images) > 0
+    assert distiller.check(images, torch.optim.SGD(distiller.parameters(), 0.1)).ok
+
+
+@pytest.mark.parametrize("schedule", [{}, {"warmup_steps": 100}, {"stop_step": 40, "decay": "linear"}])
+def test_check_measures_the_share_that_a_training_step_has(
+    schedule: dict[str, Any], student: Net, teacher: Net, images: Tensor
+) -> None:
+    """Where the task loss falls faster than the averages follow, it is far from the one that was asked for."""
+    student.eval()  # as check runs it
+    distiller = Distiller(student, teacher, backbone=BACKBONE, weight="auto", calibration_batches=1, **schedule)
+    for step in range(20):
+        student(images)
+        distiller.loss(images, task_loss=0.5**step)
+    task = 0.5**20
+    report = distiller.check(images, task_loss=task)
+    student(images)
+    found = distiller.loss(images, task_loss=task).item()
+    assert f"distillation {found:.4g}, task {task:.4g}: {found / (found + task):.1%} of the total" in text(report)
+
+
 def test_check_compares_the_teacher_with_a_fingerprint(healthy: Healthy) -> None:
     distiller = healthy[0]
     right = fingerprint({f"module.{k}": v for k, v in distiller.teacher.state_dict().items()})
