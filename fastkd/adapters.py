@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,13 @@ class LazyAdapter(nn.LazyConv2d):
         self.out_channels = teacher.shape[1]
         self.to(student.device)
         self(student[:0].to(torch.get_default_dtype()))
+
+
+def same_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Leaves the generators as they were, so that a seeded run has the same data and weights with a distiller."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def without_bias(adapter: nn.Module, student: Tensor) -> Tensor:
@@ -76,7 +84,8 @@ def make_adapters(
             raise ValueError("adapters: expected no student_channels or teacher_channels beside them")
         return list(adapters)
     if student_channels is not None and teacher_channels is not None:
-        return [Adapter(s, t, 1) for s, t in zip(student_channels, teacher_channels, strict=True)]
+        with same_random_state(torch.get_default_device()):
+            return [Adapter(s, t, 1) for s, t in zip(student_channels, teacher_channels, strict=True)]
     if student_channels is not None or teacher_channels is not None:
         raise ValueError("DistillLoss: expected both student_channels and teacher_channels, or neither; got one")
     with warnings.catch_warnings():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from fastkd import health, level_maps
@@ -21,6 +22,7 @@ from fastkd.loss import DistillLoss
 from fastkd.modes import eval_mode
 from fastkd.ops.arguments import require_sequence
 from fastkd.ops.levels import warn_if_nothing_learns
+from fastkd.ranks import world_size
 
 Prior: TypeAlias = Callable[[Any, list[tuple[int, int]]], Sequence[Tensor | None]]
 
@@ -29,7 +31,7 @@ class Distiller(nn.Module):
     """Teaches ``student`` what ``teacher`` sees, from feature maps caught by forward hooks::
 
         distiller = fastkd.Distiller(student, teacher, backbone=[("layer4", "layer6")], neck=[("fpn.2", "fpn.3")])
-        optimizer.add_param_group({"params": distiller.parameters()})  # the 1x1 adapters
+        distiller.prepare(images).add_to(optimizer)  # the 1x1 adapters
         out = student(images)
         loss = task_loss(out, targets) + distiller.loss(images)
 
@@ -51,6 +53,10 @@ class Distiller(nn.Module):
             sqrt(2). None: sizes must be equal.
         prior: called as ``prior(teacher_output, sizes)`` without grad, sizes being the (height, width) of each level;
             returns one (N, height, width) tensor or None per level.
+        preprocess: called on the images before the teacher gets them, where it takes others than the student does:
+            another mean or range, a crop. Sizes may differ, if those of the features agree.
+        last_forward: what a loss is to take where the student ran more than once since the last one, with gradients:
+            False: that is an error, as the images given may not be those of the last forward; True: the last forward.
         criterion: a ``DistillLoss`` made beforehand; or
         **loss_options: arguments of ``DistillLoss``: ``info_map``, ``weights``, ``warmup_steps``, ...
 
@@ -74,6 +80,8 @@ class Distiller(nn.Module):
         neck: Levels | None = None,
         align: str | None = None,
         prior: Prior | None = None,
+        preprocess: Callable[[Any], Any] | None = None,
+        last_forward: bool = False,
         criterion: DistillLoss | None = None,
         **loss_options: Any,
     ) -> None:
@@ -82,6 +90,7 @@ class Distiller(nn.Module):
         if align not in (None, "interpolate"):
             raise ValueError(f'align: expected None or "interpolate", got {align!r}')
         given = {name: levels for name, levels in (("backbone", backbone), ("neck", neck)) if levels is not None}
+        self._averaged: bool | None = None  # whether the last training forward ran in DistributedDataParallel
         self._models = (student, teacher)  # in a tuple they are not registered as submodules
         self._groups = [Group(name, levels, student, teacher) for name, levels in given.items()]
         most = sum(min(len(x.student), len(x.teacher)) for x in self._groups)
@@ -96,6 +105,7 @@ class Distiller(nn.Module):
         if self._pairs is not None:
             self._require_levels(len(self._pairs))
         self.align, self.prior = align, prior
+        self.preprocess, self.last_forward = preprocess, last_forward
         self._feature_hooks = [hook for x in self._groups for hook in (*x.student, *x.teacher)]
         for hook in self._feature_hooks:
             hook.attach()
@@ -158,6 +168,8 @@ class Distiller(nn.Module):
                 "Distiller: expected prepare(images) before the first loss: its lists of modules are matched by stride "
                 "then, and adapters made for those that match"
             )
+        if self.training and not torch.compiler.is_compiling():
+            self._averaged = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
         try:
             if self.training and self.criterion.loss_weight.stopped:
                 outputs = [hook.output for hook in self._feature_hooks if hook.role == "student"]
@@ -183,6 +195,36 @@ class Distiller(nn.Module):
             self.criterion.prepare(student, teacher)
         finally:
             self._clear()
+        return self
+
+    def add_to(self, optimizer: torch.optim.Optimizer) -> Distiller:
+        """Let the optimiser of the student train the adapters too: in the groups that it has, so with their settings.
+
+        Weights join the group that has most of the student's weights, biases the one that has most of its biases and
+        norms. No group is added, so a scheduler may have been made before, and a group's rate is that of the adapters.
+        What the optimiser has already is left where it is. Returns the distiller itself.
+
+        Raises:
+            RuntimeError: the adapters have no widths yet: ``prepare(images)`` gives them.
+            ValueError: the optimiser has no parameter of the student.
+        """
+        adapters = list(self.criterion.adapters.named_parameters(prefix="adapters"))
+        if self._pairs is None or any(isinstance(p, UninitializedParameter) for _, p in adapters):
+            raise RuntimeError("add_to: expected prepare(images) before, which gives the adapters their widths")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        of_student = {id(p) for p in self.student.parameters()}
+        for name, p in adapters:
+            if id(p) in held:
+                continue
+            counts = [_elements(group["params"], of_student, vectors=p.ndim <= 1) for group in optimizer.param_groups]
+            if not any(counts):  # a student without biases has no group for them
+                counts = [_elements(group["params"], of_student) for group in optimizer.param_groups]
+            if not any(counts):
+                raise ValueError("optimizer: expected one that trains the student, got one without its weights")
+            group = optimizer.param_groups[counts.index(max(counts))]
+            group["params"].append(p)
+            if "param_names" in group:
+                group["param_names"].append(f"distiller.{name}")
         return self
 
     @torch.no_grad()
@@ -237,6 +279,7 @@ class Distiller(nn.Module):
             As ``loss``.
         """
         try:
+            self._clear()
             with eval_mode(self.student):
                 unwrapped(self.student)(images)  # DistributedDataParallel would wait for others, a compiler start again
             student, teacher, q, _ = self._features(images, prior)
@@ -291,8 +334,9 @@ class Distiller(nn.Module):
             gradient,
             weight,
             share,
-            health.check_optimizer(self.criterion, optimizer),
+            health.check_optimizer(self.criterion, optimizer, self.student),
             health.check_schedule(self.criterion),
+            *([health.check_ranks(self.criterion, self._averaged)] if world_size() > 1 else []),
         ]
         return Report(tuple(checks))
 
@@ -329,6 +373,8 @@ class Distiller(nn.Module):
         for hook in self._feature_hooks:
             if hook.role == "student":
                 hook.feature()  # before the teacher runs for nothing
+                if hook.lost and not self.last_forward:
+                    self._refuse_lost_forward(hook)
         output = self._run_teacher(images)
         pairs = self._matched(images)
         teacher = [t.feature() for _, t in pairs]
@@ -357,6 +403,13 @@ class Distiller(nn.Module):
             )
         return F.interpolate(x, teacher.shape[2:], mode="bilinear", align_corners=False)
 
+    def _refuse_lost_forward(self, hook: FeatureHook) -> None:
+        raise RuntimeError(
+            f"{hook}: expected one forward of the student before each loss, got {hook.lost + 1}, and the features of "
+            "the last alone are there: call distiller.loss(images) after each forward, on the same images, or run the "
+            "student once on torch.cat of all; where the last forward is meant, Distiller(..., last_forward=True)"
+        )
+
     def _require_hooks(self) -> None:
         if not self._feature_hooks:
             raise RuntimeError("Distiller: the hooks were removed by remove(); make a new Distiller")
@@ -377,12 +430,14 @@ class Distiller(nn.Module):
     def _run_teacher(self, images: Any) -> Any:
         self._freeze()
         with torch.no_grad():
+            images = images if self.preprocess is None else self.preprocess(images)
             return without_ddp(self.teacher)(images)  # nothing of a frozen teacher is to be synchronised
 
     def _dry_run(
         self, images: Any, prior: Prior | None = None
     ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None, Any]:
         """As ``_features``, after a forward of the student in eval mode."""
+        self._clear()
         with eval_mode(self.student):
             without_ddp(self.student)(images)
         return self._features(images, prior)
@@ -482,6 +537,11 @@ def _gradients(feature: Tensor, parameters: list[nn.Parameter], upstream: Tensor
     finally:
         for p, grad in zip(parameters, before, strict=True):
             p.grad = grad
+
+
+def _elements(parameters: Sequence[Tensor], of: Container[int], *, vectors: bool | None = None) -> int:
+    """How many elements of these models' parameters there are: of biases and norms alone, or of all others."""
+    return sum(p.numel() for p in parameters if id(p) in of and vectors in (None, p.ndim <= 1))
 
 
 def _held_by_hooks_alone(features: list[Tensor]) -> list[bool]:

@@ -8,6 +8,7 @@ import math
 import textwrap
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def check_share(losses: Tensor, task_loss: float | Tensor | None, criterion: Dis
     if not math.isfinite(loss):
         return Check("loss share", False, f"expected a finite distillation loss, got {loss}")
     if task_loss is None and weight.is_auto:
-        message = f'weight="auto" holds it at {weight.share:g} times the task loss, by averages over some 50 steps'
+        message = f'weight="auto" holds it at {weight.share:g} times the task loss'
         return Check("loss share", None, f"{message}; pass task_loss to see what it is now")
     if task_loss is None:
         return Check("loss share", None, f"distillation loss {loss:.4g} now; pass task_loss to compare")
@@ -149,19 +150,47 @@ def check_share(losses: Tensor, task_loss: float | Tensor | None, criterion: Dis
     return Check("loss share", ok, message if ok else message + hint + lag)
 
 
-def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | None) -> Check:
-    held = [] if optimizer is None else [id(p) for group in optimizer.param_groups for p in group["params"]]
+def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | None, student: nn.Module) -> Check:
+    """Whether the optimiser has the adapters, and at the student's learning rate and weight decay."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    group_of = {id(p): group for group in groups for p in group["params"]}
     adapters = dict(criterion.adapters.named_parameters())
-    missing = [name for name, p in adapters.items() if id(p) not in held or not p.requires_grad]
+    missing = [name for name, p in adapters.items() if id(p) not in group_of or not p.requires_grad]
     if not adapters:
         return Check("optimizer", True, "nothing to train: the adapters have no weights")
     if optimizer is None:
         return Check("optimizer", None, "not known: pass optimizer")
     if missing:
         message = f"does not train {len(missing)} of {len(adapters)} adapter weights (adapters.{missing[0]}, ...); "
-        hint = 'optimizer.add_param_group({"params": distiller.parameters()})'
-        return Check("optimizer", False, message + hint)
-    return Check("optimizer", True, f"trains all {len(adapters)} adapter weights")
+        return Check("optimizer", False, message + "distiller.add_to(optimizer)")
+    trains = f"trains all {len(adapters)} adapter weights"
+    weights = [[p for p in x.parameters() if p.ndim > 1 and id(p) in group_of] for x in (criterion.adapters, student)]
+    own, students = ({_settings(group_of[id(p)]) for p in of} for of in weights)
+    if own <= students or not students:
+        return Check("optimizer", True, trains)
+    listed = [" or ".join(f"learning rate {lr:g}, weight decay {decay:g}" for lr, decay in x) for x in (own, students)]
+    message = (
+        f"{trains}, their matrices at {listed[0]}, the student's at {listed[1]}: is that meant? Else add_to(optimizer)"
+    )
+    return Check("optimizer", None, message)
+
+
+def _settings(group: Mapping[str, Any]) -> tuple[float, float]:
+    return float(group.get("lr", math.nan)), float(group.get("weight_decay", 0))
+
+
+def check_ranks(criterion: DistillLoss, averaged: bool | None) -> Check:
+    """Of several processes: whether the gradients of the adapters are averaged over them."""
+    name = "ranks"
+    if not any(p.requires_grad and type(p) is nn.Parameter for p in criterion.adapters.parameters()):
+        return Check(name, True, "no adapter weights to be averaged, or by other means")
+    if averaged is None:
+        return Check(name, None, "not known before the first training forward")
+    way = (
+        "distiller = DistributedDataParallel(distiller) after prepare, and call distiller(images) in place of its loss"
+    )
+    message = f"the last forward was in no DistributedDataParallel, so each rank trains adapters of its own; {way}"
+    return Check(name, averaged, "DistributedDataParallel averages the adapters' gradients" if averaged else message)
 
 
 def check_schedule(criterion: DistillLoss) -> Check:

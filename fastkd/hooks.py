@@ -37,6 +37,7 @@ class FeatureHook:
         self.version = 0  # of the output, as the module left it
         self.warned = False
         self.calls = 0
+        self.lost = 0  # forwards since the last loss whose output could have been distilled, but the latest
         self.handles: list[RemovableHandle] = []
 
     def __str__(self) -> str:
@@ -48,7 +49,6 @@ class FeatureHook:
         return self.label.partition("[")[0]
 
     def attach(self) -> None:
-        # what an earlier forward left behind, a validation's say, is dropped as the model's next one begins
         leave_hooks_behind(self.root, self.module)
         before = self.root.register_forward_pre_hook(self)
         self.handles = [before, self.module.register_forward_hook(self)]
@@ -59,14 +59,16 @@ class FeatureHook:
         self.reset()
 
     def reset(self) -> None:
-        self.output, self.calls = None, 0
+        self.output, self.calls, self.lost = None, 0, 0
 
     def __call__(self, module: nn.Module, args: Any, *output: Any) -> None:
         """Before a forward of the model (without an output), and after one of the module."""
         if _in_backward():  # where the whole model is checkpointed, a forward that is waiting must not be lost
             return
         if not output and module is self.root:
-            self.reset()
+            # what an earlier forward left behind, for example one of a validation, is dropped
+            self.lost += isinstance(self.output, Tensor) and self.output.requires_grad
+            self.output, self.calls = None, 0
         elif output and module is self.module:  # not a replica of DataParallel, which shares the hooks
             (self.output,) = output
             self.version = _version(self.output)

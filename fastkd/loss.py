@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from fastkd.adapters import Adapter, LazyAdapter, adapted, bias_of, make_adapters, without_bias
+from fastkd.adapters import Adapter, LazyAdapter, adapted, bias_of, make_adapters, same_random_state, without_bias
 from fastkd.loss_weight import LossWeight
 from fastkd.ops.arguments import require_weights
 from fastkd.ops.backends import is_dense_like
@@ -168,7 +168,7 @@ class DistillLoss(nn.Module):
         *,
         donated: Sequence[bool] = (),
     ) -> Tensor:
-        """The loss, as ``distill_loss``, times its weight; in training it also calibrates and counts the step.
+        """The loss, as ``distill_loss``, times its weight; in training, with grad, it also calibrates and counts.
 
         Args:
             task_loss: a scalar, for ``weight="auto"``.
@@ -185,7 +185,8 @@ class DistillLoss(nn.Module):
         if shapes is None or shapes != self._seen_shapes:
             self.prepare(student_feats, teacher_feats)
             self._seen_shapes = shapes
-        if self.training:
+        learns = self.training and torch.is_grad_enabled()  # a validation under no_grad is no training step
+        if learns:
             self._pool()
             if not self.calibrated:
                 self.calibrate(teacher_feats, all_ranks=not self._standalone)
@@ -196,7 +197,7 @@ class DistillLoss(nn.Module):
             pairs = zip(donated, levels.student, levels.teacher, strict=True)
             levels.donated = [gift and _can_hold_gradient(s, t) for gift, s, t in pairs]
         loss, self.level_losses = self._weighted(levels, task)
-        if self.training:
+        if learns:
             self.loss_weight.count(self.level_losses, task)
         return loss
 
@@ -305,9 +306,12 @@ class DistillLoss(nn.Module):
         """Give adapters and statistics that wait for their first batch their widths; else there is nothing to do."""
         for statistics, t in zip(self.statistics, teacher_feats, strict=True):
             statistics.prepare(t.shape[1])  # type: ignore[operator]
-        for adapter, s, t in zip(self.adapters, student_feats, teacher_feats, strict=True):
-            if isinstance(adapter, LazyAdapter):
-                adapter.prepare(s, t)
+        triples = zip(self.adapters, student_feats, teacher_feats, strict=True)
+        waiting = [(adapter, s, t) for adapter, s, t in triples if isinstance(adapter, LazyAdapter)]
+        if waiting:
+            with same_random_state(student_feats[0].device):
+                for adapter, s, t in waiting:
+                    adapter.prepare(s, t)
 
     def keep_levels(self, levels: int, weights: Sequence[float] | None = None) -> None:
         """Drop the lazy adapters of all levels but the first ones, and set one weight for each that stays."""

@@ -76,16 +76,20 @@ class LossWeight(KeepsPrecision):
         """
         return _task_value(task_loss, device) if self.is_auto else None
 
-    def balanced(self, losses: Tensor, task: Tensor | None) -> Tensor:
+    def balanced(self, losses: Tensor, task: Tensor | None, *, all_ranks: bool = True) -> Tensor:
         """The factor that the losses of this step would have by themselves; nothing is counted."""
         factor, averages, step = (x.clone() for x in (self.factor, self.averages, self.step))
-        self._update(factor, averages, step, *self._over_ranks(losses, task), advance=0)
+        terms = self._over_ranks(losses, task) if all_ranks else (losses, task)
+        self._update(factor, averages, step, *terms, advance=0)
         return factor
 
     def now(self, losses: Tensor, task: Tensor | None) -> tuple[float, float]:
-        """The factor that a training step with these losses has now, and how much of it warm-up and decay leave."""
+        """The factor that a training step with these losses has now, and how much of it warm-up and decay leave.
+
+        For a look by one process: no other is waited for, and the device is.
+        """
         ramp = LossWeight(1.0, 1.0, self.warmup_steps, self.decay, self.stop_step).to(self.step.device).at(self.step)
-        factor = self.factor if self.is_known else self.balanced(losses, task)
+        factor = self.factor if self.is_known else self.balanced(losses, task, all_ranks=False)
         return float(factor), float(ramp)
 
     def at(self, step: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def test_adapters_that_are_in_no_optimizer(images: Tensor) -> None:
     report = distiller.check(images, optimizer, task_loss=5.0)
     assert list(failed(report)) == ["optimizer"]
     assert "does not train 10 of 10 adapter weights" in failed(report)["optimizer"]
-    assert 'optimizer.add_param_group({"params": distiller.parameters()})' in failed(report)["optimizer"]
-    optimizer.add_param_group({"params": distiller.parameters()})
+    assert "distiller.add_to(optimizer)" in failed(report)["optimizer"]
+    distiller.add_to(optimizer)
     assert distiller.check(images, optimizer, task_loss=5.0).ok
 
 

@@ -326,11 +326,11 @@ def energy_loss(**options: Any) -> DistillLoss:
 
 
 def test_statistics_that_were_set_from_outside_are_those_of_the_next_call() -> None:
-    s, t = [torch.randn(2, 4, 5, 5)], [torch.randn(2, 4, 5, 5)]
+    s, t = [torch.randn(2, 4, 5, 5, requires_grad=True)], [torch.randn(2, 4, 5, 5)]
     one, other = energy_loss(), energy_loss()
+    one(s, t)
+    other(s, [5 * t[0]])
     with torch.no_grad():
-        one(s, t)
-        other(s, [5 * t[0]])
         one.eval(), other.eval()
         expected, own = other(s, t), one(s, t)
         assert not torch.allclose(expected, own)

@@ -161,7 +161,7 @@ class DistillationCallback(Callback):
     def _train_adapters(self, trainer: Trainer) -> None:
         """Join the optimiser's first group: schedulers know it, as they would not know a new one."""
         assert self.distiller is not None
-        trainer.optimizers[0].param_groups[0]["params"].extend(self.distiller.parameters())
+        self.distiller.add_to(trainer.optimizers[0])
 
     def _add_loss(self, trainer: Trainer, pl_module: LightningModule, batch: Any, output: Any) -> Any:
         """What ``training_step`` returned, with the distillation loss in it."""
