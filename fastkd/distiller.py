@@ -430,7 +430,7 @@ class Distiller(nn.Module):
     def _run_teacher(self, images: Any) -> Any:
         self._freeze()
         with torch.no_grad():
-            images = images if self.preprocess is None else self.preprocess(images)
+            images = _in_dtype_of(self.teacher, images if self.preprocess is None else self.preprocess(images))
             return without_ddp(self.teacher)(images)  # nothing of a frozen teacher is to be synchronised
 
     def _dry_run(
@@ -580,6 +580,15 @@ def _refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
             f"teacher: expected weights of its own, but it shares {len(shared)} parameters with the student "
             f"({shared[0]}, ...); pass copy.deepcopy(teacher), and a student that does not contain it"
         )
+
+
+def _in_dtype_of(model: nn.Module, images: Any) -> Any:
+    """Float images for a model in half precision, as autocast would have them."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if dtype not in (torch.float16, torch.bfloat16) or not isinstance(images, Tensor):
+        return images
+    wider = images.is_floating_point() and images.dtype != dtype
+    return images.to(dtype) if wider and not torch.is_autocast_enabled(images.device.type) else images
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -32,6 +32,7 @@ class FeatureHook:
     def __init__(self, role: str, label: str, model: nn.Module, place: Place) -> None:
         self.role, self.label = role, label
         self.root = unwrapped(model)
+        self.compiled = any(hasattr(x, "_orig_mod") for x in (model, getattr(model, "module", None)))
         self.name, self.module = _find(role, label, model, place)
         self.output: Any = None
         self.version = 0  # of the output, as the module left it
@@ -81,12 +82,13 @@ class FeatureHook:
     def feature(self) -> Tensor:
         """The last output, a 4-D tensor."""
         if not self.calls:
-            raise RuntimeError(
-                f"{self}: expected it to run, but its hook has not fired since the last call; "
-                + ("call student(images) before each distiller.loss(images). " if self.role == "student" else "")
-                + "Is the module part of the forward? If its model was compiled and run before the Distiller was "
-                "made, call torch.compiler.reset()"
+            run = (
+                "call student(images) before each distiller.loss(images), and see" if self.role == "student" else "see"
             )
+            hint = f"{run} whether the forward uses the module"
+            if self.compiled:
+                hint += "; if the model ran compiled before the Distiller was made, call torch.compiler.reset()"
+            raise RuntimeError(f"{self}: expected it to run, but its hook has not fired since the last call; {hint}")
         if not isinstance(self.output, Tensor):
             raise TypeError(
                 f"{self}: expected an output tensor (N, C, H, W), got a {type(self.output).__name__}; "

@@ -1295,3 +1295,20 @@ def test_check_compares_the_rate_of_the_adapters_with_the_students(student: Net,
     report = distiller.check(images, optimizer)
     assert named(report)["optimizer"] is None
     assert "learning rate 0.1, weight decay 0.1, the student's at learning rate 0.01" in text(report)
+
+
+def test_a_teacher_in_half_precision_gets_images_of_its_dtype(student: Net, teacher: Net, images: Tensor) -> None:
+    distiller = Distiller(student, teacher.bfloat16(), backbone=BACKBONE, neck=NECK).prepare(images)
+    student(images)
+    distiller.loss(images).backward()
+    assert distiller.check(images).ok
+
+
+def test_a_module_that_does_not_run_is_named_and_compiling_only_where_it_was(
+    student: Net, teacher: Net, images: Tensor
+) -> None:
+    for model, compiled in ((student, False), (torch.compile(student, backend="eager"), True)):
+        distiller = Distiller(model, teacher, backbone=BACKBONE)
+        with pytest.raises(RuntimeError, match="whether the forward uses the module") as error:
+            distiller.loss(images) if distiller.levels else None
+        assert ("torch.compiler.reset" in str(error.value)) is compiled
