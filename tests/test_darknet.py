@@ -130,6 +130,15 @@ def test_a_file_of_another_model_is_refused_by_how_much(tmp_path: Path) -> None:
         load_weights(tiny(), tmp_path / "x.weights")
 
 
+def test_a_long_header_without_a_version_is_told_by_the_length(tmp_path: Path) -> None:
+    model, other = (scrambled(YOLOv3Tiny(num_classes=3, width=0.125), seed) for seed in (0, 1))
+    save_weights(model, tmp_path / "model.weights", seen=7)
+    data = (tmp_path / "model.weights").read_bytes()
+    (tmp_path / "model.weights").write_bytes(bytes(12) + data[12:])
+    assert load_weights(other, tmp_path / "model.weights") == 7
+    assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
 def test_a_file_without_a_whole_header_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.weights").write_bytes(b"\0" * 7)
     with pytest.raises(ValueError, match=r"7 bytes, too short for a \.weights header of 20 bytes"):

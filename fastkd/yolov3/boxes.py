@@ -31,6 +31,9 @@ def head_cells(output: Tensor, anchors: int) -> Tensor:
 def decode_head(cells: Tensor, anchors: Tensor, stride: int) -> Tensor:
     """Boxes (N, A, H, W, 4), x1, y1, x2, y2 in pixels, of one head: arXiv:1804.02767, section 2.1.
 
+    Unlike Darknet's, a side is at most e^4 = 54.6 times its anchor's: an output that is off the scale stays finite, in
+    float16 too.
+
     Args:
         cells: (N, A, H, W, 5 + K) raw predictions, see ``head_cells``.
         anchors: (A, 2) width and height in pixels.
@@ -54,7 +57,7 @@ def decode(outputs: Sequence[Tensor], anchors: Tensor, strides: Sequence[int]) -
 
     Returns:
         (N, M, 5 + K) float32 or wider: x1, y1, x2, y2 in pixels, objectness, class probabilities; M runs over
-        heads, anchors, rows, columns.
+        heads, anchors, rows, columns. A side is at most e^4 = 54.6 times its anchor's.
 
     Raises:
         ValueError: number of heads or channels that do not fit the anchors.

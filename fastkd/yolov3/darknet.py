@@ -39,9 +39,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
         ValueError: the file is shorter or longer than the model's weights (says by how much).
     """
     data = Path(path).read_bytes()
-    header, seen = _read_header(data, path)
     tensors = list(_in_file_order(model))
-    _check_length(len(data), header + 4 * sum(t.numel() for t in tensors), model, path)
+    size = 4 * sum(t.numel() for t in tensors)
+    header, seen = _read_header(data, size, path)
+    _check_length(len(data), header + size, model, path)
     values = torch.frombuffer(bytearray(data), dtype=torch.float32, offset=header)
     with torch.no_grad():
         for tensor, chunk in zip(tensors, torch.split(values, [t.numel() for t in tensors]), strict=True):
@@ -83,12 +84,15 @@ def _in_file_order(model: nn.Module) -> Iterator[Tensor]:
         yield layer.weight
 
 
-def _read_header(data: bytes, path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Length of the header in bytes, and images seen."""
+def _read_header(data: bytes, size: int, path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Length of the header before ``size`` bytes of values, and images seen.
+
+    Some programs write the long header without a version: then the file's length tells.
+    """
     if len(data) < _LONG_HEADER.size:
         raise ValueError(f"{path}: {len(data)} bytes, too short for a .weights header of {_LONG_HEADER.size} bytes")
     major, minor, _, seen = _LONG_HEADER.unpack_from(data)
-    if (major, minor) >= (0, 2):
+    if (major, minor) >= (0, 2) or len(data) == _LONG_HEADER.size + size:
         return _LONG_HEADER.size, seen
     return _SHORT_HEADER.size, _SHORT_HEADER.unpack_from(data)[3]
 

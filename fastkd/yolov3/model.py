@@ -22,7 +22,10 @@ _OBJECT_PRIOR = 0.01  # chance that an untrained head gives a cell to an object 
 
 
 def conv_block(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution without bias, batch norm, leaky ReLU 0.1: every layer of both networks but the heads' last."""
+    """Convolution without bias, batch norm, leaky ReLU 0.1: every layer of both networks but the heads' last.
+
+    Batch norm divides by sqrt(variance + 1e-5), as Darknet does on a GPU; on a CPU it divides by sqrt(variance) + 1e-6.
+    """
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
     norm = nn.BatchNorm2d(out_channels, eps=1e-5, momentum=0.03)
     return nn.Sequential(OrderedDict(conv=conv, norm=norm, act=nn.LeakyReLU(0.1, inplace=True)))
