@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastkd import health, level_maps
 from fastkd.health import Check, Report
-from fastkd.hooks import FeatureHook, Group, Levels, image_height, unwrapped, without_ddp
+from fastkd.hooks import FeatureHook, Group, Levels, ToMaps, image_height, unwrapped, without_ddp
 from fastkd.level_maps import DistillMaps
 from fastkd.loss import DistillLoss
 from fastkd.modes import eval_mode
@@ -47,7 +47,10 @@ class Distiller(nn.Module):
         backbone, neck: whose outputs to imitate, module names or modules, in either of two forms: a *list of pairs*
             ``[(student, teacher), ...]``, or a *tuple of two lists* ``([student, ...], [teacher, ...])``, of any
             lengths, which ``prepare(images)`` pairs by stride; levels without a partner are dropped.
-            A name needs no ``module.`` or ``_orig_mod.`` prefix. Levels are counted backbone first.
+            A name needs no ``module.`` or ``_orig_mod.`` prefix; ``"input:name"`` is what the module gets, for example
+            a sum that no module returns. Levels are counted backbone first.
+        student_to_map, teacher_to_map: for outputs that are not (N, C, H, W) tensors: a function that makes one of a
+            level's output, ``"NHWC"`` where channels come last, or one of these for each name of a level.
         align: ``"interpolate"``: where heights or widths differ, the student's feature is resized to the teacher's,
             bilinearly (as in PKD, Cao et al., 2022); lists are then paired by nearest stride, up to a factor of
             sqrt(2). None: sizes must be equal.
@@ -78,6 +81,8 @@ class Distiller(nn.Module):
         *,
         backbone: Levels | None = None,
         neck: Levels | None = None,
+        student_to_map: ToMaps = None,
+        teacher_to_map: ToMaps = None,
         align: str | None = None,
         prior: Prior | None = None,
         preprocess: Callable[[Any], Any] | None = None,
@@ -92,7 +97,8 @@ class Distiller(nn.Module):
         given = {name: levels for name, levels in (("backbone", backbone), ("neck", neck)) if levels is not None}
         self._averaged: bool | None = None  # whether the last training forward ran in DistributedDataParallel
         self._models = (student, teacher)  # in a tuple they are not registered as submodules
-        self._groups = [Group(name, levels, student, teacher) for name, levels in given.items()]
+        to_maps = (student_to_map, teacher_to_map)
+        self._groups = [Group(name, levels, student, teacher, to_maps) for name, levels in given.items()]
         most = sum(min(len(x.student), len(x.teacher)) for x in self._groups)
         if not most:
             raise ValueError("backbone, neck: expected at least one level to distil, got none")
@@ -107,6 +113,7 @@ class Distiller(nn.Module):
         self.align, self.prior = align, prior
         self.preprocess, self.last_forward = preprocess, last_forward
         self._feature_hooks = [hook for x in self._groups for hook in (*x.student, *x.teacher)]
+        _require_names(self._feature_hooks, student=student_to_map, teacher=teacher_to_map)
         for hook in self._feature_hooks:
             hook.attach()
         # nobody calls remove() on a distiller that a notebook made anew: its hooks go with it. The finalizer may hold
@@ -537,6 +544,14 @@ def _gradients(feature: Tensor, parameters: list[nn.Parameter], upstream: Tensor
     finally:
         for p, grad in zip(parameters, before, strict=True):
             p.grad = grad
+
+
+def _require_names(hooks: Sequence[FeatureHook], **to_maps: ToMaps) -> None:
+    for role, given in to_maps.items():
+        names = [hook.name for hook in hooks if hook.role == role]
+        for name in given if isinstance(given, Mapping) else ():
+            if name not in names:
+                raise ValueError(f"{role}_to_map: expected names of its levels, {', '.join(names)}; got {name!r}")
 
 
 def _elements(parameters: Sequence[Tensor], of: Container[int], *, vectors: bool | None = None) -> int:

@@ -6,7 +6,7 @@ import difflib
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn, TypeAlias
 
@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Place: TypeAlias = str | nn.Module
+ToMap: TypeAlias = str | Callable[[Any], Tensor]
+ToMaps: TypeAlias = ToMap | Mapping[str, ToMap] | None
 Levels: TypeAlias = Sequence[tuple[Place, Place]] | tuple[Sequence[Place], Sequence[Place]]
+
+INPUT = "input:"  # before a name: what the module gets, not what it returns
 
 # names that wrappers put in between: torch.compile, FullyShardedDataParallel, activation checkpointing
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -24,17 +28,25 @@ WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 class FeatureHook:
     """Forward hook that keeps the last output of one module and counts its calls in one forward of the model.
 
+    ``"input:name"`` keeps what the module gets as its first argument instead. ``to_map`` makes an (N, C, H, W) tensor
+    of what is kept.
+
     If a later module changes that output in place (ReLU(inplace=True), ``out += identity``), the changed one is what
     is kept, with a warning. What checkpointing recomputes during a backward is not recorded. Copies and pickles of the
     model are without it, so that they load without fastkd and an EMA of the student can't feed the distiller.
     """
 
-    def __init__(self, role: str, label: str, model: nn.Module, place: Place) -> None:
+    def __init__(self, role: str, label: str, model: nn.Module, place: Place, to_maps: ToMaps = None) -> None:
         self.role, self.label = role, label
+        self.of_input = isinstance(place, str) and place.startswith(INPUT)
+        place = place.removeprefix(INPUT) if isinstance(place, str) else place
         self.root = unwrapped(model)
         self.compiled = any(hasattr(x, "_orig_mod") for x in (model, getattr(model, "module", None)))
         self.name, self.module = _find(role, label, model, place)
+        self.name = INPUT * self.of_input + self.name
+        self.to_map = _to_map(role, self.name, to_maps)
         self.output: Any = None
+        self.map: Tensor | None = None  # the (N, C, H, W) tensor that was made of the output
         self.version = 0  # of the output, as the module left it
         self.warned = False
         self.calls = 0
@@ -60,7 +72,7 @@ class FeatureHook:
         self.reset()
 
     def reset(self) -> None:
-        self.output, self.calls, self.lost = None, 0, 0
+        self.output, self.map, self.calls, self.lost = None, None, 0, 0
 
     def __call__(self, module: nn.Module, args: Any, *output: Any) -> None:
         """Before a forward of the model (without an output), and after one of the module."""
@@ -69,9 +81,11 @@ class FeatureHook:
         if not output and module is self.root:
             # what an earlier forward left behind, for example one of a validation, is dropped
             self.lost += isinstance(self.output, Tensor) and self.output.requires_grad
-            self.output, self.calls = None, 0
+            self.output, self.map, self.calls = None, None, 0
         elif output and module is self.module:  # not a replica of DataParallel, which shares the hooks
-            (self.output,) = output
+            if self.of_input and not args:
+                raise TypeError(f"{self}: expected the module to be called with its input as first positional argument")
+            self.output, self.map = args[0] if self.of_input else output[0], None
             self.version = _version(self.output)
             self.calls += 1
 
@@ -89,17 +103,36 @@ class FeatureHook:
             if self.compiled:
                 hint += "; if the model ran compiled before the Distiller was made, call torch.compiler.reset()"
             raise RuntimeError(f"{self}: expected it to run, but its hook has not fired since the last call; {hint}")
-        if not isinstance(self.output, Tensor):
-            raise TypeError(
-                f"{self}: expected an output tensor (N, C, H, W), got a {type(self.output).__name__}; "
-                "choose a module whose output is one tensor"
-            )
-        if self.output.ndim != 4:
-            raise ValueError(
-                f"{self}: expected an output of 4 dimensions (N, C, H, W), got shape {tuple(self.output.shape)}"
-            )
         self._warn_if_changed()
-        return self.output
+        feature = self.output
+        if self.to_map is not None:
+            self.map = feature = self.to_map(self.output) if self.map is None else self.map
+        if not isinstance(feature, Tensor):
+            raise TypeError(
+                f"{self}: expected an output tensor (N, C, H, W), got a {type(feature).__name__}; "
+                f"choose a module whose output is one tensor, or pick it: {self._way_out('lambda output: output[0]')}"
+            )
+        if feature.ndim != 4:
+            raise ValueError(
+                f"{self}: expected an output of 4 dimensions (N, C, H, W), got shape {tuple(feature.shape)}; "
+                f"tokens become a map by {self._way_out('lambda x: x.transpose(1, 2).unflatten(2, (height, width))')}"
+            )
+        if self.to_map is None and not self.of_input:
+            self._refuse_channels_behind(feature)
+        return feature
+
+    def _way_out(self, example: str) -> str:
+        return f"Distiller(..., {self.role}_to_map={{{self.name!r}: {example}}})"
+
+    def _refuse_channels_behind(self, x: Tensor) -> None:
+        """Whether the module's own last layer says that channels come last, as in Swin."""
+        widths = [w for module in self.module.modules() if (w := _width_behind(module)) is not None]
+        if widths and x.shape[3] == widths[-1] != x.shape[1]:
+            example = '"NHWC"'
+            raise ValueError(
+                f"{self}: expected an output (N, C, H, W), got shape {tuple(x.shape)}, whose last size is the width "
+                f"{widths[-1]} of the module's last layer: channels seem to come last; {self._way_out(example)}"
+            )
 
     def _warn_if_changed(self) -> None:
         if not self.warned and not torch.compiler.is_compiling() and _version(self.output) != self.version:
@@ -115,6 +148,29 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _width_behind(module: nn.Module) -> int | None:
+    """The width of a layer that works on the last dimension."""
+    if type(module) is nn.LayerNorm:
+        return int(module.normalized_shape[-1])
+    return module.out_features if isinstance(module, nn.Linear) else None
+
+
+def _to_map(role: str, name: str, to_maps: ToMaps) -> Callable[[Any], Tensor] | None:
+    """What makes a map of this level's output."""
+    found = to_maps.get(name) if isinstance(to_maps, Mapping) else to_maps
+    if found == "NHWC":
+        return _channels_first
+    if found is not None and not callable(found):
+        raise TypeError(
+            f'{role}_to_map: expected a function of the module\'s output or "NHWC", got {found!r} for {name!r}'
+        )
+    return found
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
 def _version(output: Any) -> int:
     """How often a tensor was changed in place; 0 for what does not count that."""
     counts = isinstance(output, Tensor) and not torch.compiler.is_compiling() and not output.is_inference()
@@ -124,7 +180,9 @@ def _version(output: Any) -> int:
 class Group:
     """The hooks of the backbone's or the neck's levels, in pairs if they were given so."""
 
-    def __init__(self, name: str, levels: Levels, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(
+        self, name: str, levels: Levels, student: nn.Module, teacher: nn.Module, to_maps: tuple[ToMaps, ToMaps]
+    ) -> None:
         by_stride = isinstance(levels, tuple) and len(levels) == 2
         if by_stride and all(isinstance(x, tuple) and len(x) == 2 for x in levels):
             raise TypeError(
@@ -137,8 +195,8 @@ class Group:
             self._refuse(name, levels)
         sides = levels if by_stride else [[pair[k] for pair in levels] for k in (0, 1)]
         self.name = name
-        self.student = [FeatureHook("student", f"{name}[{i}]", student, x) for i, x in enumerate(sides[0])]
-        self.teacher = [FeatureHook("teacher", f"{name}[{i}]", teacher, x) for i, x in enumerate(sides[1])]
+        self.student = [FeatureHook("student", f"{name}[{i}]", student, x, to_maps[0]) for i, x in enumerate(sides[0])]
+        self.teacher = [FeatureHook("teacher", f"{name}[{i}]", teacher, x, to_maps[1]) for i, x in enumerate(sides[1])]
         self.pairs = None if by_stride else list(zip(self.student, self.teacher, strict=True))
 
     @staticmethod

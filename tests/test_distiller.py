@@ -1312,3 +1312,47 @@ def test_a_module_that_does_not_run_is_named_and_compiling_only_where_it_was(
         with pytest.raises(RuntimeError, match="whether the forward uses the module") as error:
             distiller.loss(images) if distiller.levels else None
         assert ("torch.compiler.reset" in str(error.value)) is compiled
+
+
+class Swin(nn.Module):
+    """Its stage returns (N, H, W, C), its tokens (N, L, C), its pair a tuple; the sum is no module's output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patch, self.stage = nn.Conv2d(3, width, 8, 8), nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        self.tokens, self.pair, self.head = nn.Linear(width, width), Pair(), nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage(self.patch(x).permute(0, 2, 3, 1))
+        x = self.tokens(x.flatten(1, 2)).transpose(1, 2).unflatten(2, x.shape[1:3])
+        return self.head(self.pair(x)[0] + x)
+
+
+@pytest.mark.parametrize(("width", "align"), [(6, None), (8, None), (8, "interpolate")])
+def test_channels_that_come_last_are_refused(width: int, align: str | None, images: Tensor) -> None:
+    distiller = Distiller(Swin(6), Swin(width), backbone=[("stage", "stage")], align=align)
+    with pytest.raises(ValueError, match=r"channels seem to come last; .*student_to_map={'stage': \"NHWC\"}"):
+        distiller.prepare(images)
+
+
+def test_outputs_of_any_kind_become_maps(images: Tensor) -> None:
+    student, teacher = Swin(4), Swin(8)
+    grid = {
+        "stage": "NHWC",
+        "tokens": lambda x: x.transpose(1, 2).unflatten(2, (4, 4)),
+        "pair": lambda output: output[1],
+    }
+    names = [*grid, "input:head"]
+    distiller = Distiller(
+        student, teacher, backbone=[(x, x) for x in names], student_to_map=grid, teacher_to_map=grid
+    ).prepare(images)
+    student(images)
+    assert [(s, t) for s, t in distiller.levels or []] == [(x, x) for x in names]
+    distiller.loss(images).backward()
+    assert student.patch.weight.grad is not None
+    assert [level.information.shape[1:] for level in distiller.maps(images).levels] == [(4, 4)] * 4
+    assert named(distiller.check(images))["gradient"] is True
+    with pytest.raises(ValueError, match=r"student_to_map: expected names of its levels, stage; got 'stages'"):
+        Distiller(student, teacher, backbone=[("stage", "stage")], student_to_map={"stages": "NHWC"})
+    with pytest.raises(TypeError, match=r"student_to_map: expected a function of the module's output"):
+        Distiller(student, teacher, backbone=[("stage", "stage")], student_to_map="NCHW")

@@ -159,7 +159,7 @@ class DistillationCallback(Callback):
     # ---- what they share
 
     def _train_adapters(self, trainer: Trainer) -> None:
-        """Join the optimiser's first group: schedulers know it, as they would not know a new one."""
+        """Join the groups that the optimiser has: schedulers know these, as they would not know a new one."""
         assert self.distiller is not None
         self.distiller.add_to(trainer.optimizers[0])
 
