@@ -58,8 +58,8 @@ class Distiller(nn.Module):
             returns one (N, height, width) tensor or None per level.
         preprocess: called on the images before the teacher gets them, where it takes others than the student does:
             another mean or range, a crop. Sizes may differ, if those of the features agree.
-        last_forward: what a loss is to take where the student ran more than once since the last one, with gradients:
-            False: that is an error, as the images given may not be those of the last forward; True: the last forward.
+        last_forward: whether the student's last forward is meant where it ran more than once since the last loss, with
+            gradients, and the last time not on the images given; False: that is an error.
         criterion: a ``DistillLoss`` made beforehand; or
         **loss_options: arguments of ``DistillLoss``: ``info_map``, ``weights``, ``warmup_steps``, ...
 
@@ -95,7 +95,10 @@ class Distiller(nn.Module):
         if align not in (None, "interpolate"):
             raise ValueError(f'align: expected None or "interpolate", got {align!r}')
         given = {name: levels for name, levels in (("backbone", backbone), ("neck", neck)) if levels is not None}
-        self._averaged: bool | None = None  # whether the last training forward ran in DistributedDataParallel
+        self._averaged: bool | None = (
+            None  # whether DistributedDataParallel has the adapters; None: nothing trained yet
+        )
+        self._ddp: int | None = None  # the DistributedDataParallel of the last training forward
         self._models = (student, teacher)  # in a tuple they are not registered as submodules
         to_maps = (student_to_map, teacher_to_map)
         self._groups = [Group(name, levels, student, teacher, to_maps) for name, levels in given.items()]
@@ -175,8 +178,8 @@ class Distiller(nn.Module):
                 "Distiller: expected prepare(images) before the first loss: its lists of modules are matched by stride "
                 "then, and adapters made for those that match"
             )
-        if self.training and not torch.compiler.is_compiling():
-            self._averaged = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
+        if self.training and world_size() > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._see_ddp()
         try:
             if self.training and self.criterion.loss_weight.stopped:
                 outputs = [hook.output for hook in self._feature_hooks if hook.role == "student"]
@@ -213,8 +216,11 @@ class Distiller(nn.Module):
 
         Raises:
             RuntimeError: the adapters have no widths yet: ``prepare(images)`` gives them.
-            ValueError: the optimiser has no parameter of the student.
+            ValueError: the optimiser has no parameter of the student, or cannot take parameters once it is made.
+
+        To resume: first ``add_to``, then the optimiser's ``load_state_dict``.
         """
+        _require_extensible(optimizer)
         adapters = list(self.criterion.adapters.named_parameters(prefix="adapters"))
         if self._pairs is None or any(isinstance(p, UninitializedParameter) for _, p in adapters):
             raise RuntimeError("add_to: expected prepare(images) before, which gives the adapters their widths")
@@ -380,8 +386,8 @@ class Distiller(nn.Module):
         for hook in self._feature_hooks:
             if hook.role == "student":
                 hook.feature()  # before the teacher runs for nothing
-                if hook.lost and not self.last_forward:
-                    self._refuse_lost_forward(hook)
+                if hook.several and not self.last_forward:
+                    _require_images(hook, images)
         output = self._run_teacher(images)
         pairs = self._matched(images)
         teacher = [t.feature() for _, t in pairs]
@@ -410,12 +416,13 @@ class Distiller(nn.Module):
             )
         return F.interpolate(x, teacher.shape[2:], mode="bilinear", align_corners=False)
 
-    def _refuse_lost_forward(self, hook: FeatureHook) -> None:
-        raise RuntimeError(
-            f"{hook}: expected one forward of the student before each loss, got {hook.lost + 1}, and the features of "
-            "the last alone are there: call distiller.loss(images) after each forward, on the same images, or run the "
-            "student once on torch.cat of all; where the last forward is meant, Distiller(..., last_forward=True)"
-        )
+    def _see_ddp(self) -> None:
+        """Whether this forward runs in a DistributedDataParallel that has the adapters."""
+        active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if self._ddp != id(active):
+            adapters = {id(p) for p in self.criterion.adapters.parameters()}
+            self._averaged = active is not None and adapters <= {id(p) for p in active.parameters()}
+            self._ddp = id(active)
 
     def _require_hooks(self) -> None:
         if not self._feature_hooks:
@@ -470,10 +477,13 @@ class Distiller(nn.Module):
 
     def _check_hooks(self, images: Any, prior: Prior | None) -> tuple[Check, set[nn.Module] | None]:
         """Also which of the teacher's layers that look untrained take part in its forward; None: not known."""
-        ran: set[nn.Module] = set()
+        seen: set[nn.Module] = set()
+        ran: set[nn.Module] | None = seen
+        if any(x.is_compiled for x in self._feature_hooks if x.role == "teacher"):  # hooks that come later do not fire
+            ran = None
         watched = [
-            module.register_forward_hook(lambda module, *_: ran.add(module))
-            for module in health.initial_layers(self.teacher)
+            module.register_forward_hook(lambda module, *_: seen.add(module))
+            for module in (health.initial_layers(self.teacher) if ran is not None else [])
         ]
         try:
             pairs = len(self._dry_run(images, prior)[0])
@@ -531,19 +541,43 @@ class Distiller(nn.Module):
 
 
 def _gradients(feature: Tensor, parameters: list[nn.Parameter], upstream: Tensor) -> Sequence[Tensor | None]:
-    found = torch.autograd.grad(feature, parameters, upstream, allow_unused=True)
-    if any(x is not None for x in found):
-        return found
-    # reentrant checkpointing hides its parameters from autograd.grad
-    before = [p.grad for p in parameters]
+    try:
+        found = torch.autograd.grad(feature, parameters, upstream, retain_graph=True, allow_unused=True)
+        if any(x is not None for x in found):
+            return found
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+    # reentrant checkpointing takes a whole backward alone; whoever acts on gradients must not see this one
+    gradients = [p.grad for p in parameters]
+    hooks = [(x, dict(x)) for p in parameters if (x := p._post_accumulate_grad_hooks)]
     try:
         for p in parameters:
             p.grad = None
+        for own, _ in hooks:
+            own.clear()
         feature.backward(upstream)  # type: ignore[no-untyped-call]
         return [p.grad for p in parameters]
     finally:
-        for p, grad in zip(parameters, before, strict=True):
+        for p, grad in zip(parameters, gradients, strict=True):
             p.grad = grad
+        for own, saved in hooks:
+            own.update(saved)
+
+
+def _require_images(hook: FeatureHook, images: Any) -> None:
+    """Of several forwards since the last loss, the features of the last are there: it has to be that of the images."""
+    last = hook.images
+    if last is None or last is images:  # None: not known
+        return
+    tensors = isinstance(last, Tensor) and isinstance(images, Tensor)
+    if tensors and last.shape == images.shape and last.data_ptr() == images.data_ptr():
+        return
+    raise RuntimeError(
+        f"{hook}: expected the images of the student's last forward, got others, and it ran more than once since the "
+        "last loss: call distiller.loss(images) after each forward, on the same images, or run the student once on "
+        "torch.cat of all; where its last forward is meant all the same, Distiller(..., last_forward=True)"
+    )
 
 
 def _require_names(hooks: Sequence[FeatureHook], **to_maps: ToMaps) -> None:
@@ -552,6 +586,17 @@ def _require_names(hooks: Sequence[FeatureHook], **to_maps: ToMaps) -> None:
         for name in given if isinstance(given, Mapping) else ():
             if name not in names:
                 raise ValueError(f"{role}_to_map: expected names of its levels, {', '.join(names)}; got {name!r}")
+
+
+def _require_extensible(optimizer: torch.optim.Optimizer) -> None:
+    fixed = {"LBFGS", "Muon", "ZeroRedundancyOptimizer"} & {x.__name__ for x in type(optimizer).__mro__}
+    sharded = any(type(p) not in (Tensor, nn.Parameter) for group in optimizer.param_groups for p in group["params"])
+    if fixed or sharded:
+        which = "one of sharded tensors" if sharded else fixed.pop()
+        raise ValueError(
+            f"optimizer: expected one whose groups can take the adapters, got {which}; train these by an optimizer of "
+            "their own, or make yours after prepare(images), with distiller.parameters()"
+        )
 
 
 def _elements(parameters: Sequence[Tensor], of: Container[int], *, vectors: bool | None = None) -> int:

@@ -77,6 +77,8 @@ def check_trained(teacher: nn.Module, expected: str | None, ran: Container[nn.Mo
         return Check(name, found == expected, same if found == expected else f"expected {expected}, got {found}")
     layers = {m: bare_name(n) for n, m in teacher.named_modules() if _looks_initial(m) is not None}
     initial = initial_layers(teacher)
+    if len(initial) == len(layers):
+        ran = None  # none of them was ever trained, whichever are used
     fresh = [layers[m] for m in initial if ran is None or m in ran]
     if not layers:
         return Check(name, None, "not known: no layer whose initial weights can be told; pass teacher_fingerprint")
@@ -155,7 +157,8 @@ def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | N
     groups = [] if optimizer is None else optimizer.param_groups
     group_of = {id(p): group for group in groups for p in group["params"]}
     adapters = dict(criterion.adapters.named_parameters())
-    missing = [name for name, p in adapters.items() if id(p) not in group_of or not p.requires_grad]
+    missing = [name for name, p in adapters.items() if id(p) not in group_of]
+    frozen = [name for name, p in adapters.items() if not p.requires_grad]
     if not adapters:
         return Check("optimizer", True, "nothing to train: the adapters have no weights")
     if optimizer is None:
@@ -163,6 +166,9 @@ def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | N
     if missing:
         message = f"does not train {len(missing)} of {len(adapters)} adapter weights (adapters.{missing[0]}, ...); "
         return Check("optimizer", False, message + "distiller.add_to(optimizer)")
+    if frozen:
+        message = f"{len(frozen)} of {len(adapters)} adapter weights are frozen (adapters.{frozen[0]}, ...): "
+        return Check("optimizer", False, message + "distiller.criterion.adapters.requires_grad_()")
     trains = f"trains all {len(adapters)} adapter weights"
     weights = [[p for p in x.parameters() if p.ndim > 1 and id(p) in group_of] for x in (criterion.adapters, student)]
     own, students = ({_settings(group_of[id(p)]) for p in of} for of in weights)
@@ -189,8 +195,12 @@ def check_ranks(criterion: DistillLoss, averaged: bool | None) -> Check:
     way = (
         "distiller = DistributedDataParallel(distiller) after prepare, and call distiller(images) in place of its loss"
     )
-    message = f"the last forward was in no DistributedDataParallel, so each rank trains adapters of its own; {way}"
-    return Check(name, averaged, "DistributedDataParallel averages the adapters' gradients" if averaged else message)
+    if averaged:
+        return Check(name, True, "DistributedDataParallel averages the adapters' gradients")
+    message = (
+        "no DistributedDataParallel has the adapters, so each rank trains its own unless you average them yourself; "
+    )
+    return Check(name, None, message + way)
 
 
 def check_schedule(criterion: DistillLoss) -> Check:

@@ -41,7 +41,7 @@ class FeatureHook:
         self.of_input = isinstance(place, str) and place.startswith(INPUT)
         place = place.removeprefix(INPUT) if isinstance(place, str) else place
         self.root = unwrapped(model)
-        self.compiled = any(hasattr(x, "_orig_mod") for x in (model, getattr(model, "module", None)))
+        self.given = model
         self.name, self.module = _find(role, label, model, place)
         self.name = INPUT * self.of_input + self.name
         self.to_map = _to_map(role, self.name, to_maps)
@@ -50,7 +50,8 @@ class FeatureHook:
         self.version = 0  # of the output, as the module left it
         self.warned = False
         self.calls = 0
-        self.lost = 0  # forwards since the last loss whose output could have been distilled, but the latest
+        self.images: Any = None  # what the model's last forward got first
+        self.several = False  # whether an earlier forward since the last loss could have been distilled too
         self.handles: list[RemovableHandle] = []
 
     def __str__(self) -> str:
@@ -60,6 +61,12 @@ class FeatureHook:
     def group(self) -> str:
         """``"backbone"`` or ``"neck"``."""
         return self.label.partition("[")[0]
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model runs by ``torch.compile``."""
+        wrapped = any(hasattr(x, "_orig_mod") for x in (self.given, getattr(self.given, "module", None)))
+        return wrapped or any(x._compiled_call_impl is not None for x in self.root.modules())
 
     def attach(self) -> None:
         leave_hooks_behind(self.root, self.module)
@@ -72,7 +79,7 @@ class FeatureHook:
         self.reset()
 
     def reset(self) -> None:
-        self.output, self.map, self.calls, self.lost = None, None, 0, 0
+        self.output, self.map, self.images, self.calls, self.several = None, None, None, 0, False
 
     def __call__(self, module: nn.Module, args: Any, *output: Any) -> None:
         """Before a forward of the model (without an output), and after one of the module."""
@@ -80,7 +87,9 @@ class FeatureHook:
             return
         if not output and module is self.root:
             # what an earlier forward left behind, for example one of a validation, is dropped
-            self.lost += isinstance(self.output, Tensor) and self.output.requires_grad
+            if not torch.compiler.is_compiling():
+                self.several |= isinstance(self.output, Tensor) and self.output.requires_grad
+                self.images = args[0] if args else None
             self.output, self.map, self.calls = None, None, 0
         elif output and module is self.module:  # not a replica of DataParallel, which shares the hooks
             if self.of_input and not args:
@@ -100,7 +109,7 @@ class FeatureHook:
                 "call student(images) before each distiller.loss(images), and see" if self.role == "student" else "see"
             )
             hint = f"{run} whether the forward uses the module"
-            if self.compiled:
+            if self.is_compiled:
                 hint += "; if the model ran compiled before the Distiller was made, call torch.compiler.reset()"
             raise RuntimeError(f"{self}: expected it to run, but its hook has not fired since the last call; {hint}")
         self._warn_if_changed()

@@ -196,7 +196,7 @@ class DistillLoss(nn.Module):
                 raise ValueError(f"donated: expected one truth value per level, {len(self.adapters)}, got {donated!r}")
             pairs = zip(donated, levels.student, levels.teacher, strict=True)
             levels.donated = [gift and _can_hold_gradient(s, t) for gift, s, t in pairs]
-        loss, self.level_losses = self._weighted(levels, task)
+        loss, self.level_losses = self._weighted(levels, task, learns)
         if learns:
             self.loss_weight.count(self.level_losses, task)
         return loss
@@ -210,13 +210,13 @@ class DistillLoss(nn.Module):
         moments = self.moments()
         return check(student, teacher_feats, self.active_options, prior=prior, standardize=moments, bias=bias)
 
-    def _weighted(self, levels: LevelTensors, task: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss times its factor, and the levels' losses without."""
+    def _weighted(self, levels: LevelTensors, task: Tensor | None, learns: bool) -> tuple[Tensor, Tensor]:
+        """The loss times its factor, and the levels' losses without; only a training step waits for other ranks."""
         options, weight = self.active_options, self.loss_weight
         if weight.is_known:
             return run(levels, options, weight.current_factor)
         loss, losses = run(levels, options, one_pass=False)  # the factor is that of these very losses
-        return loss * weight.balanced(losses, task).to(loss.dtype), losses
+        return loss * weight.balanced(losses, task, all_ranks=learns).to(loss.dtype), losses
 
     def standalone_copy(self) -> DistillLoss:
         """A copy in training, to try: at full weight, and waiting for no other process."""
@@ -226,8 +226,9 @@ class DistillLoss(nn.Module):
 
     @property
     def active_options(self) -> LossOptions:
-        """The options of the next forward: only in training, which all ranks do together, is Z that of all ranks."""
-        waits = self.options.divisor == "map_all_ranks" and self.training and not self._standalone
+        """The options of the next forward: only in training steps, which all ranks take together, is Z that of all."""
+        learns = self.training and torch.is_grad_enabled()
+        waits = self.options.divisor == "map_all_ranks" and learns and not self._standalone
         return self.options if waits or self.options.divisor != "map_all_ranks" else self._options_of_one_rank
 
     def adapted(self, student_feats: Sequence[Tensor]) -> list[Tensor]:

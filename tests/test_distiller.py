@@ -372,7 +372,6 @@ def test_a_student_with_hooks_can_be_scripted_traced_and_exported() -> None:
     ):
         with torch.no_grad():
             torch.testing.assert_close(found(x), student(x))
-    distiller.check(x)  # drops what scripting and tracing ran
     student(x)
     assert distiller.loss(x) > 0
 
@@ -941,27 +940,36 @@ def test_check_forgives_a_layer_that_no_forward_of_the_teacher_uses(student: Net
     assert not teacher.spare._forward_hooks
 
 
+def add_one(p: Tensor) -> None:
+    p.data.add_(1)
+
+
 class Checkpointed(Net):
-    reentrant = False
+    reentrant, first = False, 0
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = x.detach().requires_grad_()
-        for stage in self.stages[:2]:
-            x = checkpoint(stage, x, use_reentrant=self.reentrant)
-        return [self.neck["p3"](self.stages[2](x))]
+        for i, stage in enumerate(self.stages):
+            x = checkpoint(stage, x, use_reentrant=self.reentrant) if self.first <= i < 2 else stage(x)
+        return [self.neck["p3"](x)]
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_check_is_content_with_a_student_that_checkpoints_activations(
-    reentrant: bool, teacher: Net, images: Tensor
+    reentrant: bool, first: int, teacher: Net, images: Tensor
 ) -> None:
     student = Checkpointed(4)
-    student.reentrant = reentrant
+    student.reentrant, student.first = reentrant, first
+    before = fingerprint(student)
+    for p in student.parameters():  # an optimiser that steps in the backward
+        p.register_post_accumulate_grad_hook(add_one)
     distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK).prepare(images)
     for p in student.parameters():
         p.grad = torch.ones_like(p)
     assert named(distiller.check(images))["gradient"] is True
-    assert all(bool((p.grad == 1).all()) for p in student.parameters())
+    assert fingerprint(student) == before
+    assert all(bool((p.grad == 1).all()) and p._post_accumulate_grad_hooks for p in student.parameters())
     student.stages[0].requires_grad_(False)
     student.stages[1].requires_grad_(False)
     assert named(distiller.check(images))["gradient"] is False
@@ -991,6 +999,14 @@ def test_check_measures_the_share_that_a_training_step_has(
     student(images)
     found = distiller.loss(images, task_loss=task).item()
     assert f"distillation {found:.4g}, task {task:.4g}: {found / (found + task):.1%} of the total" in text(report)
+
+
+def test_check_names_a_compiled_teacher_without_a_checkpoint(student: Net, images: Tensor) -> None:
+    teacher = Net(8)
+    trained(teacher.stages[2])
+    distiller = Distiller(student, torch.compile(teacher, backend="eager"), backbone=BACKBONE).prepare(images)
+    assert named(distiller.check(images))["teacher trained"] is False
+    torch.compiler.reset()
 
 
 def test_check_compares_the_teacher_with_a_fingerprint(healthy: Healthy) -> None:
@@ -1198,24 +1214,33 @@ def test_concentration_is_the_share_of_the_heaviest_cells() -> None:
 
 
 def test_two_forwards_of_the_student_are_told_apart(student: Net, teacher: Net, images: Tensor) -> None:
-    """What is given may be the images of the first."""
+    """The features of the last one are there: a loss on the images of the first would compare different images."""
     others = torch.randn_like(images)
     distiller = Distiller(student, teacher, backbone=BACKBONE)
-    outputs = student(images), student(others)
+    student(images), student(others)
     with pytest.raises(
-        RuntimeError, match=r"expected one forward of the student before each loss, got 2.*last_forward"
+        RuntimeError, match=r"expected the images of the student's last forward, got others.*last_forward"
     ):
         distiller.loss(images)
     student(images)  # a loss that failed leaves nothing behind
     first = distiller.loss(images)
     student(others)
     assert (first + distiller.loss(others)).requires_grad
-    del outputs
-    student.eval()
-    with torch.no_grad():
-        student(others)
-    student(images)
-    assert distiller.loss(images) > 0
+    student(images), student(others)
+    assert distiller.loss(others).requires_grad
+
+
+def test_forwards_without_a_loss_are_no_error(student: Net, teacher: Net, images: Tensor) -> None:
+    """Every second step distilled, a validation with gradients, tracing, a step that is skipped or tried again."""
+    distiller = Distiller(student, teacher, backbone=BACKBONE).prepare(images)
+    for step in range(4):
+        batch = torch.randn_like(images)
+        task = sum(x.square().mean() for x in student(batch))
+        (task + distiller.loss(batch) if step % 2 else task).backward()
+    student.eval()(torch.randn(5, 3, 32, 32))
+    torch.jit.trace(student.train(), images)
+    student(images), student(images[:1])
+    assert distiller.loss(images[:1]).requires_grad
 
 
 def test_the_last_forward_counts_where_it_is_meant(student: Net, teacher: Net, images: Tensor) -> None:
@@ -1223,7 +1248,7 @@ def test_the_last_forward_counts_where_it_is_meant(student: Net, teacher: Net, i
     distiller = Distiller(student, teacher, backbone=BACKBONE, last_forward=True).prepare(images)
     student(images)
     expected = distiller.loss(images)
-    student(torch.randn_like(images)), student(images)
+    student(torch.randn_like(images)), student(images.clone())
     torch.testing.assert_close(distiller.loss(images), expected)
 
 
@@ -1286,6 +1311,10 @@ def test_the_optimizer_trains_the_adapters_as_it_trains_the_student(
     assert named(distiller.check(images, optimizer))["optimizer"] is True
     with pytest.raises(ValueError, match="one that trains the student"):
         distiller.add_to(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1))
+    with pytest.raises(ValueError, match="got LBFGS; train these by an optimizer of their own"):
+        distiller.add_to(torch.optim.LBFGS(student.parameters()))
+    distiller.requires_grad_(False)
+    assert "are frozen (adapters.0.weight, ...)" in text(distiller.check(images, optimizer))
 
 
 def test_check_compares_the_rate_of_the_adapters_with_the_students(student: Net, teacher: Net, images: Tensor) -> None:

@@ -36,14 +36,16 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _look(distiller: Distiller, images: Tensor, optimizer: torch.optim.Optimizer) -> None:
+def _look(distiller: Distiller, images: Tensor, optimizer: torch.optim.Optimizer, averaged: bool | None = True) -> None:
     """What one rank may do while the other does something else."""
-    assert distiller.check(images, optimizer, task_loss=1.0).ok
-    distiller.eval()
-    with torch.no_grad():
-        distiller.student.module(images)
-        assert distiller.loss(images, task_loss=1.0) > 0
-    distiller.train()
+    report = distiller.check(images, optimizer, task_loss=1.0)
+    assert report.ok
+    assert next(check.ok for check in report.checks if check.name == "ranks") is averaged
+    for training in (False, True):
+        distiller.train(training)
+        with torch.no_grad():
+            distiller.student.module(images)
+            assert distiller.loss(images, task_loss=1.0) > 0
     with pytest.raises(RuntimeError, match="calibrate: expected it before the first training forward"):
         distiller.criterion.calibrate([torch.zeros(1, 8, 4, 4)])
 
@@ -56,6 +58,9 @@ def _train(rank: int, folder: str, calibrating: str) -> None:
     optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], 0.01)
     if rank == 0:  # the other one waits for nobody, and nobody for it
         assert distiller.check(batch(0, 0), optimizer, task_loss=1.0).ok
+        distiller.student.module(batch(0, 0))
+        with torch.no_grad():  # a validation before the first step
+            assert distiller.loss(batch(0, 0), task_loss=1.0) > 0
         if calibrating == "one rank":
             distiller.calibrate([batch(9, 0)])
     parallel = DistributedDataParallel(distiller)

@@ -161,7 +161,10 @@ class DistillationCallback(Callback):
     def _train_adapters(self, trainer: Trainer) -> None:
         """Join the groups that the optimiser has: schedulers know these, as they would not know a new one."""
         assert self.distiller is not None
-        self.distiller.add_to(trainer.optimizers[0])
+        weights = {id(p) for p in self.distiller.student.parameters()}
+        held = [{id(p) for group in x.param_groups for p in group["params"]} for x in trainer.optimizers]
+        of_student = [x for x, own in zip(trainer.optimizers, held, strict=True) if own & weights]
+        self.distiller.add_to((of_student or trainer.optimizers)[0])
 
     def _add_loss(self, trainer: Trainer, pl_module: LightningModule, batch: Any, output: Any) -> Any:
         """What ``training_step`` returned, with the distillation loss in it."""
