@@ -222,7 +222,7 @@ class Distiller(nn.Module):
         """
         _require_extensible(optimizer)
         adapters = list(self.criterion.adapters.named_parameters(prefix="adapters"))
-        if self._pairs is None or any(isinstance(p, UninitializedParameter) for _, p in adapters):
+        if any(isinstance(p, UninitializedParameter) for _, p in adapters):
             raise RuntimeError("add_to: expected prepare(images) before, which gives the adapters their widths")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         of_student = {id(p) for p in self.student.parameters()}
