@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastkd import health, level_maps
 from fastkd.health import Check, Report
-from fastkd.hooks import FeatureHook, Group, Levels, ToMaps, image_height, unwrapped, without_ddp
+from fastkd.hooks import FeatureHook, Group, Levels, ToMap, ToMaps, image_height, unwrapped, without_ddp
 from fastkd.level_maps import DistillMaps
 from fastkd.loss import DistillLoss
 from fastkd.modes import eval_mode
@@ -95,9 +95,8 @@ class Distiller(nn.Module):
         if align not in (None, "interpolate"):
             raise ValueError(f'align: expected None or "interpolate", got {align!r}')
         given = {name: levels for name, levels in (("backbone", backbone), ("neck", neck)) if levels is not None}
-        self._averaged: bool | None = (
-            None  # whether DistributedDataParallel has the adapters; None: nothing trained yet
-        )
+        # whether DistributedDataParallel has the adapters; None before the first training forward
+        self._averaged: bool | None = None
         self._ddp: int | None = None  # the DistributedDataParallel of the last training forward
         self._models = (student, teacher)  # in a tuple they are not registered as submodules
         to_maps = (student_to_map, teacher_to_map)
@@ -150,6 +149,15 @@ class Distiller(nn.Module):
     def levels(self) -> list[tuple[str, str]] | None:
         """(student, teacher) module names of each level; None before ``prepare`` matches them by stride."""
         return None if self._pairs is None else [(s.name, t.name) for s, t in self._pairs]
+
+    @property
+    def to_maps(self) -> tuple[dict[str, ToMap], dict[str, ToMap]]:
+        """``student_to_map`` and ``teacher_to_map`` by the names of the levels in use."""
+        student, teacher = (
+            {x.name: x.to_map for x in self._feature_hooks if x.role == role and x.to_map is not None}
+            for role in ("student", "teacher")
+        )
+        return student, teacher
 
     def forward(self, images: Any, prior: Prior | None = None, task_loss: Tensor | float | None = None) -> Tensor:
         """``loss``, so that the distiller can be wrapped (``DistributedDataParallel``)."""

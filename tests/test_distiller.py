@@ -1339,7 +1339,7 @@ def test_a_module_that_does_not_run_is_named_and_compiling_only_where_it_was(
     for model, compiled in ((student, False), (torch.compile(student, backend="eager"), True)):
         distiller = Distiller(model, teacher, backbone=BACKBONE)
         with pytest.raises(RuntimeError, match="whether the forward uses the module") as error:
-            distiller.loss(images) if distiller.levels else None
+            distiller.loss(images)
         assert ("torch.compiler.reset" in str(error.value)) is compiled
 
 
@@ -1379,6 +1379,7 @@ def test_outputs_of_any_kind_become_maps(images: Tensor) -> None:
     assert [(s, t) for s, t in distiller.levels or []] == [(x, x) for x in names]
     distiller.loss(images).backward()
     assert student.patch.weight.grad is not None
+    assert [list(x) for x in distiller.to_maps] == [list(grid)] * 2
     assert [level.information.shape[1:] for level in distiller.maps(images).levels] == [(4, 4)] * 4
     assert named(distiller.check(images))["gradient"] is True
     with pytest.raises(ValueError, match=r"student_to_map: expected names of its levels, stage; got 'stages'"):

@@ -132,10 +132,7 @@ class DistillationTrainer:
         if auto:
             ours, theirs = find_levels("student", student, images), find_levels("teacher", teacher, images)
             named.update({group: (ours[group], theirs[group]) for group in auto})
-        with torch.random.fork_rng([]):  # so that the run's random numbers are those of one without a teacher
-            distiller = Distiller(student, teacher, **named, **self.options)
-            distiller.prepare(images)
-        return distiller.to(images.device)
+        return Distiller(student, teacher, **named, **self.options).prepare(images).to(images.device)
 
 
 def find_levels(role: str, model: nn.Module, images: Tensor) -> dict[str, list[str]]:
@@ -368,6 +365,7 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
     def validate(self) -> Any:
         """Ultralytics' validation of the EMA, which is listened to for its own distillation loss meanwhile."""
         ema, distiller = self.ema.ema, self.distiller
+        student_to_map, teacher_to_map = distiller.to_maps
         ears = Distiller(
             ema,
             distiller.teacher,
@@ -375,6 +373,9 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
             criterion=distiller.criterion,
             prior=distiller.prior,
             align=distiller.align,
+            preprocess=distiller.preprocess,
+            student_to_map=student_to_map,
+            teacher_to_map=teacher_to_map,
         )
         distiller.eval()  # count and calibrate nothing
         ema.criterion = Criterion(ema.init_criterion(), ears)

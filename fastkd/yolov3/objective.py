@@ -173,7 +173,8 @@ class Objective(nn.Module):
         levels = loss.new_zeros(0)
         if self.distiller is not None:
             terms = self._distill(outputs, images, self.prior_of(images, targets, labelled), loss)
-            loss, report = loss + sum(terms), [*report, *(term.detach() for term in terms)]
+            for term in terms:
+                loss, report = loss + term, [*report, term.detach()]
             levels = self.distiller.criterion.level_losses
         return loss, torch.cat([torch.stack([loss.detach(), *report]), levels.to(loss)])
 
