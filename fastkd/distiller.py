@@ -151,7 +151,7 @@ class Distiller(nn.Module):
         return None if self._pairs is None else [(s.name, t.name) for s, t in self._pairs]
 
     @property
-    def to_maps(self) -> tuple[dict[str, ToMap], dict[str, ToMap]]:
+    def to_maps(self) -> tuple[Mapping[str, ToMap], Mapping[str, ToMap]]:
         """``student_to_map`` and ``teacher_to_map`` by the names of the levels in use."""
         student, teacher = (
             {x.name: x.to_map for x in self._feature_hooks if x.role == role and x.to_map is not None}
