@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastkd import health, level_maps
 from fastkd.health import Check, Report
-from fastkd.hooks import FeatureHook, Group, Levels, ToMap, ToMaps, image_height, unwrapped, without_ddp
+from fastkd.hooks import FeatureHook, Group, Levels, ToMap, ToMaps, convolved_heights, ddp_of, unwrapped, without_ddp
 from fastkd.level_maps import DistillMaps
 from fastkd.loss import DistillLoss
 from fastkd.modes import eval_mode
@@ -106,6 +106,7 @@ class Distiller(nn.Module):
             raise ValueError("backbone, neck: expected at least one level to distil, got none")
         paired = [x.pairs for x in self._groups if x.pairs is not None]
         self._pairs = [p for x in paired for p in x] if len(paired) == len(self._groups) else None
+        self._image_height = 1.0  # of what the student's last dry run got
         if criterion is not None and loss_options:
             raise ValueError(f"criterion: expected no loss options beside it, got {', '.join(loss_options)}")
         self._owns_criterion, self._weights = criterion is None, loss_options.get("weights")
@@ -301,13 +302,12 @@ class Distiller(nn.Module):
         """
         try:
             self._clear()
-            with eval_mode(self.student):
-                unwrapped(self.student)(images)  # DistributedDataParallel would wait for others, a compiler start again
+            # DistributedDataParallel would wait for others, a compiler start again
+            self._run_student(unwrapped(self.student), images)
             student, teacher, q, _ = self._features(images, prior)
             self.criterion.prepare(student, teacher)
-            height = image_height(images, [x.shape[2] for x in teacher])
             with eval_mode(self.criterion):
-                return level_maps.measure(self.criterion, self._matched(), student, teacher, q, height)
+                return level_maps.measure(self.criterion, self._matched(), student, teacher, q, self._image_height)
         finally:
             self._clear()
 
@@ -397,7 +397,7 @@ class Distiller(nn.Module):
                 if hook.several and not self.last_forward:
                     _require_images(hook, images)
         output = self._run_teacher(images)
-        pairs = self._matched(images)
+        pairs = self._matched()
         teacher = [t.feature() for _, t in pairs]
         student = [self._aligned(s, t, s.feature(), y) for (s, t), y in zip(pairs, teacher, strict=True)]
         self._move_criterion(teacher)
@@ -431,6 +431,24 @@ class Distiller(nn.Module):
             adapters = {id(p) for p in self.criterion.adapters.parameters()}
             self._averaged = active is not None and adapters <= {id(p) for p in active.parameters()}
             self._ddp = id(active)
+        self._refuse_join(active)
+
+    def _refuse_join(self, active: nn.Module | None) -> None:
+        """A rank that is through its batches answers for one DistributedDataParallel, and for nothing of fastkd."""
+        parallel = [x for x in (active, ddp_of(self.student)) if x is not None]
+        configs = [getattr(x, "_join_config", None) for x in parallel]
+        if not any(x.enable and not x.throw_on_early_termination for x in configs if x is not None):
+            return
+        if len({id(x) for x in parallel}) > 1:
+            why = "student and distiller are in two DistributedDataParallel, which it mixes up: put them in one"
+        elif self.criterion.waits_for_ranks:
+            why = 'each step sums over all ranks: weight="auto", map_all_ranks, or statistics that are not yet there'
+        else:
+            return
+        raise RuntimeError(
+            f"Distiller: expected no Join of DistributedDataParallel, as {why}. Give every rank as many batches "
+            "(DistributedSampler does), or Join(..., throw_on_early_termination=True)"
+        )
 
     def _require_hooks(self) -> None:
         if not self._feature_hooks:
@@ -460,14 +478,24 @@ class Distiller(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None, Any]:
         """As ``_features``, after a forward of the student in eval mode."""
         self._clear()
-        with eval_mode(self.student):
-            without_ddp(self.student)(images)
+        self._run_student(without_ddp(self.student), images)
         return self._features(images, prior)
 
-    def _matched(self, images: Any = None) -> list[tuple[FeatureHook, FeatureHook]]:
+    def _run_student(self, student: nn.Module, images: Any) -> None:
+        """One forward in eval mode; also what height the images have, from which strides are told."""
+        with eval_mode(self.student), convolved_heights(student) as heights:
+            student(images)
+        if isinstance(images, Tensor):
+            heights = [images.shape[-2]]
+        # most models resize a list of images; where nothing is known, strides are relative to the largest map
+        maps = [x.output.shape[-2] for x in self._feature_hooks if isinstance(x.output, Tensor) and x.output.ndim == 4]
+        self._image_height = heights[0] if heights else max(maps, default=1)
+
+    def _matched(self) -> list[tuple[FeatureHook, FeatureHook]]:
         """The pairs of hooks; the first time, those of lists are found by stride and the others taken off."""
         if self._pairs is None:
-            pairs = [p for x in self._groups for p in (x.match(images, self.align) if x.pairs is None else x.pairs)]
+            height = self._image_height
+            pairs = [p for x in self._groups for p in (x.match(height, self.align) if x.pairs is None else x.pairs)]
             if self._owns_criterion:
                 self.criterion.keep_levels(len(pairs), self._weights)
             self._require_levels(len(pairs))

@@ -6,8 +6,8 @@ import difflib
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -65,8 +65,7 @@ class FeatureHook:
     @property
     def is_compiled(self) -> bool:
         """Whether the model runs by ``torch.compile``."""
-        wrapped = any(hasattr(x, "_orig_mod") for x in (self.given, getattr(self.given, "module", None)))
-        return wrapped or any(x._compiled_call_impl is not None for x in self.root.modules())
+        return is_compiled(self.given)
 
     def attach(self) -> None:
         leave_hooks_behind(self.root, self.module)
@@ -215,24 +214,36 @@ class Group:
             f"([student, ...], [teacher, ...]), of module names or modules, got {levels!r}"
         )
 
-    def match(self, images: Any, align: str | None = None) -> list[tuple[FeatureHook, FeatureHook]]:
-        """Pairs of equal stride, or of the nearest where features get aligned.
-
-        Strides are relative to the largest map where the images are not one tensor.
-        """
+    def match(self, image_height: float, align: str | None = None) -> list[tuple[FeatureHook, FeatureHook]]:
+        """Pairs of equal stride, or of the nearest where features get aligned."""
         heights = [[hook.feature().shape[2] for hook in hooks] for hooks in (self.student, self.teacher)]
-        image = image_height(images, [height for side in heights for height in side])
         try:
-            strides = [[image / max(height, 1) for height in side] for side in heights]
+            strides = [[image_height / max(height, 1) for height in side] for side in heights]
             pairs = match_by_stride(*strides, nearest=align is not None)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         return [(self.student[i], self.teacher[j]) for i, j in pairs]
 
 
-def image_height(images: Any, heights: Sequence[int]) -> int:
-    """What strides are relative to: the images' height, or the largest map's where they are not one tensor."""
-    return images.shape[-2] if isinstance(images, Tensor) else max(heights)
+@contextmanager
+def convolved_heights(model: nn.Module) -> Iterator[list[int]]:
+    """Heights of what the model's convolutions get, as they run: the first one is that of the images.
+
+    Empty for a compiled model, whose graph would keep the hooks.
+    """
+    heights: list[int] = []
+    modules = [] if is_compiled(model) else [x for x in unwrapped(model).modules() if isinstance(x, nn.Conv2d)]
+
+    def note(module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            heights.append(args[0].shape[-2])
+
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield heights
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class ModuleHooks(OrderedDict[int, Any]):
@@ -257,6 +268,12 @@ def leave_hooks_behind(root: nn.Module, module: nn.Module) -> None:
         module._forward_hooks = ModuleHooks()
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model or a part of it runs by ``torch.compile``."""
+    wrapped = any(hasattr(x, "_orig_mod") for x in (model, getattr(model, "module", None)))
+    return wrapped or any(x._compiled_call_impl is not None for x in unwrapped(model).modules())
+
+
 def bare_name(name: str) -> str:
     """A module's or tensor's name without what wrappers put into it."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
@@ -276,12 +293,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def ddp_of(model: nn.Module) -> nn.Module | None:
+    """The DistributedDataParallel around the model, if there is one."""
+    while hasattr(model, "_orig_mod"):
+        model = model._orig_mod  # type: ignore[assignment]
+    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+
+
 def without_ddp(model: nn.Module) -> nn.Module:
     """The model itself where it is in DistributedDataParallel, whose forward waits for the other ranks."""
-    inner = model
-    while hasattr(inner, "_orig_mod"):
-        inner = inner._orig_mod  # type: ignore[assignment]
-    return unwrapped(inner) if isinstance(inner, nn.parallel.DistributedDataParallel) else model
+    ddp = ddp_of(model)
+    return model if ddp is None else unwrapped(ddp)
 
 
 def _find(role: str, label: str, model: nn.Module, place: Place) -> tuple[str, nn.Module]:

@@ -132,7 +132,7 @@ def measure(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     prior: Sequence[Tensor | None] | None,
-    image_height: int,
+    image_height: float,
 ) -> DistillMaps:
     """The maps of features that belong to the pairs; by the reference, which talks to no other process."""
     options = criterion.active_options

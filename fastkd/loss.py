@@ -218,6 +218,12 @@ class DistillLoss(nn.Module):
         loss, losses = run(levels, options, one_pass=False)  # the factor is that of these very losses
         return loss * weight.balanced(losses, task, all_ranks=learns).to(loss.dtype), losses
 
+    @property
+    def waits_for_ranks(self) -> bool:
+        """Whether the next training forward sums something over the ranks."""
+        sums = self.loss_weight.is_auto or self.options.divisor == "map_all_ranks" or not self.calibrated
+        return sums and not self.loss_weight.stopped
+
     def standalone_copy(self) -> DistillLoss:
         """A copy in training, to try: at full weight, and waiting for no other process."""
         copied = copy.deepcopy(self).train()

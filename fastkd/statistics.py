@@ -54,10 +54,13 @@ class ChannelStatistics(KeepsPrecision):
         if feature.numel() == 0 and not all_ranks:
             return
         self.prepare(feature.shape[1])
-        variance, mean = torch.var_mean(feature.to(self.mean.dtype), dim=(0, 2, 3), correction=0)
-        finite = variance.isfinite().all()  # a batch that overflowed counts for nothing
-        cells = finite * (feature.numel() // feature.shape[1])
-        variance, mean = (torch.where(finite, x, 0) for x in (variance, mean))
+        if feature.numel():
+            variance, mean = torch.var_mean(feature.to(self.mean.dtype), dim=(0, 2, 3), correction=0)
+            finite = variance.isfinite().all()  # a batch that overflowed counts for nothing
+            cells = finite * (feature.numel() // feature.shape[1])
+            variance, mean = (torch.where(finite, x, 0) for x in (variance, mean))
+        else:
+            cells, mean, variance = (torch.zeros_like(x) for x in (self.count, self.mean, self.square))
         if all_ranks:
             cells, mean, variance = _over_ranks(cells, mean, variance)
         share = cells / (self.count + cells).clamp_min(1)

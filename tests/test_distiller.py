@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
@@ -1159,6 +1160,24 @@ def test_maps_name_their_levels(student: Net, teacher: Net, images: Tensor) -> N
     assert found.names == ["backbone, stride 4", "backbone, stride 8", "neck, stride 8"]
     assert [(x.student, x.teacher) for x in found.levels] == distiller.levels
     assert [x.shape for x in found.information] == [x.shape for x in found.differences] == [(2, 8, 8), *[(2, 4, 4)] * 2]
+
+
+class Resizing(nn.Module):
+    """Takes a list of images and resizes them itself, as torchvision's detectors do."""
+
+    def __init__(self, net: Net, size: int = 64) -> None:
+        super().__init__()
+        self.net, self.size = net, size
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        return self.net(torch.stack([F.interpolate(x[None], self.size)[0] for x in images]))
+
+
+def test_strides_of_a_list_of_images_are_those_of_what_the_model_made_of_it(student: Net, teacher: Net) -> None:
+    backbone = (["net.stages.1", "net.stages.2"], ["net.stages.0", "net.stages.1", "net.stages.2"])
+    images = [torch.rand(3, 40, 56), torch.rand(3, 32, 32)]
+    distiller = Distiller(Resizing(student), Resizing(teacher), backbone=backbone).prepare(images)
+    assert distiller.maps(images).names == ["backbone, stride 4", "backbone, stride 8"]
 
 
 def test_maps_leave_no_trace(student: Net, teacher: Net, images: Tensor) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.distiller import Distiller
+from fastkd.loss import DistillLoss
 
 
 def net(width: int) -> nn.Module:
@@ -33,6 +37,8 @@ def _rank(rank: int, folder: str) -> None:
     )
     for calibrating in CALIBRATING:
         _train(rank, folder, calibrating)
+    _calibrate_with_an_empty_batch(rank)
+    _join_uneven_ranks(rank)
     torch.distributed.destroy_process_group()
 
 
@@ -77,6 +83,48 @@ def _train(rank: int, folder: str, calibrating: str) -> None:
     torch.save(
         {name: value for name, value in state.items() if isinstance(value, Tensor)}, f"{folder}/{calibrating} {rank}.pt"
     )
+
+
+def _calibrate_with_an_empty_batch(rank: int) -> None:
+    """Of a rank that has no image left, nothing is said, and nothing is counted."""
+    criterion = DistillLoss([4], [4], calibration_batches=1)
+    student, teacher = torch.rand(2, 4, 3, 3, requires_grad=True), batch(0, 0)[:, :1].expand(2, 4, 16, 16)[..., :3, :3]
+    images = slice(0, 2 - 2 * rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion([student[images]], [teacher[images]]).backward()
+    assert criterion.calibrated
+    assert criterion.statistics[0].count == 18
+    torch.testing.assert_close(criterion.statistics[0].mean, teacher.mean((0, 2, 3)))
+
+
+class StudentAndLoss(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.student = net(4)
+        self.distiller = Distiller(self.student, net(8), backbone=[("0", "0")], **options).prepare(batch(0, 0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        task: Tensor = self.student(images).square().mean()
+        return task + self.distiller.loss(images, task_loss=task)
+
+
+def _join_uneven_ranks(rank: int) -> None:
+    """Join lets a rank end before the others: said where that cannot be, and not in the way where it can."""
+    sums = DistributedDataParallel(StudentAndLoss(weight="auto"))
+    with Join([sums]), pytest.raises(RuntimeError, match=r"expected no Join .* each step sums over all ranks"):
+        sums(batch(0, rank))
+    student = DistributedDataParallel(net(4))
+    distiller = Distiller(student, net(8), backbone=[("0", "0")]).prepare(batch(0, 0))
+    parallel = DistributedDataParallel(distiller)
+    with Join([student]):
+        student(batch(0, rank))
+        with pytest.raises(RuntimeError, match=r"expected no Join .* two DistributedDataParallel"):
+            parallel(batch(0, rank))
+    whole = DistributedDataParallel(StudentAndLoss(standardize=False))
+    with Join([whole]):
+        for step in range(1 + rank):
+            whole(batch(step, rank)).backward()
 
 
 @pytest.fixture(scope="module")
