@@ -23,10 +23,10 @@ struct Schedule {
   int64_t advance = 0;
 };
 
-// averages = [n, sum of task losses, sum of distillation losses], of which a step keeps 49/50 once n has reached 50. A
-// step that is not finite counts for nothing.
+// averages = [n, sum |task loss|, sum |distillation loss|], of which a step keeps 49/50 once n has reached 50. A step
+// that is not finite counts for nothing.
 FASTKD_INLINE void observe(float* averages, double task, double distillation) {
-  const double values[] = {1, task, distillation};
+  const double values[] = {1, std::abs(task), std::abs(distillation)};
   for (const double value : values)
     if (!(float(value) - float(value) == 0)) return;
   const double n = averages[0], keep = n > kMemory ? kMemory / n : 1;
@@ -50,7 +50,7 @@ FASTKD_INLINE double full_weight(const Schedule& schedule, const float* averages
   if (schedule.weight >= 0) return schedule.weight;
   if (!(averages[2] > 0)) return 0;  // times a loss of zero, whose gradient stays finite
   const double balanced = schedule.share * double(averages[1]) / double(averages[2]);
-  return balanced < 0 ? 0 : balanced > kMaxAutoWeight ? kMaxAutoWeight : balanced;
+  return balanced > kMaxAutoWeight ? kMaxAutoWeight : balanced;
 }
 
 // A step: looks at its losses where there are any, moves on, and says the factor.

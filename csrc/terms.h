@@ -1,6 +1,8 @@
 // The scalar terms of the loss: what one element adds to a score or a penalty, and the penalty's derivative.
 #pragma once
 
+#include <cmath>
+
 #include "level.h"
 
 namespace fastkd {
@@ -21,6 +23,14 @@ FASTKD_INLINE T score_term(T x) {
   if constexpr (S == Score::magnitude) return absolute(x);
   if constexpr (S == Score::energy) return x * x;
   return T(0);
+}
+
+// 1 - H / log C of a cell, from its sums of exp(u) and of u exp(u) over channels. 0 where rounding is all that is left
+// of it, of either sign: over a mean of such scores the weights would be anything. A NaN stays.
+FASTKD_INLINE double entropy_score(double sum, double weighted, double channels) {
+  const double log_channels = std::log(channels), entropy = std::log(sum) - weighted / sum;
+  const double score = 1 - entropy / (log_channels > kTiny ? log_channels : kTiny);
+  return score < 0 ? 0 : score;
 }
 
 // The penalty, but smooth_l1's times beta: a sum of them needs one division.

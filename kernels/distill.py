@@ -230,7 +230,7 @@ def add_entropy(total, weighted, highest, x, here, inverse_temperature):
 
 @triton.jit
 def entropy_score(total, weighted, highest, channels, inverse_temperature):
-    """1 - H / log C of each cell, from the lanes' sums."""
+    """1 - H / log C of each cell, from the lanes' sums; 0 where rounding is all that is left of it, of either sign."""
     top = tl.max(highest, 1)
     shift = below(highest, top[:, None], inverse_temperature)
     weighted = tl.sum(((weighted + shift * total) * tl.exp(shift)).to(tl.float64), 1)
@@ -238,7 +238,8 @@ def entropy_score(total, weighted, highest, channels, inverse_temperature):
     log_channels = tl.log(channels.to(tl.float64))
     entropy = tl.log(total) - weighted * reciprocal(total)
     # the difference first: of equal channels it must be 0, and the reciprocal may miss by a bit
-    return tl.where(log_channels > TINY, (log_channels - entropy) * reciprocal(log_channels), 1.0 - entropy)
+    score = tl.where(log_channels > TINY, (log_channels - entropy) * reciprocal(log_channels), 1.0 - entropy)
+    return tl.where(score < 0, 0.0, score)  # a NaN stays
 
 
 @triton.jit

@@ -216,8 +216,8 @@ class Weight:
         n = task = loss = 0.0
         for d, t in pairs:
             keep = min(1, 49 / n) if n else 1
-            n, task, loss = n * keep + 1, task * keep + t, loss * keep + d
-        return ramp * (min(max(self.share * task / loss, 0), 1e12) if loss > 0 else 0)
+            n, task, loss = n * keep + 1, task * keep + abs(t), loss * keep + abs(d)
+        return ramp * (min(self.share * task / loss, 1e12) if loss > 0 else 0)
 
 
 NONE = torch.empty(0)
@@ -237,7 +237,8 @@ def test_the_factor_follows_its_formula_step_by_step(
     generator = torch.Generator().manual_seed(3)
     for step in range(70):
         losses = torch.rand(5, generator=generator).to(dtype)
-        task = (1 + torch.rand((), generator=generator)).to([torch.float16, torch.bfloat16, dtype][step % 3])
+        task = (-1) ** (step // 3) * (1 + torch.rand((), generator=generator))
+        task = task.to([torch.float16, torch.bfloat16, dtype][step % 3])
         pairs.append((losses.double().sum().item(), task.item()))
         assert state.update(run, losses, task) == pytest.approx(state.expected(pairs, step + 1), rel=1e-5, abs=1e-12)
     assert state.step.item() == 70
@@ -265,10 +266,17 @@ def test_without_losses_or_advance_only_the_factor_is_set(run: Run) -> None:
 
 
 def test_a_balanced_weight_stays_finite(run: Run) -> None:
-    tiny, zero, negative = Weight(), Weight(), Weight()
+    tiny, zero = Weight(), Weight()
     assert tiny.update(run, torch.tensor([1e-30]), torch.tensor(1.0)) == pytest.approx(factor.MAX_AUTO_WEIGHT)
     assert zero.update(run, torch.tensor([0.0]), torch.tensor(1.0)) == 0
-    assert negative.update(run, torch.tensor([1.0]), torch.tensor(-1.0)) == 0
+
+
+def test_a_loss_below_zero_is_balanced_by_its_magnitude(run: Run) -> None:
+    """A likelihood as task loss, also while it changes its sign; or a level whose weight is negative."""
+    for task, loss in ((-3.0, 2.0), (3.0, -2.0), (-3.0, -2.0)):
+        state = Weight()
+        for sign in (1, -1, 1):
+            assert state.update(run, torch.tensor([loss, 0.0]), torch.tensor(sign * task)) == 1.5
 
 
 def test_losses_with_a_gradient_leave_none_on_the_factor() -> None:

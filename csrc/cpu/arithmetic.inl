@@ -35,13 +35,6 @@ struct Affine {
   }
 };
 
-// 1 - H / log C from sum exp(x) and sum x exp(x)
-inline double finish_entropy(double sum, double weighted, int64_t channels) {
-  const double log_channels = std::log(double(channels));
-  const double entropy = std::log(sum) - weighted / sum;
-  return 1 - entropy / (log_channels > kTiny ? log_channels : kTiny);
-}
-
 template <class T>
 inline T logit(T x, T highest, T temperature) {
   const T u = (x - highest) / temperature;

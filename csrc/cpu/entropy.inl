@@ -31,7 +31,7 @@ void entropy_cells(const Level<Acc>& level, const Options& options, int64_t imag
       weighted[j] += double(u * p);
     }
   }
-  for (int64_t j = 0; j < count; ++j) e[j] = finish_entropy(sum[j], weighted[j], level.channels);
+  for (int64_t j = 0; j < count; ++j) e[j] = entropy_score(sum[j], weighted[j], double(level.channels));
 }
 
 template <class Acc>
@@ -65,6 +65,6 @@ void entropy_channels(const Level<Acc>& level, const Options& options, int64_t i
       sum += double(sum_part);
       weighted += double(weighted_part);
     });
-    e[cell - begin] = finish_entropy(sum, weighted, level.channels);
+    e[cell - begin] = entropy_score(sum, weighted, double(level.channels));
   }
 }

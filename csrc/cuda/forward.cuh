@@ -140,8 +140,7 @@ __device__ __forceinline__ double join_entropy(const Acc* shared, int parts, con
     total += double(sum[i]) * double(factor);
     total_weighted += (double(weighted[i]) + double(u) * double(sum[i])) * double(factor);
   }
-  const double log_channels = std::log(channels), entropy = std::log(total) - total_weighted / total;
-  return 1 - entropy / (log_channels > kTiny ? log_channels : kTiny);
+  return entropy_score(total, total_weighted, channels);
 }
 
 // Adds the threads' sums of each cell of the tile up, in double, and writes e and D.

@@ -41,18 +41,18 @@ def plain_update_factor(
 
     Args:
         factor: () float32, set to the factor at ``step`` after it advanced.
-        averages: (3,) float32: n, sum of task losses, sum of distillation losses, all decayed. A step that is not
-            finite counts for nothing.
+        averages: (3,) float32: n, sum of abs(task loss), sum of abs(distillation loss), all decayed. Of magnitudes: a
+            loss may be negative, as a likelihood's, or change its sign. A step that is not finite counts for nothing.
         step: () int64, advanced by ``advance``.
         losses: (L,) of the levels, without the factor; empty: the averages stay.
         task_loss: one element; needed where there are losses and the weight is balanced.
-        weight: negative: balanced, such that the loss is ``share`` of the task loss.
+        weight: negative: balanced, such that the loss is ``share`` of the task loss, in magnitude.
         decay: 0 none, 1 linear, 2 cosine, from the end of the warm-up to ``stop_step``.
         stop_step: the factor is 0 from there on; negative: never.
     """
     if weight < 0 and losses.numel():
         values = torch.stack([losses.new_ones(()), task_loss.reshape(()), losses.sum(dtype=torch.float64)])
-        values = values.double()
+        values = values.double().abs()
         finite = values.float().isfinite().all()
         keep = (_MEMORY / averages[0].double()).clamp(max=1)  # n = 0: infinity, 1
         averages.copy_(torch.where(finite, averages * keep + values, averages.double()))
@@ -62,7 +62,7 @@ def plain_update_factor(
 
 
 def _balanced(averages: Tensor, share: float) -> Tensor:
-    balanced = (share * averages[1] / averages[2]).clamp(0, MAX_AUTO_WEIGHT)
+    balanced = (share * averages[1] / averages[2]).clamp(max=MAX_AUTO_WEIGHT)
     return torch.where(averages[2] > 0, balanced, 0)  # times a loss of zero, whose gradient stays finite
 
 

@@ -43,7 +43,8 @@ def score(teacher: Tensor, info: InfoMap) -> Tensor:
         # clamped, so that the term of a channel whose probability underflows is 0 and not inf * 0, whatever T
         logits = ((teacher - teacher.amax(1, keepdim=True)) / info.temperature).clamp_min(-1000)
         entropy = logits.exp().sum(1).log() - (logits.softmax(1) * logits).sum(1)
-        return 1 - entropy / max(math.log(teacher.shape[1]), TINY)
+        # clamped, so that of equal channels rounding does not decide the sign of a mean
+        return (1 - entropy / max(math.log(teacher.shape[1]), TINY)).clamp_min(0)
     return torch.ones_like(teacher[:, 0])
 
 
