@@ -6,6 +6,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from types import NoneType
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +21,7 @@ from fastkd.hooks import FeatureHook, Group, Levels, ToMap, ToMaps, convolved_he
 from fastkd.level_maps import DistillMaps
 from fastkd.loss import DistillLoss
 from fastkd.modes import eval_mode
-from fastkd.ops.arguments import require_sequence
+from fastkd.ops.arguments import kind_of, require_bool, require_weights
 from fastkd.ops.levels import warn_if_nothing_learns
 from fastkd.ranks import world_size
 
@@ -69,7 +70,7 @@ class Distiller(nn.Module):
     Raises:
         ValueError: unknown module (lists near names), no level at all, models that share weights, options beside a
             criterion.
-        TypeError: a level that is neither a name nor a module.
+        TypeError: a level that is neither a name nor a module; an argument of another type than above.
     """
 
     criterion: DistillLoss
@@ -91,6 +92,11 @@ class Distiller(nn.Module):
         **loss_options: Any,
     ) -> None:
         super().__init__()
+        _require_kind(nn.Module, "a module", student=student, teacher=teacher)
+        _require_kind((Sequence, NoneType), "a list of levels", backbone=backbone, neck=neck)
+        _require_kind((Callable, NoneType), "a function", prior=prior, preprocess=preprocess)
+        _require_kind((DistillLoss, NoneType), "a DistillLoss", criterion=criterion)
+        require_bool("last_forward", last_forward)
         _refuse_shared_weights(student, teacher)
         if align not in (None, "interpolate"):
             raise ValueError(f'align: expected None or "interpolate", got {align!r}')
@@ -132,7 +138,7 @@ class Distiller(nn.Module):
             options = {"levels": most, **options}
         if self._pairs is None and self._weights is not None:  # one per matched level, so they are set with these
             options = {name: value for name, value in options.items() if name != "weights"}
-            if len(require_sequence("weights", self._weights, "numbers")) > most:
+            if len(require_weights(self._weights)) > most:
                 raise ValueError(f"weights: expected one per matched level, at most {most}, got {len(self._weights)}")
         return DistillLoss(**options)
 
@@ -665,6 +671,12 @@ def _holders(features: list[Tensor]) -> list[tuple[int, int, int]]:
 def _remove(handles: Sequence[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _require_kind(kind: Any, expected: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {expected}, got {kind_of(value)}")
 
 
 def _refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:

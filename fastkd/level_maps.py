@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkd.hooks import FeatureHook
 from fastkd.loss import DistillLoss
 from fastkd.ops import reference
+from fastkd.ops.arguments import require_number
 from fastkd.ops.levels import check, require_features
 from fastkd.ops.options import options_of_call
 from fastkd.ops.presets import InfoMap, resolve
@@ -85,8 +86,7 @@ class LevelMaps:
         Raises:
             ValueError: ``part`` outside [0, 1].
         """
-        if not 0 <= part <= 1:
-            raise ValueError(f"part: expected a share in [0, 1], got {part!r}")
+        part = require_number("part", part, "a share in [0, 1]", 0, 1)
         cells = self.information.flatten(1).double().sort(1, descending=True).values
         count = cells.shape[1]
         taken = (part * count - torch.arange(count, device=cells.device)).clamp(0, 1)  # the last cell by its part

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from fastkd.adapters import Adapter, LazyAdapter, adapted, bias_of, make_adapters, same_random_state, without_bias
 from fastkd.loss_weight import LossWeight
-from fastkd.ops.arguments import require_weights
+from fastkd.ops.arguments import kind_of, require_bool, require_int, require_sequence, require_state, require_weights
 from fastkd.ops.backends import is_dense_like
 from fastkd.ops.levels import LevelTensors, check, require_features, warn_if_nothing_learns
 from fastkd.ops.options import LossOptions, make_options, options_of_call
@@ -98,8 +98,9 @@ class DistillLoss(nn.Module):
             not standardised.
         weight: factor of the loss; or ``"auto"``: at each training forward the one that would bring the loss of the
             steps before to ``share`` times their task loss, both as moving averages over some 50 steps (and over all
-            ranks), which the module's state keeps. The very first step has no average yet and is balanced by its own
-            losses. ``forward`` then needs ``task_loss``. No gradient flows through the factor.
+            ranks), which the module's state keeps. Magnitudes are averaged, as a task loss may be negative (a
+            likelihood's). The very first step has no average yet and is balanced by its own losses. ``forward`` then
+            needs ``task_loss``. No gradient flows through the factor.
         share: of the task loss, > 0; for ``weight="auto"``.
         warmup_steps: the loss grows linearly to its full weight over so many training forwards.
         decay: ``"linear"`` or ``"cosine"``: from the end of the warm-up it falls to zero at ``stop_step``.
@@ -143,15 +144,16 @@ class DistillLoss(nn.Module):
     ) -> None:
         super().__init__()
         self._set_options(make_options(info_map, weights, penalty, beta, divisor, reduction, backend))
-        self.standardize = self.options.info_map.standardize if standardize is None else standardize
-        if isinstance(calibration_batches, bool) or not isinstance(calibration_batches, int) or calibration_batches < 1:
-            raise ValueError(f"calibration_batches: expected an integer >= 1, got {calibration_batches!r}")
+        self.standardize = self.options.info_map.standardize
+        if standardize is not None:
+            self.standardize = require_bool("standardize", standardize)
+        _check_levels(student_channels, teacher_channels, levels, adapters)
         self.adapters = nn.ModuleList(make_adapters(student_channels, teacher_channels, levels, adapters))
         count = len(self.adapters)
         if weights is not None:
             require_weights(weights, count)
         self.statistics = nn.ModuleList(ChannelStatistics() for _ in range(count))
-        self.calibration_batches = calibration_batches
+        self.calibration_batches = require_int("calibration_batches", calibration_batches, 1)
         self.calibrated = not self.standardize
         self.loss_weight = LossWeight(weight, share, warmup_steps, decay, stop_step)
         self._seen_shapes: Any = None  # of the last features, for which nothing is left to check or to prepare
@@ -192,7 +194,7 @@ class DistillLoss(nn.Module):
                 self.calibrate(teacher_feats, all_ranks=not self._standalone)
         levels = self._checked(student_feats, teacher_feats, prior)
         if donated:
-            if isinstance(donated, bool) or len(donated) != len(self.adapters):
+            if isinstance(donated, bool) or [type(x) for x in donated] != [bool] * len(self.adapters):
                 raise ValueError(f"donated: expected one truth value per level, {len(self.adapters)}, got {donated!r}")
             pairs = zip(donated, levels.student, levels.teacher, strict=True)
             levels.donated = [gift and _can_hold_gradient(s, t) for gift, s, t in pairs]
@@ -255,17 +257,18 @@ class DistillLoss(nn.Module):
 
     def _require_levels(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:
         for name, feats in (("student_feats", student_feats), ("teacher_feats", teacher_feats)):
-            levels = require_features(name, feats)
-            if len(levels) != len(self.adapters):
-                raise ValueError(
-                    f"{name}: expected {len(self.adapters)} levels, as this DistillLoss has, got {len(levels)}"
-                )
+            self._require_features(name, feats)
         for i, (adapter, s) in enumerate(zip(self.adapters, student_feats, strict=True)):
             takes = adapter.in_channels if isinstance(adapter, nn.Conv2d) else 0  # 0: not yet, or not ours to know
             if takes and takes != s.shape[1]:
                 raise ValueError(
                     f"student_feats[{i}]: expected {takes} channels, as its adapter takes, got {s.shape[1]}"
                 )
+
+    def _require_features(self, name: str, feats: Sequence[Tensor]) -> None:
+        count = len(require_features(name, feats))
+        if count != len(self.adapters):
+            raise ValueError(f"{name}: expected {len(self.adapters)} levels, as this DistillLoss has, got {count}")
 
     @torch.no_grad()
     def calibrate(self, teacher_feats: Sequence[Tensor], *, all_ranks: bool = False) -> None:
@@ -276,6 +279,7 @@ class DistillLoss(nn.Module):
             all_ranks: add the batches of all ranks, which have to call this together; else this rank's own.
 
         Raises:
+            TypeError, ValueError: features as ``distill_loss`` refuses them, or of another number of levels.
             RuntimeError: this rank's own after the first training forward of several ranks, which then differ.
         """
         if self._pooled and not (all_ranks or self._standalone):
@@ -283,6 +287,7 @@ class DistillLoss(nn.Module):
                 "calibrate: expected it before the first training forward, which brought the ranks' statistics "
                 "together; let the training batches do it, which are those of all ranks"
             )
+        self._require_features("teacher_feats", teacher_feats)
         for statistics, feature in zip(self.statistics, teacher_feats, strict=True):
             statistics.update(feature, all_ranks=all_ranks)  # type: ignore[operator]
         shared = all_ranks and world_size() > 1  # an empty batch of one rank counts for none, but for all as a step
@@ -337,8 +342,20 @@ class DistillLoss(nn.Module):
         return {"batches_seen": self._batches_seen}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self._batches_seen = state["batches_seen"]
+        (self._batches_seen,) = require_state("DistillLoss", state, "batches_seen")
         self.calibrated = not self.standardize or self._batches_seen >= self.calibration_batches
+
+
+def _check_levels(student_channels: Any, teacher_channels: Any, levels: Any, adapters: Any) -> None:
+    """Check each entry of what says how many levels there are; ``make_adapters`` compares their numbers."""
+    for name, widths in (("student_channels", student_channels), ("teacher_channels", teacher_channels)):
+        for i, width in enumerate([] if widths is None else require_sequence(name, widths, "integers")):
+            require_int(f"{name}[{i}]", width, 1)
+    if levels is not None:
+        require_int("levels", levels, 1)
+    for i, x in enumerate(adapters if isinstance(adapters, Sequence) else ()):
+        if not isinstance(x, nn.Module):
+            raise TypeError(f"adapters[{i}]: expected a module (nn.Identity() for none), got {kind_of(x)}")
 
 
 def _can_hold_gradient(student: Tensor, teacher: Tensor) -> bool:
@@ -353,10 +370,10 @@ def require_scalar(options: Mapping[str, Any]) -> None:
 
 
 def _layout(*lists: Any) -> Any:
-    """Types, shapes and dtypes of all features; None of what is no list of tensors."""
+    """Types, shapes, dtypes and layouts of all features; None of what is no list of dense tensors."""
     try:
         if not all(isinstance(features, (list, tuple)) for features in lists):
             return None
-        return [[(type(x), x.shape, x.dtype) for x in features] for features in lists]
-    except AttributeError:
+        return [[(type(x), x.shape, x.dtype, x.layout) for x in features] for features in lists]
+    except (AttributeError, RuntimeError):  # a nested tensor has no shape
         return None

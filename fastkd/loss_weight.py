@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd.ops.arguments import (
+    LARGEST,
+    require_dense,
+    require_int,
+    require_known,
+    require_number,
+    require_positive,
+    require_state,
+)
 from fastkd.ops.backends import small_op
 from fastkd.ops.factor import AUTO, DECAYS
 from fastkd.ranks import sum_over_ranks, world_size
@@ -25,7 +35,7 @@ class LossWeight(KeepsPrecision):
     """
 
     step: Tensor  # training forwards so far
-    averages: Tensor  # decayed sums over steps of 1, the task loss and the distillation loss
+    averages: Tensor  # decayed sums over steps of 1, abs(task loss) and abs(distillation loss)
     factor: Tensor  # of the next step: its schedule times the weight, or times what balances the averages
 
     def __init__(
@@ -37,10 +47,10 @@ class LossWeight(KeepsPrecision):
         stop_step: int | None = None,
     ) -> None:
         super().__init__()
-        _require_weight(weight, share)
-        _require_schedule(warmup_steps, decay, stop_step)
-        self.weight, self.share = weight, share
-        self.warmup_steps, self.decay, self.stop_step = warmup_steps, decay, stop_step
+        self.weight, self.share = _checked_weight(weight), require_positive("share", share)
+        self.warmup_steps, self.decay = require_int("warmup_steps", warmup_steps, 0), decay
+        self.stop_step = None if stop_step is None else require_int("stop_step", stop_step, 0)
+        self._require_decay()
         self._steps = 0  # what ``step`` is, as far as Python knows without asking the device
         self._has_average = False  # whether a step has been averaged: a device's averages are not asked for that
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -133,7 +143,7 @@ class LossWeight(KeepsPrecision):
         nothing = averages[:0]
         small_op("update_factor", factor.device)(
             *(factor, averages, step, nothing if losses is None else losses, nothing if task is None else task),
-            *(AUTO if isinstance(self.weight, str) else float(self.weight), self.share, self.warmup_steps),
+            *(AUTO if isinstance(self.weight, str) else self.weight, self.share, self.warmup_steps),
             *(DECAYS.index(self.decay), -1 if self.stop_step is None else self.stop_step, advance),
         )
 
@@ -141,9 +151,17 @@ class LossWeight(KeepsPrecision):
         return {"steps": self._steps, "has_average": self._has_average}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._steps, self._has_average = state["steps"], state["has_average"]
+        self._steps, self._has_average = require_state("loss_weight", state, "steps", "has_average")
         # the weight or its schedule may be others than those of the run that was saved
         self._update(self.factor, self.averages, self.step, None, None, advance=0)
+
+    def _require_decay(self) -> None:
+        require_known("decay", self.decay, DECAYS)
+        if self.decay is not None and (self.stop_step is None or self.stop_step <= self.warmup_steps):
+            raise ValueError(
+                f"decay: expected a stop_step after the {self.warmup_steps} steps of warm-up, at which the loss has "
+                f"become zero, got {self.stop_step}"
+            )
 
 
 def weight_of(text: str) -> float | str:
@@ -158,6 +176,7 @@ def _task_value(task_loss: Tensor | float | None, device: torch.device) -> Tenso
             "None; pass loss(..., task_loss=task), or a number as weight"
         )
     if isinstance(task_loss, Tensor):
+        require_dense("task_loss", task_loss)
         if task_loss.numel() != 1:
             raise ValueError(f"task_loss: expected a scalar, got shape {tuple(task_loss.shape)}; sum its terms")
         if task_loss.is_complex():
@@ -165,28 +184,11 @@ def _task_value(task_loss: Tensor | float | None, device: torch.device) -> Tenso
         return task_loss.detach().to(device, torch.float32, non_blocking=True)
     if isinstance(task_loss, bool) or not isinstance(task_loss, Real):
         raise TypeError(f"task_loss: expected a scalar tensor or a number, got a {type(task_loss).__name__}")
-    return torch.tensor(float(task_loss), dtype=torch.float32).to(device, non_blocking=True)
+    value = float(task_loss) if abs(task_loss) <= LARGEST else math.inf  # not finite: counts for nothing
+    return torch.tensor(value, dtype=torch.float32).to(device, non_blocking=True)
 
 
-def _require_weight(weight: float | str, share: float) -> None:
-    if weight != "auto" and (isinstance(weight, (bool, str)) or not isinstance(weight, Real) or not _finite(weight)):
-        raise ValueError(f'weight: expected a finite number >= 0 that float32 can hold or "auto", got {weight!r}')
-    if isinstance(share, bool) or not isinstance(share, Real) or not _finite(share) or not share:
-        raise ValueError(f"share: expected a finite number > 0, of the task loss, got {share!r}")
-
-
-def _finite(number: Real) -> bool:
-    return 0 <= float(number) <= torch.finfo(torch.float32).max
-
-
-def _require_schedule(warmup_steps: int, decay: str | None, stop_step: int | None) -> None:
-    for name, value in (("warmup_steps", warmup_steps), ("stop_step", 0 if stop_step is None else stop_step)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
-    if decay not in DECAYS:
-        raise ValueError(f"decay: expected one of {', '.join(filter(None, DECAYS))} or None, got {decay!r}")
-    if decay is not None and (stop_step is None or stop_step <= warmup_steps):
-        raise ValueError(
-            f"decay: expected a stop_step after the {warmup_steps} steps of warm-up, at which the loss has become "
-            f"zero, got {stop_step}"
-        )
+def _checked_weight(weight: Any) -> float | str:
+    if isinstance(weight, str) and weight == "auto":
+        return weight
+    return require_number("weight", weight, 'a finite number >= 0 that float32 can hold or "auto"', 0)

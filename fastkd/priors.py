@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastkd.ops.arguments import (
+    kind_of,
+    require_bool,
+    require_dense,
+    require_floating,
+    require_int,
+    require_number,
+    require_sequence,
+)
 from fastkd.ops.backends import small_op
 from fastkd.ops.prior_ops import prior_maps
 
@@ -37,16 +47,14 @@ def confidence(
         One (N, height, width) float32 tensor per size.
 
     Raises:
-        ValueError: unequal numbers of heads, shapes that do not fit, floor outside [0, 1].
+        ValueError: unequal numbers of heads, shapes or devices that do not fit, sizes that are not two ints > 0, floor
+            outside [0, 1].
+        TypeError: not lists, not dense tensors of logits.
     """
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor: expected a number in [0, 1], got {floor!r}")
-    if len(objectness) != len(class_logits) or not objectness:
-        raise ValueError(
-            f"class_logits: expected one entry per head of objectness, got {len(class_logits)} for {len(objectness)}"
-        )
+    floor = require_number("floor", floor, "a number in [0, 1]", 0, 1)
+    _check_sizes(sizes)
     heads = []
-    for i, (o, k) in enumerate(zip(objectness, class_logits, strict=True)):
+    for i, (o, k) in enumerate(_checked_heads(objectness, class_logits)):
         if o.ndim != 4 or k.ndim != 5 or k.shape[:2] + k.shape[3:] != o.shape:
             raise ValueError(
                 f"class_logits[{i}]: expected (N, A, K, H, W) for objectness {tuple(o.shape)}, got {tuple(k.shape)}"
@@ -58,6 +66,21 @@ def confidence(
             )
         heads.append((o.float().sigmoid() * k.float().amax(2).sigmoid()).amax(1, keepdim=True))
     return [floor + (1 - floor) * at_size(heads, size).sqrt() for size in sizes]
+
+
+def _checked_heads(objectness: Any, class_logits: Any) -> list[tuple[Tensor, Tensor]]:
+    given = {"objectness": objectness, "class_logits": class_logits}
+    lists = [require_sequence(name, x, per="head") for name, x in given.items()]
+    if len(lists[0]) != len(lists[1]) or not lists[0]:
+        raise ValueError(
+            f"class_logits: expected one entry per head of objectness, got {len(lists[1])} for {len(lists[0])}"
+        )
+    for name, logits in zip(given, lists, strict=True):
+        for i, x in enumerate(logits):
+            _check_tensor(f"{name}[{i}]", x, "(N, A, H, W)" if name == "objectness" else "(N, A, K, H, W)")
+            require_floating(f"{name}[{i}]", x)
+            _check_device(f"{name}[{i}]", x, "objectness[0]", lists[0][0])
+    return list(zip(*lists, strict=True))
 
 
 def at_size(heads: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -114,10 +137,10 @@ def iou_mask(
     _check_boxes(boxes, batch)
     _check_sizes(sizes, image_size)
     levels = _checked_anchors(anchors, sizes, boxes)
-    if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
-        raise ValueError(f"threshold: expected a number above 0 and below 1, got {threshold!r}")
-    op = small_op("iou_mask", boxes.device)
-    return prior_maps(op, boxes.contiguous(), levels, sizes, image_size, batch, float(threshold), bool(graded))
+    between = math.ulp(0.0), math.nextafter(1.0, 0.0)
+    threshold = require_number("threshold", threshold, "a number above 0 and below 1", *between)
+    op, graded = small_op("iou_mask", boxes.device), require_bool("graded", graded)
+    return prior_maps(op, boxes.contiguous(), levels, sizes, image_size, batch, threshold, graded)
 
 
 def box_balance(
@@ -154,16 +177,13 @@ def box_balance(
     """
     _check_boxes(boxes, batch)
     _check_sizes(sizes, image_size)
-    if not isinstance(background, (int, float)) or not 0 <= background < float("inf"):
-        raise ValueError(f"background: expected a finite number >= 0, got {background!r}")
-    op = small_op("box_balance", boxes.device)
-    return prior_maps(op, boxes.contiguous(), None, sizes, image_size, batch, float(background), bool(inclusive))
+    background = require_number("background", background, "a finite number >= 0 that float32 can hold", 0)
+    op, inclusive = small_op("box_balance", boxes.device), require_bool("inclusive", inclusive)
+    return prior_maps(op, boxes.contiguous(), None, sizes, image_size, batch, background, inclusive)
 
 
 def _check_boxes(boxes: Any, batch: Any) -> None:
-    if not isinstance(boxes, Tensor):
-        raise TypeError(f"boxes: expected one tensor of shape (M, 5), got a {type(boxes).__name__}")
-    _require_dense("boxes", boxes)
+    _check_tensor("boxes", boxes, "(M, 5)")
     if boxes.ndim != 2 or boxes.shape[1] != 5:
         raise ValueError(f"boxes: expected shape (M, 5): image index, x1, y1, x2, y2; got {tuple(boxes.shape)}")
     if boxes.dtype not in (torch.float32, torch.float64):
@@ -171,26 +191,25 @@ def _check_boxes(boxes: Any, batch: Any) -> None:
             f"boxes: expected float32 or float64, which hold every image index and pixel, got {boxes.dtype}; "
             "pack them as float32"
         )
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
-        raise ValueError(f"batch: expected the number of images, an int >= 0, got {batch!r}")
+    require_int("batch", batch, 0)
 
 
-def _check_sizes(sizes: Any, image_size: Any) -> None:
-    if isinstance(sizes, Tensor) or not isinstance(sizes, Sequence):
-        raise TypeError(f"sizes: expected a list of (height, width), one per level, got a {type(sizes).__name__}")
-    for i, size in enumerate((*sizes, image_size)):
-        if not (
-            isinstance(size, (tuple, Sequence)) and len(size) == 2 and all(isinstance(v, int) and v > 0 for v in size)
-        ):
+def _check_sizes(sizes: Any, *image_size: Any) -> None:
+    require_sequence("sizes", sizes, "(height, width)")
+    for i, size in enumerate((*sizes, *image_size)):
+        is_pair = isinstance(size, (tuple, Sequence)) and len(size) == 2
+        if not is_pair or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in size):
             name = f"sizes[{i}]" if i < len(sizes) else "image_size"
             raise ValueError(f"{name}: expected (height, width), two ints > 0, got {size!r}")
 
 
 def _checked_anchors(anchors: Any, sizes: Sequence[tuple[int, int]], boxes: Tensor) -> list[Tensor]:
+    if isinstance(anchors, Tensor):
+        require_dense("anchors", anchors)
     if not isinstance(anchors, (Tensor, Sequence)) or (isinstance(anchors, Tensor) and anchors.ndim != 3):
         raise TypeError(
             "anchors: expected one (A, 2) tensor per level, or all as one of shape (levels, A, 2), got "
-            + (f"shape {tuple(anchors.shape)}" if isinstance(anchors, Tensor) else f"a {type(anchors).__name__}")
+            + kind_of(anchors)
         )
     levels = list(anchors)
     if len(levels) != len(sizes):
@@ -202,24 +221,20 @@ def _checked_anchors(anchors: Any, sizes: Sequence[tuple[int, int]], boxes: Tens
 
 
 def _check_anchor(name: str, x: Any, boxes: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape (A, 2), got a {type(x).__name__}")
-    if x.device != boxes.device:
-        raise ValueError(f"{name}: expected the boxes' device {boxes.device}, got {x.device}; move it: x.to(device)")
-    _require_dense(name, x)
+    _check_tensor(name, x, "(A, 2)")
+    _check_device(name, x, "boxes", boxes)
     if x.ndim != 2 or x.shape[1] != 2 or not len(x):
         raise ValueError(f"{name}: expected shape (A, 2), widths and heights in pixels, A > 0; got {tuple(x.shape)}")
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name}: expected a floating or integer dtype, got {x.dtype}")
 
 
-def _require_dense(name: str, x: Tensor) -> None:
-    what = (
-        "a nested tensor" if x.is_nested
-        else f"layout {x.layout}" if x.layout != torch.strided
-        else f"dtype {x.dtype}" if x.is_quantized
-        else "one on the meta device" if x.device.type == "meta"
-        else None
-    )  # fmt: skip
-    if what is not None:
-        raise TypeError(f"{name}: expected a dense tensor that has values, got {what}")
+def _check_tensor(name: str, x: Any, shape: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {shape}, got {kind_of(x)}")
+    require_dense(name, x)
+
+
+def _check_device(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    if x.device != y.device:
+        raise ValueError(f"{name}: expected the device of {other}, {y.device}, got {x.device}; move it: x.to(device)")

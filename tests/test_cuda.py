@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkd.ops import backends
 from fastkd.ops.arguments import SMALLEST
-from fastkd.ops.presets import DIVISORS, MAP_NORMS, PENALTIES, SCORES, InfoMap, resolve
+from fastkd.ops.presets import DIVISORS, MAP_NORMS, MAX_ENTROPY_TEMPERATURE, PENALTIES, SCORES, InfoMap, resolve
 from fastkd.ops.reference import accumulator, level_losses
 from fastkd.ops.schema import BACKWARD, FORWARD, ONE_PASS, RESCALE
 
@@ -185,6 +185,21 @@ def test_temperature_and_beta_near_zero(on_host: Any) -> None:
     sharp = on_host(levels(), **{**DEFAULTS, "penalty": "smooth_l1", "beta": 1e-42})
     for x, y in zip(sharp, on_host(levels(), **{**DEFAULTS, "penalty": "l1"}), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_entropy_up_to_the_highest_temperature(on_host: Any) -> None:
+    """As tests/test_info_map.py has it for the other kernels: the gradient of l1 is the weight."""
+    sample = levels(shapes=[(1, 64, 6, 6)])
+    sample["teacher_feats"] = [torch.randn(1, 64, 6, 6, generator=torch.Generator().manual_seed(0))]
+    for temperature in (1.0, MAX_ENTROPY_TEMPERATURE):
+        options = {"info": InfoMap("entropy", "none", temperature), "penalty": "l1", "beta": 1.0, "divisor": "batch"}
+        got, exact = on_host(sample, **options)[1].abs(), by_reference(widened(sample), **options)[1].abs()
+        assert (got - exact).abs().amax() <= (1e-5 + 3e-6 * temperature**2) * exact.mean()
+    sample["teacher_feats"][0] *= 1e-5
+    rounding = -on_host(sample, **{**options, "info": InfoMap("entropy", "mean", temperature)})[1]
+    sign = (sample["student_feats"][0].detach() - sample["teacher_feats"][0]).sign()
+    assert (rounding * sign >= 0).all()
+    assert (rounding * sign)[0, 0].sum() <= 36 * (1 + 1e-5)
 
 
 # ---- one pass, on the host ----

@@ -22,7 +22,7 @@ from samples import (
 import fastkd
 from fastkd import InfoMap, distill_loss
 from fastkd.ops.arguments import SMALLEST
-from fastkd.ops.presets import DIVISORS, PENALTIES, PRESETS
+from fastkd.ops.presets import DIVISORS, MAX_ENTROPY_TEMPERATURE, PENALTIES, PRESETS
 
 
 def features(n: int = 2, c: int = 6, h: int = 4, w: int = 5) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -91,6 +91,31 @@ def test_entropy_is_one_for_a_single_active_channel_and_zero_for_equal_ones() ->
     peaked[:, 2] = 100
     (w,) = fastkd.info_map([torch.cat([peaked, flat], 3)], InfoMap("entropy", "none"))
     torch.testing.assert_close(w, torch.tensor([[[1.0, 0.0]]]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [*TARGETS, "reference-cpu"], indirect=True)
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
+def test_entropy_in_float32_up_to_the_highest_temperature(backend: str, one_pass: bool) -> None:
+    """Of channels of variance 1 within 3e-6 T^2 of the mean score; below that, rounding is never a weight below 0."""
+    torch.manual_seed(0)
+    for channels in (2, 257) if interpreted(backend) else (2, 16, 257, 1024):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            t = torch.randn(1, channels, 6, 6).to(memory_format=layout)
+            for temperature in (0.1, 1.0, 10.0, MAX_ENTROPY_TEMPERATURE):
+                got, exact = (weights_of(x, temperature, "none", backend, one_pass) for x in (t, t.double()))
+                assert (got - exact).abs().amax() <= (1e-5 + 3e-6 * temperature**2) * exact.mean()
+            rounding = weights_of(1e-5 * t, temperature, "mean", backend, one_pass)
+            assert (rounding >= 0).all()
+            assert rounding.sum() <= 36 * (1 + 1e-5)
+
+
+def weights_of(t: torch.Tensor, temperature: float, norm: str, backend: str, one_pass: bool) -> torch.Tensor:
+    """What the entropy weighs each cell with: the gradient of abs(s - t) for s > t; of float64, by the reference."""
+    sample = {"student_feats": [(t + 1).requires_grad_()], "teacher_feats": [t]}
+    info, backend = InfoMap("entropy", norm, temperature), "reference" if t.dtype == torch.float64 else backend
+    gradient = step(sample, info_map=info, penalty="l1", divisor="batch", backend=backend, one_pass=one_pass)[1]
+    assert torch.equal(gradient, gradient[:, :1].expand_as(gradient))
+    return gradient[0, 0].double()
 
 
 @on_every_target

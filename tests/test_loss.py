@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import DistillLoss, distill_loss
+from fastkd import DistillLoss, InfoMap, distill_loss
 from fastkd.ops import levels
 
 
@@ -167,7 +168,10 @@ def test_state_survives_torch_save_with_weights_only(tmp_path: Path) -> None:
         ({"student_channels": [3]}, "both student_channels and teacher_channels"),
         ({"student_channels": [3], "teacher_channels": [4, 5]}, r"one length.*\[1, 2\]"),
         ({"levels": 2, "adapters": [nn.Identity()]}, r"\[1, 2\]"),
-        ({"levels": 0}, "> 0"),
+        ({"levels": 0}, "levels: expected an integer >= 1, got 0"),
+        *(({"levels": x}, f"levels: expected an integer >= 1, got {x}") for x in (-1, True, 2.5)),
+        ({"student_channels": [3, 0], "teacher_channels": [4, 4]}, r"student_channels\[1\]: expected an integer >= 1"),
+        ({"student_channels": [3], "teacher_channels": ["4"]}, r"teacher_channels\[0\]: .*got '4'"),
         ({"levels": 2, "weights": [1.0]}, "weights: expected 2 entries"),
         ({"levels": 1, "weights": [float("nan")]}, r"weights\[0\]: expected a finite number"),
         ({"levels": 1, "backend": "nothing"}, "backend: expected one of"),
@@ -176,9 +180,12 @@ def test_state_survives_torch_save_with_weights_only(tmp_path: Path) -> None:
         ({"levels": 1, "stop_step": -1}, "stop_step: expected an integer >= 0, got -1"),
         ({"levels": 1, "weight": "more"}, "weight: expected a finite number .* or \"auto\", got 'more'"),
         ({"levels": 1, "weight": -1.0}, "weight: expected a finite number"),
-        ({"levels": 1, "weight": "auto", "share": 0.0}, "share: expected a finite number > 0, of the task loss, got 0"),
+        ({"levels": 1, "weight": "auto", "share": 0.0}, "share: expected a finite number > 0.*, got 0"),
+        *(({"levels": 1, name: x}, f"{name}: .*1") for name in ("weight", "share", "beta") for x in (1e39, 10**400)),
+        *(({"levels": 1, name: True}, f"{name}: .*got True") for name in ("weight", "share", "calibration_batches")),
+        ({"levels": 1, "stop_step": 2**63}, "stop_step: expected an integer that 64 bits can hold, got 9"),
         ({"levels": 1, "decay": "linear"}, "decay: expected a stop_step after the 0 steps of warm-up"),
-        ({"levels": 1, "decay": "fast", "stop_step": 9}, "decay: expected one of linear, cosine or None, got 'fast'"),
+        ({"levels": 1, "decay": "fast", "stop_step": 9}, "decay: expected one of None, 'linear', 'cosine'; got"),
         ({"student_channels": [3], "teacher_channels": [4], "adapters": [nn.Identity()]}, "adapters: expected no"),
         ({"levels": 2, "info_map": "nothing"}, "info_map: "),
         ({"levels": 2, "penalty": "nothing"}, "penalty: "),
@@ -192,6 +199,41 @@ def test_bad_options_are_a_clear_error(options: dict[str, object], message: str)
         DistillLoss(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"levels": 1, "standardize": "False"}, "standardize: expected True or False, got 'False'"),
+        (
+            {"adapters": [nn.Identity(), None]},
+            r"adapters\[1\]: expected a module \(nn.Identity.*got None",
+        ),
+        (
+            {"student_channels": 3, "teacher_channels": 4},
+            "student_channels: expected a list of integers",
+        ),
+    ],
+)
+def test_options_of_another_type_are_a_clear_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        DistillLoss(**options)
+
+
+def test_any_real_numbers_will_do() -> None:
+    half: Any = Fraction(1, 2)
+    losses = [
+        DistillLoss(adapters=[nn.Identity()], weight=x, beta=x, penalty="smooth_l1", info_map=InfoMap(temperature=x))
+        for x in (half, 0.5)
+    ]
+    assert losses[0](feats((5,)), feats((5,), seed=1)) == losses[1](feats((5,)), feats((5,), seed=1))
+
+
+@pytest.mark.parametrize(("key", "kept"), [("loss_weight.", "steps, has_average"), ("", "batches_seen")])
+def test_a_state_of_another_version_is_a_clear_error(key: str, kept: str) -> None:
+    state = {**DistillLoss(levels=1).state_dict(), f"{key}_extra_state": {"since": 3}}
+    with pytest.raises(ValueError, match=rf"expected a state with {kept}, got \['since'\]: another version"):
+        DistillLoss(levels=1).load_state_dict(state)
+
+
 def test_wrong_number_of_levels_is_a_clear_error() -> None:
     criterion = DistillLoss(levels=2)
     with pytest.raises(ValueError, match="student_feats: expected 2 levels, as this DistillLoss has, got 1"):
@@ -200,6 +242,8 @@ def test_wrong_number_of_levels_is_a_clear_error() -> None:
         criterion(feats(), feats()[0])
     with pytest.raises(TypeError, match=r"student_feats: .*got a dict; pass list\(student_feats.values\(\)\)"):
         criterion(dict(enumerate(feats())), feats())
+    with pytest.raises(ValueError, match="teacher_feats: expected 2 levels, as this DistillLoss has, got 1"):
+        criterion.calibrate(feats((3,)))
     with pytest.raises(ValueError, match=r"teacher_feats\[1\]: expected 4 dimensions"):
         criterion(feats(), [feats()[0], feats()[1][0]])
 
@@ -379,6 +423,6 @@ def test_other_shapes_do_not_compile_anew() -> None:
 
 def test_donations_that_do_not_fit_the_levels_are_refused_by_name() -> None:
     s, t = [torch.randn(2, 4, 5, 5, requires_grad=True)], [torch.randn(2, 4, 5, 5)]
-    for donated in (True, [True, False]):
+    for donated in (True, [True, False], ["False"]):
         with pytest.raises(ValueError, match="donated: expected one truth value per level, 1"):
             energy_loss()(s, t, donated=donated)

@@ -49,6 +49,12 @@ def test_a_side_that_shrinks_keeps_its_maxima_while_the_other_grows() -> None:
 @pytest.mark.parametrize(
     ("objectness", "classes", "floor", "message"),
     [
+        (torch.zeros(1, 2, 4, 4), [], 0.1, "objectness: expected a list of tensors, one per head, got one tensor"),
+        ([torch.zeros(1, 2, 4, 4)], [None], 0.1, r"class_logits\[0\]: expected a tensor of shape .*got None"),
+        ([torch.zeros(1, 2, 4, 4).long()], [torch.zeros(1, 2, 5, 4, 4)], 0.1, r"objectness\[0\]: .*got torch.int64"),
+        ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 5, 4, 4).to_sparse()], 0.1, r"class_logits\[0\]: .*a dense"),
+        ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 5, 4, 4)], "0.1", "floor: expected a number in .*got '0.1'"),
+        ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 5, 4, 4)], True, "floor: .*got True"),
         ([torch.zeros(1, 2, 4, 4)], [], 0.1, "class_logits: expected one entry per head"),
         ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 3, 5, 4, 4)], 0.1, r"class_logits\[0\]: .*\(1, 3, 5, 4, 4\)"),
         ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 5, 4, 4)], 1.5, "floor: "),
@@ -62,8 +68,13 @@ def test_a_side_that_shrinks_keeps_its_maxima_while_the_other_grows() -> None:
     ],
 )
 def test_bad_heads_are_a_clear_error(objectness: list, classes: list, floor: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         confidence(objectness, classes, [(4, 4)], floor=floor)
+
+
+def test_bad_sizes_of_a_confidence_are_a_clear_error() -> None:
+    with pytest.raises(ValueError, match=r"sizes\[0\]: expected \(height, width\), two ints > 0, got 4"):
+        confidence([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 5, 4, 4)], [4])  # type: ignore[list-item]
 
 
 IMAGE = (48, 64)  # height, width in pixels
@@ -424,12 +435,12 @@ GOOD: dict[str, Any] = dict(boxes=BOX, anchors=[ANCHOR], sizes=[(2, 2)], image_s
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        ({"boxes": [BOX]}, TypeError, r"boxes: expected one tensor of shape \(M, 5\), got a list"),
+        ({"boxes": [BOX]}, TypeError, r"boxes: expected a tensor of shape \(M, 5\), got a list"),
         ({"boxes": BOX[:, :4]}, ValueError, r"boxes: expected shape \(M, 5\): image index, .*\(1, 4\)"),
         ({"boxes": BOX[0]}, ValueError, r"boxes: expected shape \(M, 5\).*\(5,\)"),
         ({"boxes": BOX.bfloat16()}, TypeError, "boxes: expected float32 or float64.*bfloat16; pack"),
-        ({"boxes": BOX.to_sparse()}, TypeError, "boxes: expected a dense tensor that has values, got .*sparse_coo"),
-        ({"boxes": BOX.to("meta")}, TypeError, "boxes: expected a dense tensor that has values, .*meta"),
+        ({"boxes": BOX.to_sparse()}, TypeError, "boxes: expected a dense tensor, got layout torch.sparse_coo"),
+        ({"boxes": BOX.to("meta")}, TypeError, "boxes: expected a tensor with values, got one on the meta"),
         (
             {"boxes": torch.nested.nested_tensor([BOX, BOX], layout=torch.jagged)},
             TypeError,
@@ -440,40 +451,46 @@ GOOD: dict[str, Any] = dict(boxes=BOX, anchors=[ANCHOR], sizes=[(2, 2)], image_s
         ({"boxes": BOX - 1}, ValueError, "boxes: expected whole image indices.*got -1"),
         ({"boxes": BOX + 0.5}, ValueError, "boxes: expected whole image indices.*got 0.5"),
         ({"batch": 0}, ValueError, r"boxes: .*batch = 0"),
-        ({"batch": -1}, ValueError, "batch: expected the number of images, an int >= 0, got -1"),
+        ({"batch": -1}, ValueError, "batch: expected an integer >= 0, got -1"),
         ({"batch": 1.0}, ValueError, "batch: .*got 1.0"),
-        ({"sizes": torch.ones(1, 2)}, TypeError, r"sizes: expected a list of \(height, width\).*got a Tensor"),
+        ({"sizes": torch.ones(1, 2)}, TypeError, r"sizes: expected a list of \(height, width\).*got one tensor"),
         ({"sizes": [(2, 0)]}, ValueError, r"sizes\[0\]: expected \(height, width\), two ints > 0, got \(2, 0\)"),
         ({"sizes": [2]}, ValueError, r"sizes\[0\]: .*got 2"),
         ({"image_size": 16}, ValueError, r"image_size: expected \(height, width\), two ints > 0, got 16"),
+        ({"sizes": [(True, 2)]}, ValueError, r"sizes\[0\]: .*got \(True, 2\)"),
+        ({"sizes": None}, TypeError, r"sizes: expected a list of \(height, width\), one per level, got None"),
         ({"image_size": (16, -16)}, ValueError, r"image_size: .*\(16, -16\)"),
-        ({"anchors": ANCHOR}, TypeError, r"anchors: expected one \(A, 2\) tensor per level.*got shape \(1, 2\)"),
-        ({"anchors": None}, TypeError, "anchors: .*got a NoneType"),
+        ({"anchors": ANCHOR}, TypeError, r"anchors: expected one \(A, 2\) tensor per level.*got one tensor of shape"),
+        ({"anchors": None}, TypeError, "anchors: .*got None"),
         ({"anchors": [ANCHOR, ANCHOR]}, ValueError, "anchors: expected one entry per entry of sizes, 1, got 2"),
         ({"anchors": [[8, 8]]}, TypeError, r"anchors\[0\]: expected a tensor of shape \(A, 2\), got a list"),
         ({"anchors": [ANCHOR[0]]}, ValueError, r"anchors\[0\]: expected shape \(A, 2\).*got \(2,\)"),
         ({"anchors": [ANCHOR[:0]]}, ValueError, r"anchors\[0\]: .*A > 0; got \(0, 2\)"),
-        ({"anchors": [ANCHOR.to_sparse()]}, TypeError, r"anchors\[0\]: expected a dense tensor .*sparse_coo"),
+        ({"anchors": [ANCHOR.to_sparse()]}, TypeError, r"anchors\[0\]: expected a dense tensor, got layout"),
+        ({"anchors": ANCHOR[None].to_sparse()}, TypeError, "anchors: expected a dense tensor, got layout"),
         ({"anchors": [ANCHOR > 0]}, TypeError, r"anchors\[0\]: expected a floating or integer dtype, got torch.bool"),
-        ({"anchors": [ANCHOR.to("meta")]}, ValueError, r"anchors\[0\]: expected the boxes' device cpu, got meta"),
+        ({"anchors": [ANCHOR.to("meta")]}, TypeError, r"anchors\[0\]: expected a tensor with values, got .*meta"),
         ({"anchors": [ANCHOR - 8]}, ValueError, r"anchors\[0\]: expected finite widths and heights > 0.*0\.0"),
         ({"anchors": [ANCHOR * float("nan")]}, ValueError, r"anchors\[0\]: expected finite.*nan"),
         ({"threshold": 0}, ValueError, "threshold: expected a number above 0 and below 1, got 0"),
         ({"threshold": 1.0}, ValueError, "threshold: .*got 1.0"),
         ({"threshold": float("nan")}, ValueError, "threshold: .*got nan"),
         ({"threshold": torch.tensor(0.5)}, ValueError, "threshold: .*got tensor"),
+        ({"graded": "False"}, TypeError, "graded: expected True or False, got 'False'"),
     ],
 )
 def test_bad_boxes_anchors_and_sizes_are_clear_errors(bad: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         iou_mask(**{**GOOD, **bad})
-    shared = {k: v for k, v in {**GOOD, **bad}.items() if k not in ("anchors", "threshold")}
-    if not bad.keys() & {"anchors", "threshold"}:
+    shared = {k: v for k, v in {**GOOD, **bad}.items() if k not in ("anchors", "threshold", "graded")}
+    if not bad.keys() & {"anchors", "threshold", "graded"}:
         with pytest.raises(error, match=message):
             box_balance(**shared)
 
 
-@pytest.mark.parametrize("background", [-1.0, float("nan"), float("inf"), torch.tensor(1.0)])
+@pytest.mark.parametrize("background", [-1.0, float("nan"), float("inf"), 1e39, 10**400, True, torch.tensor(1.0)])
 def test_a_bad_background_weight_is_a_clear_error(background: Any) -> None:
     with pytest.raises(ValueError, match="background: expected a finite number >= 0"):
         box_balance(BOX, [(2, 2)], (16, 16), 1, background=background)
+    with pytest.raises(TypeError, match="inclusive: expected True or False, got 'no'"):
+        box_balance(BOX, [(2, 2)], (16, 16), 1, inclusive="no")  # type: ignore[arg-type]

@@ -3,34 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SMALLEST = torch.finfo(torch.float32).tiny
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def require_known(name: str, value: object, known: Sequence[str]) -> None:
+def require_known(name: str, value: object, known: Sequence[str | None]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``known``; the message lists them."""
-    if value not in known:
+    if not isinstance(value, (str, type(None))) or value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}; got {value!r}")
 
 
-def require_positive(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number above zero that float32 can hold."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not SMALLEST <= value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number > 0 that float32 can hold, got {value!r}")
+def require_number(name: str, value: float, expected: str, least: float = -LARGEST, most: float = LARGEST) -> float:
+    """The value as a float.
+
+    Raises:
+        ValueError: unless it is a number from ``least`` to ``most``, both included; ``expected`` says it in words.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return float(value)
 
 
-def require_sequence(name: str, value: Any, of: str = "tensors") -> list[Any]:
+def require_positive(name: str, value: float) -> float:
+    """The value as a float; ``ValueError`` unless it is a finite number above zero that float32 can hold."""
+    return require_number(name, value, "a finite number > 0 that float32 can hold", SMALLEST)
+
+
+def require_int(name: str, value: int, least: int) -> int:
+    """The value as an int; ``ValueError`` unless it is an integer from ``least`` on."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected an integer that 64 bits can hold, got {value!r}")
+    return int(value)
+
+
+def require_bool(name: str, value: Any) -> bool:
+    """The value; ``TypeError`` unless it is True or False, as text such as "False" would be taken for True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def require_sequence(name: str, value: Any, of: str = "tensors", per: str = "level") -> list[Any]:
     """The entries of an argument that has one per level."""
     if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence):
         hint = "" if value is None else "; wrap it: [x]"
         if isinstance(value, Iterable) and not isinstance(value, (str, Tensor)):
             hint = f"; pass list({name}.values())" if isinstance(value, Mapping) else f"; pass list({name})"
-        raise TypeError(f"{name}: expected a list of {of}, one per level, got {kind_of(value)}{hint}")
+        raise TypeError(f"{name}: expected a list of {of}, one per {per}, got {kind_of(value)}{hint}")
     return list(value)
 
 
@@ -43,13 +70,40 @@ def require_weights(weights: Any, count: int | None = None) -> tuple[float, ...]
     values = require_sequence("weights", weights, "numbers")
     if count is not None and len(values) != count:
         raise ValueError(f"weights: expected {count} entries, one per level, got {len(values)}")
-    for i, x in enumerate(values):
-        if isinstance(x, bool) or not isinstance(x, Real) or not abs(float(x)) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"weights[{i}]: expected a finite number that float32 can hold, got {x!r}")
-    return tuple(float(x) for x in values)
+    expected = "a finite number that float32 can hold"
+    return tuple(require_number(f"weights[{i}]", x, expected) for i, x in enumerate(values))
+
+
+def require_dense(name: str, x: Tensor) -> None:
+    """Raise ``TypeError`` unless the elements of a tensor are there, and lie in memory by strides."""
+    if x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested tensor; pad it: x.to_padded_tensor(0)")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}; convert it: x.to_dense()")
+    if x.is_quantized:
+        raise TypeError(f"{name}: expected a floating dtype, got a quantised tensor; convert it: x.dequantize()")
+    if x.device.type == "meta":
+        raise TypeError(f"{name}: expected a tensor with values, got one on the meta device, which has none")
+
+
+def require_floating(name: str, x: Tensor) -> None:
+    """Raise ``TypeError`` unless a tensor is of a dtype that the kernels read."""
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}; convert it: x.float()")
+
+
+def require_state(name: str, state: Any, *keys: str) -> tuple[Any, ...]:
+    """The entries of what a module saved beside its tensors; ``ValueError`` where it is not of this version."""
+    if not isinstance(state, dict) or set(state) != set(keys):
+        came = sorted(state) if isinstance(state, dict) else kind_of(state)
+        raise ValueError(
+            f"{name}: expected a state with {', '.join(keys)}, got {came}: another version of fastkd saved it; load it "
+            "with that version, or begin anew without it"
+        )
+    return tuple(state[key] for key in keys)
 
 
 def kind_of(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"one tensor of shape {tuple(value.shape)}"
+        return "one nested tensor" if value.is_nested else f"one tensor of shape {tuple(value.shape)}"
     return "None" if value is None else f"a {type(value).__name__}"

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import backends
-from fastkd.ops.arguments import kind_of, require_sequence, require_weights
+from fastkd.ops.arguments import kind_of, require_dense, require_floating, require_sequence, require_weights
 from fastkd.ops.options import LossOptions
 from fastkd.ops.prior_ops import PriorMaps
 from fastkd.ops.reference import accumulator
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = (Tensor, torch.nn.Parameter)
 MAX_PLANS = 1024  # more are not kept at a time: shapes may change with every batch
 
@@ -279,26 +278,10 @@ def _per_level(name: str, value: Any, count: int, of: str = "tensors") -> list[A
 def _require_feature(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {kind_of(x)}")
-    _require_dense(name, x)
+    require_dense(name, x)
     if x.ndim != 4:
         raise ValueError(f"{name}: expected 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
-    _require_floating(name, x)
-
-
-def _require_dense(name: str, x: Tensor) -> None:
-    """Refuse tensors whose elements do not lie in memory by strides."""
-    if x.is_nested or x.layout != torch.strided:
-        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-        raise TypeError(f"{name}: expected a dense tensor, got {kind}; convert it: x.to_dense()")
-    if x.is_quantized:
-        raise TypeError(f"{name}: expected a floating dtype, got a quantised tensor; convert it: x.dequantize()")
-    if x.device.type == "meta":
-        raise TypeError(f"{name}: expected a tensor with values, got one on the meta device, which has none")
-
-
-def _require_floating(name: str, x: Tensor) -> None:
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}; convert it: x.float()")
+    require_floating(name, x)
 
 
 def _require_pair(i: int, s: Tensor, t: Tensor) -> None:
@@ -325,10 +308,10 @@ def _require_small(name: str, x: Any, shape: Sequence[int], t: Tensor) -> None:
     """Check a tensor that accompanies a level's features: floating, of this shape and on this device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {tuple(shape)}, got {kind_of(x)}")
-    _require_dense(name, x)
+    require_dense(name, x)
     if x.shape != torch.Size(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
-    _require_floating(name, x)
+    require_floating(name, x)
     _require_device(name, x, t)
 
 

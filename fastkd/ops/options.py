@@ -57,11 +57,10 @@ def make_options(
     require_known("divisor", divisor, DIVISORS)
     require_known("penalty", penalty, PENALTIES)
     require_known("reduction", reduction, REDUCTIONS)
-    require_positive("beta", beta)
     if backend is not None:
         require_backend(backend)
     numbers = None if weights is None else require_weights(weights)
-    return LossOptions(info, numbers, penalty, float(beta), divisor, reduction, backend)
+    return LossOptions(info, numbers, penalty, require_positive("beta", beta), divisor, reduction, backend)
 
 
 _cached_options = lru_cache(maxsize=256, typed=True)(make_options)

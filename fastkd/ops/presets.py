@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastkd.ops.arguments import require_known, require_positive
+from fastkd.ops.arguments import require_bool, require_known, require_number, require_positive
 
 SCORES = ("uniform", "magnitude", "energy", "entropy")
 MAP_NORMS = ("none", "mean", "softmax", "minmax")
 PENALTIES = ("l2", "l1", "smooth_l1")
 DIVISORS = ("elements", "map", "batch", "map_all_ranks")
+MAX_ENTROPY_TEMPERATURE = 100.0
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,19 @@ class InfoMap:
 
     Args:
         score: ``"uniform"`` 1; ``"magnitude"`` mean over channels of abs(t'); ``"energy"`` mean of t' squared;
-            ``"entropy"`` 1 - H(softmax over channels of t'/T) / log C.
+            ``"entropy"`` 1 - H(softmax over channels of t'/T) / log C, which is at least 0.
         map_norm: over the cells of one image: ``"none"``; ``"mean"`` e / mean(e); ``"softmax"`` H W softmax(e / T);
             ``"minmax"`` (e - min) / (max - min + eps).
-        temperature: T > 0, of the entropy's softmax over channels and of the softmax over cells.
+        temperature: T > 0, of the entropy's softmax over channels and of the softmax over cells. For the entropy at
+            most 100: 1 - H / log C falls as 1 / T^2 and becomes rounding. With channels of variance 1 and T = 100,
+            float32 has a cell's score to 3 % of the mean score; the variance over channels is by then all it shows.
         divisor: the Z that goes with this map unless the caller names one (see ``distill_loss``).
         standardize: whether ``DistillLoss`` standardises the teacher per channel for this map.
         needs_prior: what the prior must be, for maps that mean nothing without one; empty if none is needed.
 
     Raises:
-        ValueError: unknown score, map_norm or divisor; temperature not a positive finite number.
+        ValueError: unknown score, map_norm or divisor; temperature not a positive finite number, or too high.
+        TypeError: standardize not True or False; needs_prior not text.
     """
 
     score: str = "energy"
@@ -47,7 +51,14 @@ class InfoMap:
         require_known("score", self.score, SCORES)
         require_known("map_norm", self.map_norm, MAP_NORMS)
         require_known("divisor", self.divisor, DIVISORS)
-        require_positive("temperature", self.temperature)
+        require_bool("standardize", self.standardize)
+        if not isinstance(self.needs_prior, str):
+            raise TypeError(f"needs_prior: expected text that says what the prior must be, got {self.needs_prior!r}")
+        temperature = require_positive("temperature", self.temperature)
+        if self.score == "entropy":
+            expected = f"at most {MAX_ENTROPY_TEMPERATURE:g} for the entropy, which is rounding beyond"
+            require_number("temperature", temperature, expected, most=MAX_ENTROPY_TEMPERATURE)
+        object.__setattr__(self, "temperature", temperature)
 
     @property
     def weights_are_prior(self) -> bool:
