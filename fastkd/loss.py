@@ -185,7 +185,7 @@ class DistillLoss(nn.Module):
         task = self.loss_weight.task_value(task_loss, student_feats[0].device)
         warn_if_nothing_learns(student_feats)  # before the adapters, whose outputs require grad in any case
         if shapes is None or shapes != self._seen_shapes:
-            self.prepare(student_feats, teacher_feats)
+            self._prepare(student_feats, teacher_feats)
             self._seen_shapes = shapes
         learns = self.training and torch.is_grad_enabled()  # a validation under no_grad is no training step
         if learns:
@@ -194,7 +194,7 @@ class DistillLoss(nn.Module):
                 self.calibrate(teacher_feats, all_ranks=not self._standalone)
         levels = self._checked(student_feats, teacher_feats, prior)
         if donated:
-            if isinstance(donated, bool) or [type(x) for x in donated] != [bool] * len(self.adapters):
+            if not isinstance(donated, (list, tuple)) or [type(x) for x in donated] != [bool] * len(self.adapters):
                 raise ValueError(f"donated: expected one truth value per level, {len(self.adapters)}, got {donated!r}")
             pairs = zip(donated, levels.student, levels.teacher, strict=True)
             levels.donated = [gift and _can_hold_gradient(s, t) for gift, s, t in pairs]
@@ -313,9 +313,13 @@ class DistillLoss(nn.Module):
         self._batches_seen = int(seen)
         self.calibrated = self._batches_seen >= self.calibration_batches
 
-    @torch.no_grad()
     def prepare(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:
         """Give adapters and statistics that wait for their first batch their widths; else there is nothing to do."""
+        self._require_levels(student_feats, teacher_feats)
+        self._prepare(student_feats, teacher_feats)
+
+    @torch.no_grad()
+    def _prepare(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:
         for statistics, t in zip(self.statistics, teacher_feats, strict=True):
             statistics.prepare(t.shape[1])  # type: ignore[operator]
         triples = zip(self.adapters, student_feats, teacher_feats, strict=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fastkd
 from fastkd.ops import backends, levels
@@ -116,6 +117,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "beta": ({"penalty": "smooth_l1", "beta": 0}, ValueError, "beta: .*> 0.*, got 0"),
     "beta that float32 rounds to 0": ({"beta": 1e-46}, ValueError, "beta: .*float32 can hold, got 1e-46"),
     "beta is text": ({"beta": "1"}, ValueError, "beta: expected a finite number > 0"),
+    "beta beyond float32": ({"beta": 1e39}, ValueError, "beta: .*float32 can hold, got 1e"),
+    "beta beyond float64": ({"beta": 10**400}, ValueError, "beta: .*float32 can hold, got 1000"),
+    "beta is True": ({"beta": True}, ValueError, "beta: .*got True"),
+    "weight beyond float64": ({"weights": [1, -(10**400)]}, ValueError, r"weights\[1\]: .*float32 can hold"),
+    "penalty is a list": ({"penalty": ["l2"]}, ValueError, r"penalty: .*got \['l2'\]"),
     "beta is NaN": ({"beta": float("nan")}, ValueError, "beta"),
     "map without its prior": ({"info_map": "fgfi"}, ValueError, "prior: .*IoU mask.*needs one"),
 }
@@ -139,6 +145,7 @@ def test_the_good_input_that_the_cases_change_is_accepted() -> None:
         ("temperature", -1.0, "temperature"),
         ("temperature", float("inf"), "temperature"),
         ("temperature", 1e-46, "temperature: .*float32 can hold"),
+        *(("temperature", x, "temperature: .*float32 can hold, got") for x in (1e39, 10**400, True, "1", None)),
         ("score", "energie", "score: .*'magnitude'.*got 'energie'"),
         ("map_norm", "l2", "map_norm: .*'minmax'.*got 'l2'"),
         ("divisor", "none", "divisor"),
@@ -147,6 +154,41 @@ def test_the_good_input_that_the_cases_change_is_accepted() -> None:
 def test_a_bad_info_map_is_a_clear_error(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastkd.InfoMap(**{field: value})
+
+
+def test_a_map_that_is_rounding_or_of_another_type_is_a_clear_error() -> None:
+    with pytest.raises(ValueError, match=r"temperature: expected at most 100 for the entropy.*, got 101"):
+        fastkd.InfoMap("entropy", temperature=101)
+    text: Any = "False"
+    with pytest.raises(TypeError, match="standardize: expected True or False, got 'False'"):
+        fastkd.InfoMap(standardize=text)
+    with pytest.raises(TypeError, match=r"needs_prior: expected text .*, got True"):
+        fastkd.InfoMap(needs_prior=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"student": "yolov3.pt"}, "student: expected a module, got a str"),
+        ({"teacher": [nn.Identity()]}, "teacher: expected a module, got a list"),
+        ({"backbone": 3}, "backbone: expected a list of levels, got a int"),
+        ({"prior": "fgfi"}, "prior: expected a function, got a str"),
+        ({"preprocess": 255}, "preprocess: expected a function, got a int"),
+        ({"last_forward": "False"}, "last_forward: expected True or False, got 'False'"),
+        ({"criterion": nn.MSELoss()}, "criterion: expected a DistillLoss, got a MSELoss"),
+        ({"standardize": "no"}, "standardize: expected True or False, got 'no'"),
+    ],
+)
+def test_arguments_of_a_distiller_of_another_type_are_a_clear_error(bad: dict[str, Any], message: str) -> None:
+    good = {"student": nn.Sequential(nn.Conv2d(3, 4, 1)), "teacher": nn.Sequential(nn.Conv2d(3, 4, 1))}
+    with pytest.raises(TypeError, match=message):
+        fastkd.Distiller(**{**good, "backbone": [("0", "0")], **bad})
+
+
+def test_weights_of_levels_that_are_matched_later_are_checked_at_once() -> None:
+    models = nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Sequential(nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match=r"weights\[0\]: expected a finite number.*got 1e"):
+        fastkd.Distiller(*models, backbone=(["0"], ["0"]), weights=[1e39])
 
 
 STRANGE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
@@ -174,6 +216,25 @@ def test_tensors_of_another_layout_are_refused_also_once_the_shapes_are_known(ki
             strange = [(change(torch.zeros(4)), torch.ones(4)), None]
             with pytest.raises((TypeError, ValueError), match=rf"standardize\[0\]\[0\]: expected a .*{message}"):
                 fastkd.distill_loss(**{**good, "standardize": strange})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_tensors_of_another_layout_are_refused_by_the_module_and_the_map(kind: str) -> None:
+    change, message = STRANGE[kind]
+    known, s, t = fastkd.DistillLoss([4], [4]), torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(2, 4, 3, 3)
+    known([s], [t])
+    for criterion in (known, fastkd.DistillLoss(levels=1)):
+        for name in ("student_feats", "teacher_feats"):
+            strange = {"student_feats": [s], "teacher_feats": [t], name: [change(t)]}
+            for use in (criterion, criterion.prepare):
+                with pytest.raises(TypeError, match=rf"{name}\[0\]: expected a .*{message}"):
+                    use(**strange)
+        with pytest.raises(TypeError, match=rf"prior\[0\]: expected a .*{message}"):
+            criterion([s], [t], prior=[change(torch.rand(2, 3, 3))])
+    for use in (fastkd.DistillLoss(levels=1).calibrate, fastkd.info_map):
+        with pytest.raises(TypeError, match=rf"teacher_feats\[0\]: expected a .*{message}"):
+            use([change(t)])
 
 
 def test_what_changes_between_two_calls_of_the_same_shapes_is_still_checked() -> None:

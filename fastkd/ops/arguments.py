@@ -53,7 +53,7 @@ def require_bool(name: str, value: Any) -> bool:
 
 def require_sequence(name: str, value: Any, of: str = "tensors", per: str = "level") -> list[Any]:
     """The entries of an argument that has one per level."""
-    if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence):
+    if isinstance(value, (str, bytes, Tensor)) or not isinstance(value, Sequence):
         hint = "" if value is None else "; wrap it: [x]"
         if isinstance(value, Iterable) and not isinstance(value, (str, Tensor)):
             hint = f"; pass list({name}.values())" if isinstance(value, Mapping) else f"; pass list({name})"
