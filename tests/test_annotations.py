@@ -16,7 +16,9 @@ from fastkd.cli import main
 from fastkd.yolov3.data import DetectionDataset
 from fastkd.yolov3.data_check import _are_parts
 from fastkd.yolov3.evaluate import score
-from fastkd.yolov3.formats import find_set, read_pictures, read_set, sets_in
+from fastkd.yolov3.formats import find_set, read_pictures, read_set, require_sets, sets_in
+from fastkd.yolov3.model import YOLOv3Tiny
+from fastkd.yolov3.predict import predict
 
 NAMES = ["cat", "dög"]
 # picture to (class, x, y, width, height, difficult), whole pixels of 64 x 48
@@ -137,7 +139,7 @@ def test_all_xml_files_of_a_folder_are_a_set_too(tmp_path: Path) -> None:
 def test_polygons_become_their_boxes_and_rules_hold_for_every_format(tmp_path: Path) -> None:
     write_yolo(tmp_path)
     (tmp_path / "labels/train/a.txt").write_text("0 0.1 0.2 0.5 0.2 0.3 0.8\n1 0.5 0.5 0 0.2\n1 1.0 0.5 0.5 0.5\n")
-    with pytest.warns(UserWarning, match="1 boxes without area in the picture dropped, 1 boxes clipped"):
+    with pytest.warns(UserWarning, match=r"1 boxes without area in their image dropped \(a\.png\), 1 boxes clipped"):
         data = DetectionDataset(*find_set(tmp_path, "train"), 64)
     np.testing.assert_allclose(data.annotations.boxes[:2], [[6.4, 9.6, 25.6, 28.8], [48, 12, 16, 24]])
 
@@ -166,7 +168,19 @@ EXTERNAL = '<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/passwd">]><annotation><f
         ("<annotation><object>", r"c\.xml: not Pascal VOC XML"),
         (
             "<annotation><object><name>cat</name></object></annotation>",
-            r"c\.xml: not Pascal VOC XML: could not convert",
+            r"c\.xml: not Pascal VOC XML: object 'cat': expected numbers in bndbox's xmin, .* got no bndbox$",
+        ),
+        (
+            "<annotation><object><name>cat</name><polygon><pt><x>1</x></pt></polygon></object></annotation>",
+            "it has a polygon, as files of LabelMe and others do",
+        ),
+        (
+            "<annotation><object><name>cat</name><bndbox><xmin>a</xmin></bndbox></object></annotation>",
+            r"expected numbers .* got \['a', None, None, None\]",
+        ),
+        (
+            "<annotation><size><width>1e30</width></size></annotation>",
+            r"c\.xml: .* less than 2\^31 pixels, got 1e\+30x0",
         ),
         ("<annotation><filename>../c.png</filename></annotation>", "leads out of the image folder"),
         ("<annotation><filename>C:\\c.png</filename></annotation>", "leads out of the image folder"),
@@ -177,6 +191,7 @@ EXTERNAL = '<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/passwd">]><annotation><f
 def test_an_xml_file_that_is_wrong_or_malicious_is_named(text: str, message: str, tmp_path: Path) -> None:
     write_voc(tmp_path)
     (tmp_path / "Annotations/c.xml").write_text(text)
+    (tmp_path / "JPEGImages/c.png").rename(tmp_path / "c.png")
     with pytest.raises(ValueError, match=message):
         read_set(*find_set(tmp_path, "train"))
 
@@ -184,14 +199,15 @@ def test_an_xml_file_that_is_wrong_or_malicious_is_named(text: str, message: str
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("2 0.5 0.5 0.1 0.1", r"line 2: expected a class index from 0 to 1, got 2"),
+        ("2 0.5 0.5 0.1 0.1", r"line 2: expected a class index of names:, 0 to 1, got 2"),
         ("0.5 0.5 0.5 0.1 0.1", "expected a class index"),
         ("nan 0.5 0.5 0.1 0.1", "expected a class index"),
         ("0 0.5 0.5 0.1", "got 4 numbers"),
         ("0 0.5 0.5 0.1 0.1 0.2", "got 6 numbers"),
-        ("cat 0.5 0.5 0.1 0.1", "expected numbers, got 'cat 0.5"),
+        ("cat 0.5 0.5 0.1 0.1", "expected numbers, got 'cat 0.5.*; the first is the class as a number, not its name"),
         ("0 0.5 nan 0.1 0.1", "expected finite numbers"),
-        ("0 320 240 64 64", "expected numbers relative to the picture"),
+        ("0 320 240 64 64", "expected numbers relative to the image"),
+        ("1 1 9 1 9 9 1 9 plane 0", "this looks like an oriented box of DOTA"),
     ],
 )
 def test_a_line_of_labels_that_is_wrong_is_named(line: str, message: str, tmp_path: Path) -> None:
@@ -205,19 +221,28 @@ def test_a_line_of_labels_that_is_wrong_is_named(line: str, message: str, tmp_pa
     ("text", "error", "message"),
     [
         ("train: images/train\nnames: [a, b]\nnc: 3\n", ValueError, "nc is 3, but names has 2"),
-        ("train: images/train\nnames: {0: a, 2: b}\n", ValueError, "names: expected the indices 0 to 1"),
-        ("train: images/train\nnames: {0: a, b: c}\n", ValueError, "names: expected the indices 0 to 1"),
+        ("train: images/train\nnames: {0: a, 2: b}\nnc: 4\n", ValueError, "nc is 4, but names has 2"),
+        ("train: images/train\nnames: {0: a, b: c}\n", ValueError, "names: expected indices from 0, got"),
         ("train: images/train\n", ValueError, "names: expected a list of class names"),
         ("train: images/train\nnames: [a, b]\nkpt_shape: [2, 2]\n", ValueError, "labels of boxes or polygons, got"),
         (
             "val: images/train\nnames: [a, b]\n",
             FileNotFoundError,
-            "expected a folder or a .txt list, got no such entry",
+            r"expected a folder, a \.txt list, or a list of them, got no such entry; sets found: val",
         ),
-        ("train: [x, y]\nnames: [a, b]\n", FileNotFoundError, "write the pictures' paths into one .txt list"),
+        ("train: [images/train, y]\nnames: [a, b]\n", FileNotFoundError, "y does not exist"),
+        ("train: [1]\nnames: [a, b]\n", FileNotFoundError, r"or a list of them, got \[1\]"),
         ("train: images/absent\nnames: [a, b]\n", FileNotFoundError, "images/absent does not exist"),
         ("- 1\n", ValueError, "expected train:, val: and names:, got list"),
         ("a: [\n", ValueError, "not YAML"),
+        (
+            "a: &a [x, x]\nb: &b [*a, *a]\ntrain: images/train\nnames: [*b, c]\n",
+            ValueError,
+            "not YAML: an alias of a list or mapping; write it out in .* line 1",
+        ),
+        ("a: &a {x: y}\nb: {<<: *a}\n", ValueError, "an alias of a list or mapping"),
+        ("names: " + "{a: " * 1000, ValueError, "not YAML: nested too deeply"),
+        ("x: 2020-99-99\n", ValueError, "not YAML: month must be in"),
         ("!!python/object/apply:os.system ['true']\n", ValueError, "not YAML"),
     ],
 )
@@ -226,6 +251,164 @@ def test_a_yaml_file_that_is_wrong_is_named(text: str, error: type[Exception], m
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(error, match=message):
         read_set(*find_set(tmp_path / "data.yaml", "train"))
+
+
+def test_names_with_gaps_and_an_alias_of_a_text_are_fine(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: &t images/train\nval: *t\nnames: {4: d, 1: b, 0: a}\nnc: 3\n")
+    (tmp_path / "labels/train/a.txt").write_text("4 0.5 0.5 0.1 0.1\n1 0.5 0.5 0.1 0.1\n")
+    found = read_set(*find_set(tmp_path, "val"))
+    assert found.class_names == ["a", "b", "d"]
+    assert found.classes[found.of(0)].tolist() == [2, 1]
+    assert any("indices with gaps" in note for note in found.notes)
+    (tmp_path / "labels/train/a.txt").write_text("2 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(ValueError, match="expected a class index of names:, 0 to 4 with gaps, got 2"):
+        read_set(*find_set(tmp_path, "val"))
+
+
+def test_a_split_may_be_several_folders_and_lists(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    picture(tmp_path / "images/more/d.png")
+    (tmp_path / "more.txt").write_text("images/more/d.png\nimages/train/a.png\n")
+    (tmp_path / "data.yaml").write_text("train: [images/train, more.txt]\nnames: [a, b]\n")
+    found = read_set(*find_set(tmp_path, "train"))
+    assert found.file_names == [f"images/{x}.png" for x in ("train/a", "train/b 2", "train/c", "more/d")]
+    assert found.problems == {"repeated entries of an image joined with its first": ["images/train/a.png"]}
+    assert len(found.boxes) == 3
+
+
+@pytest.mark.parametrize(
+    ("corner", "shift", "said"), [("0", 0, "points counted from 0"), ("1.5", 0, "points"), ("1", 1, "counted from 1")]
+)
+def test_voc_corners_are_counted_as_the_set_shows(corner: str, shift: int, said: str, tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    box = "<xmin>{}</xmin><ymin>2</ymin><xmax>{}</xmax><ymax>22</ymax>"
+    sides = ((11, 31), (9, 9), (9, 8))
+    objects = [f"<object><name>cat</name><bndbox>{box.format(*x)}</bndbox></object>" for x in sides]
+    (tmp_path / "Annotations/a.xml").write_text(f"<annotation>{''.join(objects)}</annotation>")
+    last = f"<object><name>dog</name><bndbox>{box.format(corner, 64)}</bndbox></object>"
+    (tmp_path / "Annotations/c.xml").write_text(f"<annotation>{last}</annotation>")
+    found = read_set(*find_set(tmp_path, "train"))
+    assert said in found.notes[0]
+    clean = found.clean()
+    assert clean.boxes[0].tolist() == [11 - shift, 2 - shift, 20 + shift, 20 + shift]
+    assert clean.problems == {"boxes without area in their image dropped": ["a.png", "a.png"]}
+
+
+def test_the_image_of_an_xml_files_own_name_comes_before_the_one_that_it_names(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    (tmp_path / "Annotations/a.xml").write_text("<annotation><filename>c.png</filename></annotation>")
+    (tmp_path / "Annotations/b 2.xml").write_text("<annotation><filename>d.png</filename></annotation>")
+    (tmp_path / "JPEGImages/b 2.png").rename(tmp_path / "JPEGImages/d.png")
+    found = read_set(*find_set(tmp_path, "train"))
+    assert found.file_names == ["a.png", "d.png", "c.png"]
+    assert any(note.endswith("own name is taken: a.xml says c.png") for note in found.notes)
+
+
+@pytest.mark.parametrize("listed", ["a\nc\na\n", "a\nc\nsame\n"])
+def test_an_image_that_a_list_or_two_files_name_twice_is_one(listed: str, tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    (tmp_path / "Annotations/same.xml").write_bytes((tmp_path / "Annotations/a.xml").read_bytes())
+    (tmp_path / "ImageSets/Main/train.txt").write_text(listed)
+    found = read_set(*find_set(tmp_path, "train"))
+    assert found.file_names == ["a.png", "c.png"]
+    assert len(found.boxes) == 3
+    assert found.problems == {"repeated entries of an image joined with its first": ["a.png"]}
+
+
+# ---- other layouts
+
+
+def roboflow(root: Path) -> None:
+    write_coco(root)
+    (root / "images/train").rename(root / "valid")
+    (root / "annotations/train.json").rename(root / "valid/_annotations.coco.json")
+
+
+def flat_coco(root: Path) -> None:
+    write_coco(root)
+    for file in (root / "images/train").iterdir():
+        file.rename(root / "images" / file.name)
+    (root / "images/train").rmdir()
+    (root / "annotations/train.json").rename(root / "annotations/val.json")
+
+
+def voc_beside(root: Path) -> None:
+    write_voc(root)
+    (root / "JPEGImages").rename(root / "valid")
+    for file in (root / "Annotations").iterdir():
+        file.rename(root / "valid" / file.name)
+    (root / "train").mkdir()
+    text = f"<annotation>{voc_object('ant', 1, 1, 5, 5, False)}</annotation>"
+    (root / "train/a.xml").write_text(text)
+    picture(root / "train/a.png")
+
+
+def valid_key(root: Path) -> None:
+    write_yolo(root)
+    (root / "data.yaml").rename(root / "mine.yml")
+    (root / "mine.yml").write_text((root / "mine.yml").read_text().replace("train:", "valid:"))
+
+
+@pytest.mark.parametrize("write", [roboflow, flat_coco, voc_beside, valid_key])
+def test_other_layouts_are_found_and_valid_is_val(write: Any, tmp_path: Path) -> None:
+    write(tmp_path)
+    assert "val" in sets_in(tmp_path)
+    found = DetectionDataset(*find_set(tmp_path, "val"), 64).annotations
+    assert (len(found), len(found.boxes)) == (3, 3)
+    # classes are those of all XML files, train's too
+    assert found.class_names == (["ant"] if write is voc_beside else []) + NAMES
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_xml_files_in_no_list_are_one_set(beside: bool, tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    (tmp_path / "ImageSets/Main/train.txt").unlink()
+    for file in [*(tmp_path / "Annotations").iterdir(), *(tmp_path / "JPEGImages").iterdir()] if beside else []:
+        file.rename(tmp_path / file.name)
+    assert sets_in(tmp_path) == ["all"]
+    assert len(read_set(*find_set(tmp_path, "all"))) == 3
+    with pytest.raises(FileNotFoundError, match=r"set 'train' in .* not found; sets found: all"):
+        find_set(tmp_path, "train")
+
+
+DARKNET = "classes = 2\ntrain = data/train.txt\nvalid=data/test.txt\nnames = data/obj.names\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"labels/train/a.txt": "", "images/train/a.txt": "", "images/valid/a.txt": "", "classes.txt": "cat\n"},
+            r"YOLO; .* write .*data\.yaml with the lines 'train: images/train', 'val: images/valid', 'names: \[cat\]'",
+        ),
+        ({"labels/a.txt": "", "images/a.txt": ""}, r"the lines 'train: images', 'names: \[first class, second"),
+        (
+            {"data/obj.data": DARKNET, "data/obj.names": "cat\n"},
+            r"Darknet; .* write .*data/data\.yaml with the lines 'train: train.txt', 'val: test.txt', 'names: \[cat\]'",
+        ),
+        ({"boxes.csv": ""}, "boxes in CSV files are not read"),
+        ({"a.txt": ""}, r"which holds a\.txt; looked for annotations/"),
+    ],
+)
+def test_a_layout_that_says_too_little_gets_the_lines_to_write(
+    files: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(FileNotFoundError, match=message):
+        require_sets(tmp_path)
+
+
+def test_lists_of_darknet_are_relative_to_the_folder_above(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "data", listed=True)
+    lines = (tmp_path / "data/train.txt").read_text().replace("./", "data/")
+    (tmp_path / "data/train.txt").write_text(lines)
+    assert len(read_set(*find_set(tmp_path / "data", "train")).boxes) == 3
+    (tmp_path / "data/train.txt").write_text("elsewhere/a.png\n")
+    with pytest.raises(ValueError, match=r"none of the 1 images of .* exists; looked for .*data/elsewhere/a\.png"):
+        read_set(*find_set(tmp_path / "data", "train"))
 
 
 def test_folders_that_are_absent_empty_or_of_nothing_known_are_errors(tmp_path: Path) -> None:
@@ -278,14 +461,14 @@ def test_labels_that_are_absent_or_no_text_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text"):
         read_set(*find_set(tmp_path, "train"))
     (tmp_path / "labels").rename(tmp_path / "label")
-    with pytest.raises(ValueError, match=r"none of the \d pictures of .* has a label file; looked for .*labels/train"):
+    with pytest.raises(ValueError, match=r"none of the \d images of .* has a label file; looked for .*labels/train"):
         read_set(*find_set(tmp_path, "train"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": "5"}, r"annotations\[0\]: expected whole numbers as ids .* got .*'image_id': '5'"),
+        ({"image_id": "5"}, r"annotations\[0\] has unknown image_id '5'; the file has \[5, 6, 7\]"),
         ({"area": "12"}, r"annotations\[0\]: .*'area': '12'"),
         ({"bbox": []}, r"annotations\[0\]: .*'bbox': \[\]"),
         ({"bbox": [1, 1, 10**400, 1]}, r"annotations\[0\]: .*'bbox': \[1, 1, 10000"),
@@ -347,8 +530,8 @@ def test_a_set_without_faults_passes_with_its_counts_and_a_picture(kind: str, tm
     WRITERS[kind](tmp_path / "data")
     assert check(tmp_path / "data", tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "train: 3 pictures, 3 boxes" in said
-    assert "pictures without a box: 1" in said
+    assert "train: 3 images, 3 boxes" in said
+    assert "images without a box: 1" in said
     assert "no fault found" in said
     samples = cv2.imread(str(tmp_path / "out/samples.png"))
     assert samples.shape == (480, 4 * 480, 3)
@@ -369,10 +552,10 @@ def test_every_fault_is_found_and_named(tmp_path: Path, capsys: Any) -> None:
     assert check(root, tmp_path / "out") == 1
     said = capsys.readouterr().out
     for line in (
-        "FAULT: 1 pictures are missing: b 2.png",
-        "FAULT: 1 pictures can't be read: a.png",
-        "FAULT: 1 pictures have another size than the annotations say: c.png",
-        "FAULT: 1 boxes without area in their picture, or not finite: a.png",
+        "FAULT: 1 images are missing: b 2.png",
+        "FAULT: 1 images can't be read: a.png",
+        "FAULT: 1 images have another size than the annotations say: c.png",
+        "FAULT: 1 boxes without area in their image, or not finite: a.png",
         "note: 1 boxes are under 2 pixels",
     ):
         assert line in said
@@ -387,7 +570,7 @@ def test_pictures_that_a_viewer_turns_are_counted(tmp_path: Path, capsys: Any) -
     exif[0x0112] = 6
     Image.new("RGB", (64, 48)).save(tmp_path / "images/train/a.png", exif=exif)
     assert check(tmp_path, tmp_path / "out") == 0
-    assert "note: 1 pictures have an orientation tag, which is ignored" in capsys.readouterr().out
+    assert "note: 1 images have an orientation tag, which is ignored" in capsys.readouterr().out
 
 
 def test_what_sets_share_or_should_share_is_found(tmp_path: Path, capsys: Any) -> None:
@@ -399,7 +582,7 @@ def test_what_sets_share_or_should_share_is_found(tmp_path: Path, capsys: Any) -
         picture(tmp_path / f"images/val/{name}.png", seed=int(name != "c"))
     assert check(tmp_path, tmp_path / "out") == 1
     said = capsys.readouterr().out
-    assert "FAULT: 1 pictures are in train and in val: c.png = c.png" in said
+    assert "FAULT: 1 images are in train and in val: c.png = c.png" in said
     assert "FAULT: train and val have different classes, or another order of them: cat, cow" in said
 
 
@@ -408,7 +591,7 @@ def test_a_part_of_a_set_is_no_leak_but_said(tmp_path: Path, capsys: Any) -> Non
     names = (tmp_path / "ImageSets/Main/train.txt").read_text()
     (tmp_path / "ImageSets/Main/trainval.txt").write_text(names)
     assert check(tmp_path, tmp_path / "out") == 0
-    assert f"note: {len(names.splitlines())} pictures are in train and in trainval" in capsys.readouterr().out
+    assert f"note: {len(names.splitlines())} images are in train and in trainval" in capsys.readouterr().out
     (tmp_path / "ImageSets/Main/test.txt").write_text(names)
     assert check(tmp_path, tmp_path / "out", "--set", "train", "--set", "test") == 1
 
@@ -443,11 +626,11 @@ def test_a_set_without_a_box_or_a_picture_is_a_fault(tmp_path: Path, capsys: Any
     file = tmp_path / "annotations/train.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
     assert check(tmp_path, tmp_path / "out") == 1
-    assert "pictures, and a box in none of them" in capsys.readouterr().out
+    assert "images, and a box in none of them" in capsys.readouterr().out
     for picture_file in (tmp_path / "images/train").iterdir():
         picture_file.unlink()
     assert check(tmp_path, tmp_path / "none") == 1
-    assert "pictures are missing" in capsys.readouterr().out
+    assert "images are missing" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
 
 
@@ -459,7 +642,7 @@ def test_a_set_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path, caps
     said = capsys.readouterr().out
     assert "a: can't be read" in said
     assert "a.json is not JSON" in said
-    assert "train: 3 pictures" in said
+    assert "train: 3 images" in said
     assert "1 kinds of fault" in said
 
 
@@ -468,4 +651,58 @@ def test_nothing_to_check_is_an_error(tmp_path: Path, capsys: Any) -> None:
     assert "no set in" in capsys.readouterr().err
     (tmp_path / "data.yaml").write_text("names: [a]\n")
     assert check(tmp_path / "data.yaml", tmp_path / "out") == 2
-    assert "data.yaml, which holds nothing" in capsys.readouterr().err
+    assert "data.yaml, as none of train:, val: and test: is in it" in capsys.readouterr().err
+
+
+def test_what_is_odd_is_noted(tmp_path: Path, capsys: Any) -> None:
+    root = tmp_path / "data"
+    write_yolo(root)
+    (root / "images/train/d.png").write_bytes((root / "images/train/c.png").read_bytes())
+    cv2.imwrite(str(root / "images/train/b 2.png"), np.full((48, 64), 4000, np.uint16))
+    (root / "labels/train/a.txt").write_text("1 0.5 0.5 0.5 0.5\n" * 2 + "1 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2\n")
+    assert check(root, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    for line in (
+        "1 rows have corners, as those of oriented boxes; their upright",
+        "1 boxes repeat another one of the same image and class: a.png",
+        "1 images have the same content as another one of the set: d.png = c.png",
+        "1 classes have no box: cat; are the class numbers of the labels counted from 1?",
+        "1 images have 16 bits per channel",
+    ):
+        assert f"note: {line}" in said
+
+
+def test_a_jpeg_without_its_end_is_a_fault(tmp_path: Path, capsys: Any) -> None:
+    write_coco(tmp_path)
+    whole = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))[1].tobytes()
+    (tmp_path / "images/train/a.png").write_bytes(whole[: len(whole) // 2].ljust(len(whole), b"\0"))
+    assert check(tmp_path, tmp_path / "out") == 1
+    assert "FAULT: 1 images are JPEGs without their end: cut off, or damaged: a.png" in capsys.readouterr().out
+
+
+def test_a_quick_check_finds_files_and_names_that_sets_share(tmp_path: Path, capsys: Any) -> None:
+    write_yolo(tmp_path)
+    for name in "ab":
+        picture(tmp_path / f"images/val/{name}.png")
+    (tmp_path / "labels/val").mkdir()
+    (tmp_path / "labels/val/a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    text = "train: images/train\nval: {}\nnames: [a, b]\n"
+    (tmp_path / "data.yaml").write_text(text.format("images/val"))
+    assert check(tmp_path, tmp_path / "out", "--quick") == 0
+    assert "note: 1 file names are in train and in val, in different folders" in capsys.readouterr().out
+    (tmp_path / "list.txt").write_text("images/train/a.png\nimages/val/b.png\n")
+    (tmp_path / "data.yaml").write_text(text.format("list.txt"))
+    assert check(tmp_path, tmp_path / "out", "--quick") == 1
+    assert "FAULT: 1 images are in train and in val: a.png = images/train/a.png" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predict_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
+    for name in "ab":
+        picture(tmp_path / f"in/{name}.png")
+    (tmp_path / "in/a.png").write_bytes(b"no image")
+    model = YOLOv3Tiny(num_classes=2, width=0.125)
+    with pytest.warns(UserWarning, match=r"1 of 2 images can't be read and are left out: .*a\.png"):
+        assert predict(model, [tmp_path / "in"], tmp_path / "out", size=64) == [tmp_path / "out/b.png"]
+    with pytest.raises(ValueError, match=r"a\.png: not a picture"):
+        predict(model, [tmp_path / "in/a.png"], tmp_path / "out", size=64)

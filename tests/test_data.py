@@ -1,6 +1,8 @@
 """DetectionDataset: what is wrong in a file has a defined end, and samples depend on (seed, epoch, index) only."""
 
 import json
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -10,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from fastkd.yolov3.augment import FILL, Augmentation
 from fastkd.yolov3.data import DetectionDataset, collate, fit, letterbox_of, read_image
+from fastkd.yolov3.evaluate import evaluate
+from fastkd.yolov3.model import YOLOv3Tiny
 
 
 def annotation(number, bbox, *, image_id=1, category_id=7, **more):
@@ -188,24 +192,110 @@ def test_missing_pictures_are_an_error_with_count_and_names(make):
         (folder / "1.png").unlink()
         (folder / "3.png").unlink()
 
-    with pytest.raises(FileNotFoundError, match=r"images: 2 of 3 pictures not in .*: 1\.png, 3\.png"):
+    with pytest.raises(FileNotFoundError, match=r"images: 2 of 3 images not in .*: 1\.png, 3\.png"):
         make(BOXES, edit=remove)
 
 
-@pytest.mark.parametrize("damaged", [b"", b"not a picture"])
-def test_broken_picture_is_an_error_that_names_it(make, damaged):
-    dataset = make(BOXES, edit=lambda coco, folder: (folder / "2.png").write_bytes(damaged))
-    dataset[0]
-    with pytest.raises(ValueError, match=r"2\.png: not a picture"):
-        dataset[1]
+def damage(coco, folder):
+    (folder / "2.png").write_bytes(b"not an image")
 
 
-def test_picture_of_another_size_than_the_annotations_say_is_an_error(make):
-    def resize(coco, folder):
-        cv2.imwrite(str(folder / "2.png"), np.zeros((64, 48, 3), dtype=np.uint8))
+def resize(coco, folder):
+    cv2.imwrite(str(folder / "2.png"), np.zeros((64, 48, 3), dtype=np.uint8))
 
-    with pytest.raises(ValueError, match=r"2\.png: the annotations expect 64x48 .* the file has 48x64"):
-        make(BOXES, edit=resize)[1]
+
+def claim(coco, folder):
+    """More pixels than OpenCV reads."""
+    content = bytearray((folder / "2.png").read_bytes())
+    content[16:24] = struct.pack(">II", 60000, 60000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (folder / "2.png").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (damage, r"2\.png: not a picture that can be read"),
+        (claim, r"2\.png: not a picture that can be read"),
+        (resize, r"2\.png: the annotations expect 64x48 .* the file has 48x64"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_named_once_and_left_out(make, edit, message):
+    plain = make(BOXES, edit=edit)
+    with pytest.warns(UserWarning, match=message) as caught:
+        batch = collate([plain[0], plain[1], plain[1], plain[2]])
+    assert len(caught) == 1
+    assert batch.image_ids == [1, 3]
+    assert batch.targets[:, 0].tolist() == [0, 1]
+    assert [entry["image_id"] for entry in plain.annotations.coco()["annotations"]] == [1, 3]
+    assert collate([plain[1]]).images.shape == (0, 3, 64, 64)
+
+
+@pytest.mark.filterwarnings("ignore:.*2.png")
+def test_another_image_takes_its_place_in_training_whatever_was_read_before(make):
+    augmented = make(BOXES, edit=damage, augmentation=BUSY)
+    first = [augmented[i] for i in (0, 1, 2)]
+    again = make(BOXES, edit=damage, augmentation=BUSY)
+    assert all(same(a, b) for a, b in zip(first, reversed([again[i] for i in (2, 1, 0)]), strict=True))
+    assert [sample.image_id for sample in first] == [1, 3, 3]
+
+
+@pytest.mark.filterwarnings("ignore:.*2.png")
+def test_workers_tell_what_they_could_not_read_and_it_is_not_scored(make):
+    dataset = make(BOXES, edit=damage)
+    metrics = evaluate(YOLOv3Tiny(num_classes=2, width=0.125), dataset, batch_size=1, workers=1)
+    assert metrics.mAP >= 0
+    assert dataset.annotations.unread.tolist() == [False, True, False]
+
+
+def test_a_set_of_which_nothing_can_be_read_is_an_error(make):
+    def damage_all(coco, folder):
+        for file in folder.iterdir():
+            file.write_bytes(b"")
+
+    data = make(BOXES, edit=damage_all, augmentation=BUSY)
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="none of the 3 images can be read"),
+    ):
+        data[0]
+    with pytest.raises(ValueError, match="none of the 3 images could be read"):
+        data.annotations.coco()
+
+
+def jpeg(height=64, width=64, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return cv2.imencode(".jpg", noise)[1].tobytes()
+
+
+@pytest.mark.parametrize("change", ["its end cut off", "half cut off", "half zeros"])
+def test_a_jpeg_that_is_cut_off_is_read_as_far_as_it_goes_and_named(tmp_path, change):
+    whole, file = jpeg(), tmp_path / "a.jpg"
+    half = whole[: len(whole) // 2]
+    file.write_bytes({"its end cut off": whole[:-20], "half cut off": half}.get(change, half.ljust(len(whole), b"\0")))
+    with pytest.warns(UserWarning, match=r"a\.jpg: this JPEG has no end"):
+        image = read_image(file)
+    np.testing.assert_array_equal(image, cv2.imread(str(file))[:, :, ::-1])
+
+
+def test_a_thumbnail_in_a_jpeg_is_not_its_end_and_bytes_after_the_end_are_ignored(tmp_path, recwarn):
+    whole, file = jpeg(), tmp_path / "a.jpg"
+    thumbnail = jpeg(8, 8)
+    segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+    file.write_bytes(whole[:2] + segment + whole[2:] + b"\xff\xda and more")
+    read_image(file)
+    assert not recwarn.list
+    file.write_bytes(whole[:2] + segment + whole[2:-20])
+    with pytest.warns(UserWarning, match="has no end"):
+        read_image(file)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_of_sixteen_bits_the_eight_that_are_in_use_are_read(tmp_path, bits, channels):
+    values = np.linspace(0, (1 << bits) - 1, 64).astype(np.uint16).reshape(8, 8, 1).repeat(channels, axis=2)
+    cv2.imwrite(str(tmp_path / "a.png"), values)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[:, :, :channels], values >> (bits - 8))
 
 
 def test_read_image_of_a_missing_file_says_so(tmp_path):
@@ -220,7 +310,7 @@ def test_grey_and_transparent_pictures_are_read_as_rgb(tmp_path):
 
 
 def test_boxes_outside_are_clipped_with_one_counted_warning(make):
-    with pytest.warns(UserWarning, match="2 boxes clipped to their picture") as caught:
+    with pytest.warns(UserWarning, match=r"2 boxes clipped to their image \(1\.png\)") as caught:
         dataset = make([annotation(1, [-10, 10, 30, 10]), annotation(2, [50, 40, 30, 30]), BOXES[2]])
     assert len(caught) == 1
     assert dataset.annotations.boxes[:2].tolist() == [[0, 10, 20, 10], [50, 40, 14, 8]]
@@ -229,11 +319,11 @@ def test_boxes_outside_are_clipped_with_one_counted_warning(make):
 
 @pytest.mark.parametrize("bbox", [[5, 5, 0, 10], [5, 5, 10, -3], [100, 100, 10, 10], [-20, 0, 20, 20]])
 def test_boxes_without_area_are_dropped_with_a_counted_warning(make, bbox):
-    with pytest.warns(UserWarning, match="1 boxes without area in the picture dropped"):
+    with pytest.warns(UserWarning, match=r"1 boxes without area in their image dropped \(1\.png\)"):
         dataset = make([annotation(1, bbox), annotation(2, [1, 1, 5, 5])])
     assert len(dataset.annotations.boxes) == 1
     assert len(dataset[0].targets) == 1
-    assert sum(dataset.annotations.problems.values()) == 1
+    assert [*dataset.annotations.problems.values()] == [["1.png"]]
 
 
 def test_boxes_that_are_not_finite_are_dropped_with_a_counted_warning(make):
@@ -260,12 +350,12 @@ def test_picture_without_boxes_is_kept(make):
 
 
 def test_unknown_category_is_an_error(make):
-    with pytest.raises(ValueError, match=r"annotation 4 has unknown category_id 5; the file's categories are \[7, 9\]"):
+    with pytest.raises(ValueError, match=r"annotations\[0\] has unknown category_id 5; the file has \[7, 9\]"):
         make([annotation(4, [1, 1, 5, 5], category_id=5)])
 
 
 def test_unknown_picture_is_an_error(make):
-    with pytest.raises(ValueError, match="annotation 4 has unknown image_id 99"):
+    with pytest.raises(ValueError, match=r"annotations\[0\] has unknown image_id 99; the file has \[1, 2, 3\]"):
         make([annotation(4, [1, 1, 5, 5], image_id=99)])
 
 
@@ -314,9 +404,71 @@ def test_picture_without_extent_is_an_error(make):
         make(edit=lambda coco, folder: coco["images"][2].update(width=0))
 
 
-def test_duplicate_ids_are_an_error(make):
-    with pytest.raises(ValueError, match="ids in 'annotations' are not unique"):
-        make([annotation(1, [1, 1, 5, 5]), annotation(1, [1, 1, 6, 6])])
+def test_ids_of_annotations_may_repeat(make):
+    assert len(make([annotation(1, [1, 1, 5, 5]), annotation(1, [1, 1, 6, 6])]).annotations.boxes) == 2
+
+
+def test_ids_of_images_may_not_repeat(make):
+    with pytest.raises(ValueError, match="ids in 'images' are not unique: 1 is there twice"):
+        make(edit=lambda coco, folder: coco["images"][2].update(id=1))
+
+
+def test_ids_of_images_may_be_text(make):
+    def edit(coco, folder):
+        for entry in coco["images"]:
+            entry["id"] = f"n{entry['id']}"
+
+    dataset = make([annotation(1, [1, 1, 5, 5], image_id="n3")], edit=edit)
+    assert (dataset.annotations.rows.tolist(), dataset.annotations.image_ids.tolist()) == ([2], [1, 2, 3])
+    with pytest.raises(ValueError, match=r"unknown image_id 'n4'; the file has \['n1', 'n2', 'n3'\]"):
+        make([annotation(1, [1, 1, 5, 5], image_id="n4")], edit=edit)
+
+
+def test_entries_of_one_file_are_one_image_with_the_boxes_of_all(make):
+    def edit(coco, folder):
+        coco["images"][2]["file_name"] = "./1.png"
+
+    boxes = [
+        annotation(1, [1, 1, 5, 5]),
+        annotation(2, [1, 1, 5, 5], image_id=3),
+        annotation(3, [2, 2, 5, 5], image_id=3),
+    ]
+    with pytest.warns(UserWarning, match=r"1 repeated entries of an image joined with its first \(\./1\.png\)"):
+        dataset = make(boxes, edit=edit)
+    assert dataset.annotations.file_names == ["1.png", "2.png"]
+    assert dataset.annotations.boxes[:, :2].tolist() == [[1, 1], [2, 2]]
+    assert dataset.annotations.rows.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("images", {"id": 2**70}, r"images\[0\]: expected a whole number of 64 bits as id, got 1180"),
+        ("images", {"id": "a"}, r"images\[0\]: expected a whole number of 64 bits as id, got 'a'"),
+        ("categories", {"id": -(2**70)}, r"categories\[0\]: expected a whole number of 64 bits as id"),
+        ("categories", {"id": "a"}, r"categories\[0\]: expected a whole number"),
+        ("images", {"width": 1e30}, r"images\[0\]: expected width and height of at least 1, got \[1e\+30, 48\]"),
+        ("images", {"width": float("inf")}, r"images\[0\]: .* got \[inf, 48\]"),
+        ("images", {"height": float("nan")}, r"images\[0\]: .* got \[64, nan\]"),
+        ("annotations", {"category_id": 2**70}, r"annotations\[0\]: expected whole numbers of 64 bits as ids"),
+        ("annotations", {"bbox": None}, r"annotations\[0\]: .* 4 numbers in bbox"),
+    ],
+)
+def test_numbers_that_are_none_or_too_large_are_named(make, part, change, message):
+    with pytest.raises(ValueError, match=rf"annotations\.json: {message}"):
+        make(BOXES, edit=lambda coco, folder: coco[part][0].update(change))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"id": 1, "image_id": 1, "caption": "a cat"}, "these are captions: detection needs the instances_ file"),
+        ({"image_id": 1, "segments_info": []}, "these are the segments of panoptic segmentation"),
+    ],
+)
+def test_files_of_other_tasks_are_told_apart(make, entry, message):
+    with pytest.raises(ValueError, match=rf"annotations\[0\] has no category_id, bbox; {message}"):
+        make([entry])
 
 
 def test_missing_annotation_file_is_an_error(tmp_path):

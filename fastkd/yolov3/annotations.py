@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from collections import Counter
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,7 +32,9 @@ class Annotations:
         classes: (M,) int64.
         crowd: (M,) bool: not a training target, and neither a hit nor a miss in evaluation.
         areas: (M,) float64 of the objects in pixels, for COCO's small, medium and large.
-        problems: what was dropped or clipped, and how often.
+        problems: what was left out or changed, to the name of the image of each case: a name may be there twice.
+        notes: how the files were understood, where they leave it open; whole sentences.
+        unread: (P,) bool, or None: images that were found to be unreadable when they were decoded.
     """
 
     source: str
@@ -48,7 +49,9 @@ class Annotations:
     classes: Array
     crowd: Array
     areas: Array
-    problems: Counter[str] = field(default_factory=Counter)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    unread: Array | None = None
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -70,13 +73,42 @@ class Annotations:
         """The first ``count`` pictures, or all, with their boxes."""
         if count is None or count >= len(self):
             return self
-        kept: Array = np.less(self.rows, count)
+        return self.only(np.arange(len(self)) < count)
+
+    def only(self, kept: Array) -> Annotations:
+        """The images that ``kept`` (P,) bool marks, with their boxes."""
+        boxes = kept[self.rows]
         return replace(
-            self._keeping(kept),
-            file_names=self.file_names[:count],
-            image_ids=self.image_ids[:count],
-            sizes=self.sizes[:count],
+            self._keeping(boxes),
+            file_names=[self.file_names[row] for row in np.flatnonzero(kept)],
+            image_ids=self.image_ids[kept],
+            sizes=self.sizes[kept],
+            rows=(np.cumsum(kept) - 1)[self.rows[boxes]],
+            unread=None,
         )
+
+    def once(self) -> Annotations:
+        """Each file once: the boxes of its later entries go to the first one, except those that repeat a box."""
+        places: dict[str, int] = {}
+        first = np.array([places.setdefault(os.path.normpath(x), row) for row, x in enumerate(self.file_names)])
+        kept = np.isin(np.arange(len(self)), first)
+        if kept.all():
+            return self
+        order = np.argsort(first[self.rows], kind="stable")
+        joined = replace(self._keeping(order), rows=first[self.rows][order])
+        joined = joined._keeping(~(joined.repeated() & ~kept[self.rows][order]))
+        again = [self.file_names[row] for row in np.flatnonzero(~kept)]
+        return replace(
+            joined.only(kept), problems={**self.problems, "repeated entries of an image joined with its first": again}
+        )
+
+    def repeated(self) -> Array:
+        """(M,) bool: boxes that have image, class and corners of an earlier one."""
+        table = np.column_stack([self.rows, self.classes, self.boxes])
+        order = np.lexsort(table.T[::-1])
+        again = np.zeros(len(table), dtype=bool)
+        again[order[1:]] = (table[order[1:]] == table[order[:-1]]).all(1)
+        return again
 
     def _keeping(self, kept: Array) -> Annotations:
         """With these boxes alone."""
@@ -86,7 +118,7 @@ class Annotations:
         return replace(self, boxes=boxes, rows=rows, classes=classes, crowd=crowd, areas=areas)
 
     def clean(self) -> Annotations:
-        """Boxes clipped to their pictures; those without area there, or not finite, left out; ``problems`` counted."""
+        """Boxes clipped to their pictures; those without area there, or not finite, left out; ``problems`` told."""
         finite: Array = np.logical_and.reduce(np.isfinite(self.boxes), axis=1)
         boxes = np.where(finite[:, None], self.boxes, 0)
         limit = self.sizes[self.rows].astype(np.float64)
@@ -97,27 +129,37 @@ class Annotations:
         # a box inside keeps its own numbers: x + width - x rounds
         changed = (low != boxes[:, :2]) | (high != boxes[:, :2] + boxes[:, 2:])
         boxes = np.where(changed.any(1)[:, None], np.concatenate([low, high - low], 1), boxes)
-        problems = Counter(
-            {
-                "boxes that are not finite dropped": int((~finite).sum()),
-                "boxes without area in the picture dropped": int((finite & ~kept).sum()),
-                "boxes clipped to their picture": int((kept & outside).sum()),
-            }
-        )
+        found = {
+            "boxes that are not finite dropped": ~finite,
+            "boxes without area in their image dropped": finite & ~kept,
+            "boxes clipped to their image": kept & outside,
+        }
+        problems = self.problems | {what: self.names_of(which) for what, which in found.items() if which.any()}
         areas = np.where(np.isnan(self.areas), boxes[:, 2] * boxes[:, 3], self.areas)
-        return replace(self, boxes=boxes, areas=areas, problems=+problems)._keeping(kept)
+        return replace(self, boxes=boxes, areas=areas, problems=problems)._keeping(kept)
+
+    def names_of(self, boxes: Array) -> list[str]:
+        """The image's name of each of these boxes, given as (M,) bool."""
+        return [self.file_names[row] for row in self.rows[boxes].tolist()]
 
     def missing(self) -> list[str]:
         """Names of the pictures that are not there."""
         return [name for name in self.file_names if not (self.image_dir / name).is_file()]
 
-    def unreadable(self) -> list[str]:
-        """Names of the pictures that are there but have no size."""
-        rows = np.flatnonzero((self.sizes < 1).any(1)).tolist()
-        return [self.file_names[row] for row in rows if self.path(row).is_file()]
+    def have_size(self) -> Array:
+        """(P,) bool: images whose size is known; of the others the header could not be read."""
+        known: Array = np.logical_and.reduce(self.sizes > 0, axis=1)
+        return known
 
     def coco(self, *, boxes: bool = True) -> dict[str, Any]:
-        """The set as COCO JSON has it, without boxes if so asked. Annotations are numbered from 1."""
+        """The set as COCO JSON has it, without boxes if so asked. Annotations are numbered from 1.
+
+        Images that were found to be unreadable are left out: no detector has seen them.
+        """
+        if self.unread is not None and self.unread.any():
+            if self.unread.all():
+                raise ValueError(f"{self.source}: none of the {len(self)} images could be read")
+            return self.only(~self.unread).coco(boxes=boxes)
         images = [
             {"id": int(number), "file_name": name, "width": int(width), "height": int(height)}
             for number, name, (width, height) in zip(self.image_ids, self.file_names, self.sizes, strict=True)
@@ -148,10 +190,10 @@ def from_rows(
     file_names: Sequence[str],
     sizes: Sequence[tuple[int, int]],
     class_names: Sequence[str],
-    objects: array[float],
+    table: Array,
+    notes: Sequence[str] = (),
 ) -> Annotations:
-    """Of formats without ids. ``objects``: seven doubles each, picture's row, class, x, y, width, height, crowd."""
-    table = np.frombuffer(objects).reshape(-1, 7)
+    """Of formats without ids. ``table``: (M, 7) float64, picture's row, class, x, y, width, height, crowd."""
     return Annotations(
         source=source,
         image_dir=image_dir,
@@ -165,7 +207,14 @@ def from_rows(
         classes=table[:, 1].astype(np.int64),
         crowd=table[:, 6] > 0,
         areas=np.full(len(table), np.nan),
+        notes=list(notes),
     )
+
+
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """The first names, each once, for a message."""
+    different = list(dict.fromkeys(names))
+    return ", ".join(different[:most]) + (", ..." if len(different) > most else "")
 
 
 def refuse_outside(file_name: str, source: str) -> None:

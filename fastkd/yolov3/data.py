@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -13,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastkd.yolov3.annotations import Annotations
+from fastkd.yolov3.annotations import Annotations, some_of
 from fastkd.yolov3.augment import FILL, Array, Augmentation, Labelled, augment, mosaic
 from fastkd.yolov3.formats import read_pictures, read_set
+
+READ_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+JPEG_START, JPEG_END, JPEG_SCAN = b"\xff\xd8", b"\xff\xd9", b"\xda"  # markers
 
 
 class Letterbox(NamedTuple):
@@ -52,6 +57,7 @@ class Sample(NamedTuple):
     targets: Tensor  # (k, 5) float32: class index, x1, y1, x2, y2 in pixels of the network's input
     image_id: int
     letterbox: Letterbox  # without augmentation, the way back to the original picture
+    readable: bool = True  # False: the file could not be read; the image is grey, and `collate` leaves the sample out
 
 
 class Batch(NamedTuple):
@@ -69,13 +75,17 @@ class DetectionDataset(Dataset[Sample]):
     A sample depends on (seed, epoch, index) only: not on the order of access, the number of workers, or where a run was
     resumed. Classes are numbered 0, 1, ...: in COCO in the order of the category ids, in VOC sorted by name.
 
-    What is wrong in a file is found when it is opened, or is an error that names the picture:
+    What is wrong in a file is found when it is opened, or when the image is read, and is named:
 
-    - missing picture: FileNotFoundError with the count and the first few, at construction;
-    - broken picture, or one whose size is not the one in the file: ValueError naming it, when it is read;
-    - unknown class or picture, duplicate id, file name outside the image folder: ValueError at construction;
+    - missing image: FileNotFoundError with the count and the first few, at construction;
+    - image that can't be read, or of another size than the annotations say: left out, with a warning that names it.
+      With augmentation the next image that can be read takes its place, so that a sample still depends on (seed, epoch,
+      index) only; without, `collate` drops the sample, and the evaluation does not count its boxes;
+    - JPEG that is cut off: read as far as it goes, the rest is grey, with a warning that names it;
+    - file that is listed twice: one image, with the boxes of both entries;
+    - unknown class or image, file name outside the image folder: ValueError at construction;
     - box outside the picture: clipped to it; box without area (also after clipping) or not finite: dropped. One warning
-      gives the counts, which stay in `annotations.problems`;
+      gives the counts and names, which stay in `annotations.problems`;
     - crowd annotation (`iscrowd`; VOC's `difficult`): not a training target, but part of the evaluation;
     - picture without boxes: kept, as background.
 
@@ -109,16 +119,17 @@ class DetectionDataset(Dataset[Sample]):
         if not isinstance(annotations, Annotations):
             annotations = read_set(annotations, annotations if images is None else images)
         annotations = annotations.first(limit)
-        _require_files(annotations)
-        self.annotations = annotations.clean()
+        self.annotations = _readable(annotations).clean()
         if self.annotations.problems:
-            counts = ", ".join(f"{count} {problem}" for problem, count in self.annotations.problems.items())
-            warnings.warn(f"{annotations.source}: {counts}", stacklevel=2)
+            told = (f"{len(names)} {what} ({some_of(names)})" for what, names in self.annotations.problems.items())
+            warnings.warn(f"{annotations.source}: {', '.join(told)}", stacklevel=2)
         boxes = self.annotations.boxes
         self._corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).astype(np.float32)
 
-        # In shared memory, so that workers that outlive an epoch see the new one.
+        # In shared memory, so that workers that outlive an epoch see the new one, and tell what they could not read.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._unread: Tensor = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+        self.annotations.unread = self._unread.numpy()
         self._cache: dict[int, Array] | None = {} if cache else None
 
     @classmethod
@@ -153,16 +164,23 @@ class DetectionDataset(Dataset[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: expected 0..{len(self) - 1}, got {index}")
         index %= len(self)
-        width, height = self.annotations.sizes[index].tolist()
-        letterbox = letterbox_of(width, height, self.size)
         if self.augmentation is None:
-            image, boxes, classes = self._fitted(*self._load(index))
+            loaded = self._load(index)
+            labelled = None if loaded is None else self._fitted(*loaded)
         else:
             rng = np.random.default_rng([self.seed, epoch, index])
-            image, boxes, classes = self._augmented(index, rng, self.augmentation)
+            index, loaded = self._next_readable(index)
+            labelled = self._augmented(loaded, rng, self.augmentation)
+        image, boxes, classes = labelled or _blank(self.size)
         targets = np.concatenate([classes[:, None].astype(np.float32), boxes], axis=1)
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return Sample(pixels, torch.from_numpy(targets), int(self.annotations.image_ids[index]), letterbox)
+        width, height = self.annotations.sizes[index].tolist()
+        return Sample(
+            torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            torch.from_numpy(targets),
+            int(self.annotations.image_ids[index]),
+            letterbox_of(width, height, self.size),
+            readable=labelled is not None,
+        )
 
     def box_sizes(self) -> Tensor:
         """Widths and heights (M, 2), float32, of all target boxes as the network sees them: for choosing anchors."""
@@ -173,78 +191,155 @@ class DetectionDataset(Dataset[Sample]):
         scaled = np.rint(sizes * (self.size / sizes.max(1, keepdims=True))).clip(min=1) / sizes
         return torch.from_numpy(((boxes[:, 2:] - boxes[:, :2]) * scaled).astype(np.float32))
 
-    def _augmented(self, index: int, rng: np.random.Generator, options: Augmentation) -> Labelled:
-        """The labelled picture, augmented and letterboxed, perhaps in a mosaic with three others."""
-        members = [index]
+    def _augmented(self, loaded: Labelled, rng: np.random.Generator, options: Augmentation) -> Labelled:
+        """The labelled image, augmented and letterboxed, perhaps in a mosaic with three others."""
+        members = [loaded]
         if rng.random() < options.mosaic:
-            members += rng.integers(len(self), size=3).tolist()
-        tiles = [self._fitted(*augment(*self._load(member), rng, options)) for member in members]
+            members += [self._next_readable(other)[1] for other in rng.integers(len(self), size=3).tolist()]
+        tiles = [self._fitted(*augment(*member, rng, options)) for member in members]
         return tiles[0] if len(tiles) == 1 else mosaic(tiles, rng, min_visible=options.min_visible)
 
     def _fitted(self, image: Array, boxes: Array, classes: Array) -> Labelled:
         fitted, letterbox = fit(image, self.size)
         return fitted, letterbox.to_input(boxes), classes
 
-    def _load(self, index: int) -> Labelled:
+    def _next_readable(self, index: int) -> tuple[int, Labelled]:
+        """The image of this index, or the first one after it that can be read, with its own index."""
+        for place in (*range(index, len(self)), *range(index)):
+            loaded = self._load(place)
+            if loaded is not None:
+                return place, loaded
+        raise ValueError(f"{self.annotations.source}: none of the {len(self)} images can be read")
+
+    def _load(self, index: int) -> Labelled | None:
+        """Image, boxes and classes; None where the image can't be read or has not the size that its boxes are for."""
         image = self._cache.get(index) if self._cache is not None else None
+        if image is None and not self._unread[index]:
+            try:
+                image = _read_as(self.annotations.path(index), *self.annotations.sizes[index].tolist())
+            except ValueError as error:
+                self._unread[index] = True
+                warnings.warn(f"{error}; this image is left out", stacklevel=2)
         if image is None:
-            path = self.annotations.path(index)
-            image = read_image(path)
-            height, width = image.shape[:2]
-            stated = tuple(self.annotations.sizes[index].tolist())
-            if (width, height) != stated:
-                raise ValueError(
-                    f"{path}: the annotations expect {stated[0]}x{stated[1]} pixels (width x height), "
-                    f"the file has {width}x{height}"
-                )
-            if self._cache is not None:
-                self._cache[index] = image
+            return None
+        if self._cache is not None:
+            self._cache[index] = image
         of = self.annotations.of(index)
         trained = ~self.annotations.crowd[of]
         return image, self._corners[of][trained], self.annotations.classes[of][trained]
 
 
-def _require_files(annotations: Annotations) -> None:
-    for fault, error, names in (
-        ("not in", FileNotFoundError, annotations.missing()),
-        ("that can't be read in", ValueError, annotations.unreadable()),
-    ):
-        if names:
-            some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            raise error(
-                f"images: {len(names)} of {len(annotations)} pictures {fault} {annotations.image_dir}: {some}; "
-                "fastkd data check lists all faults of a set"
-            )
+def _readable(annotations: Annotations) -> Annotations:
+    """Without the images whose header can't be read; all files have to be there."""
+    missing = annotations.missing()
+    if missing:
+        raise FileNotFoundError(
+            f"images: {len(missing)} of {len(annotations)} images not in {annotations.image_dir}: {some_of(missing)}; "
+            "fastkd data check lists all faults of a set"
+        )
+    readable = annotations.have_size()
+    if readable.all():
+        return annotations
+    if not readable.any():
+        raise ValueError(f"images: none of the {len(annotations)} images in {annotations.image_dir} can be read")
+    names = [annotations.file_names[row] for row in np.flatnonzero(~readable)]
+    kept = annotations.only(readable)
+    return replace(kept, problems=kept.problems | {"images that can't be read left out": names})
+
+
+def _read_as(path: Path, width: int, height: int) -> Array:
+    """The image, which has to have this size."""
+    image = read_image(path)
+    found_height, found_width = image.shape[:2]
+    if (found_width, found_height) != (width, height):
+        raise ValueError(
+            f"{path}: the annotations expect {width}x{height} pixels (width x height), "
+            f"the file has {found_width}x{found_height}"
+        )
+    return image
+
+
+def _blank(size: int) -> Labelled:
+    """Stands for an image that can't be read."""
+    return np.full((size, size, 3), FILL, np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Join samples into a batch: pass it to a DataLoader as `collate_fn`."""
+    """Join samples into a batch: pass it to a DataLoader as `collate_fn`. Those that could not be read are left out."""
+    kept = [sample for sample in samples if sample.readable]
     targets = [
         torch.cat([sample.targets.new_full((len(sample.targets), 1), index), sample.targets], dim=1)
-        for index, sample in enumerate(samples)
+        for index, sample in enumerate(kept)
     ]
+    images = torch.stack([sample.image for sample in kept or samples])[: len(kept)]
     return Batch(
-        images=torch.stack([sample.image for sample in samples]).float().div_(255),
-        targets=torch.cat(targets),
-        image_ids=[sample.image_id for sample in samples],
-        letterboxes=[sample.letterbox for sample in samples],
+        images=images.float().div_(255),
+        targets=torch.cat([torch.zeros(0, 6), *targets]),
+        image_ids=[sample.image_id for sample in kept],
+        letterboxes=[sample.letterbox for sample in kept],
     )
 
 
+class Decoded(NamedTuple):
+    """An encoded image's pixels, and what a data check says of it."""
+
+    image: Array  # (H, W, 3) uint8 RGB
+    deep: bool  # the file has 16 bits a channel
+    cut_off: bool  # a JPEG without its end: the rest may be grey or wrong
+
+
 def read_image(path: str | os.PathLike[str]) -> Array:
-    """Read a picture as (H, W, 3) uint8 RGB, as stored: an orientation tag is ignored, as COCO's boxes expect.
+    """Read an image as (H, W, 3) uint8 RGB, as stored: an orientation tag is ignored, as COCO's boxes expect.
+
+    A JPEG that is cut off is read as far as it goes, with a warning. Of 16 bits a channel those eight are kept that the
+    image's largest value needs, counted in steps of two bits, so that 12-bit values are not black.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a picture that OpenCV can read.
+        ValueError: the file is not an image that OpenCV can read.
     """
     # From bytes, because cv2.imread returns None for a missing and a broken file alike, and trips over some names.
     encoded = np.fromfile(path, dtype=np.uint8)
-    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None
-    if image is None:
+    found = decode(encoded)
+    if found is None:
         raise ValueError(f"{os.fspath(path)}: not a picture that can be read ({encoded.size} bytes); is it damaged?")
-    rgb: Array = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    return rgb
+    if found.cut_off:
+        warnings.warn(f"{os.fspath(path)}: this JPEG has no end, so a part of the image may be missing", stacklevel=2)
+    return found.image
+
+
+def decode(encoded: Array) -> Decoded | None:
+    """The image in the bytes of a file, (n,) uint8; None where OpenCV cannot read it."""
+    data = encoded.tobytes()
+    cut_off = _is_cut_off(data)
+    for end in (b"", JPEG_END) if cut_off else (b"",):  # with an end OpenCV reads what is there, as cv2.imread does
+        try:
+            image = cv2.imdecode(np.frombuffer(data + end, np.uint8), READ_FLAGS) if data else None
+        except cv2.error:  # of more pixels than OpenCV's limit, for example
+            image = None
+        if image is not None and image.dtype in (np.uint8, np.uint16):
+            deep = image.dtype == np.uint16
+            rgb: Array = cv2.cvtColor(_eight_bits(image) if deep else image, cv2.COLOR_BGR2RGB)
+            return Decoded(rgb, deep, cut_off)
+    return None
+
+
+def _is_cut_off(data: bytes) -> bool:
+    """Whether this is a JPEG in which no end follows the start of the first scan."""
+    if not data.startswith(JPEG_START):
+        return False
+    place = len(JPEG_START)
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != JPEG_SCAN:
+        place += 2 + int.from_bytes(
+            data[place + 2 : place + 4], "big"
+        )  # a segment, perhaps with a thumbnail's end in it
+    return data.find(JPEG_END, place) < 0
+
+
+def _eight_bits(image: Array) -> Array:
+    """The eight bits that matter of uint16: cameras store 10, 12 or 14 bits in 16."""
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if image.max() < 1 << bits)
+    return (image >> (bits - 8)).astype(np.uint8)
 
 
 def fit(image: Array, size: int) -> tuple[Array, Letterbox]:

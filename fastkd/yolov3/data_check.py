@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -16,56 +17,75 @@ import torch
 from PIL import Image as Picture
 from tqdm import tqdm
 
-from fastkd.yolov3.annotations import Annotations, Array
+from fastkd.yolov3.annotations import Annotations, Array, some_of
 from fastkd.yolov3.boxes import Detections
-from fastkd.yolov3.data import letterbox_of, read_image
-from fastkd.yolov3.formats import find_set, read_set
+from fastkd.yolov3.data import decode, letterbox_of
+from fastkd.yolov3.formats import YAML, find_set, read_set
 from fastkd.yolov3.predict import Image, draw, write_picture
 
 ORIENTATION = 0x0112  # of EXIF
 TINY = 2  # pixels of the network's input, under which a box has no cell of its own at any stride
 BAR = 30  # characters
 TILE = 480  # pixels
+UNREADABLE = "images can't be read"
 
 
 @dataclass
 class SetReport:
-    """One set, looked at. ``faults`` are what a training would stop at or be misled by: what it is, and where."""
+    """One set, looked at. ``faults`` are what a training would leave out or be misled by: what it is, and where."""
 
     name: str
     annotations: Annotations  # as they are in the files
     clean: Annotations  # as training sees them
     tiny: int
-    turned: int = 0  # pictures with an orientation tag
+    quick: bool = False
+    turned: int = 0  # images with an orientation tag
+    deep: int = 0  # images of 16 bits a channel
     faults: dict[str, list[str]] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)  # of the pictures' bytes, to file names
+    # of the images' bytes, or their paths where the images were not read, to file names
+    hashes: dict[str, str] = field(default_factory=dict)
+    copies: list[str] = field(default_factory=list)  # images with the bytes of another one
 
     def lines(self) -> list[str]:
         found, boxes = self.annotations, self.clean.boxes
         with_boxes = len(np.unique(self.clean.rows))
         lines = [
-            f"{self.name}: {len(found)} pictures, {len(boxes)} boxes  ({found.source})",
-            f"  pictures without a box: {len(found) - with_boxes}; boxes a picture that has some: "
+            f"{self.name}: {len(found)} images, {len(boxes)} boxes  ({found.source})",
+            f"  images without a box: {len(found) - with_boxes}; boxes per image that has some: "
             f"{len(boxes) / max(with_boxes, 1):.1f}; crowd or difficult: {int(self.clean.crowd.sum())}",
         ]
         counts = np.bincount(self.clean.classes, minlength=len(found.class_names)).tolist()
         width = max(map(len, found.class_names), default=0)
         for name, count in zip(found.class_names, counts, strict=True):
             lines.append(f"  {name:<{width}} {count:>8} {'#' * round(BAR * count / max(*counts, 1))}")
-        lines += [
-            f"  note: {count} {problem}" for problem, count in self.clean.problems.items() if "dropped" not in problem
-        ]
-        if self.tiny:
-            lines.append(f"  note: {self.tiny} boxes are under {TINY} pixels wide or high in the network's input")
-        if self.turned:
-            lines.append(
-                f"  note: {self.turned} pictures have an orientation tag, which is ignored: boxes must fit the pixels "
-                "as stored; if yours were drawn on the turned picture, turn the files first"
-            )
-        for fault, names in self.faults.items():
-            some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            lines.append(f"  FAULT: {len(names)} {fault}: {some}")
+        lines += [f"  note: {note}" for note in self._notes(counts)]
+        lines += [f"  FAULT: {len(names)} {fault}: {some_of(names)}" for fault, names in self.faults.items()]
         return lines
+
+    def _notes(self, counts: list[int]) -> list[str]:
+        told = {what: names for what, names in self.clean.problems.items() if "dropped" not in what}
+        told["boxes repeat another one of the same image and class"] = self.clean.names_of(self.clean.repeated())
+        told["images have the same content as another one of the set"] = self.copies
+        notes = self.annotations.notes + [
+            f"{len(names)} {what}: {some_of(names)}" for what, names in told.items() if names
+        ]
+        empty = [name for name, count in zip(self.annotations.class_names, counts, strict=True) if not count]
+        if empty and any(counts):
+            from_one = Path(self.annotations.source).suffix in YAML and empty == self.annotations.class_names[:1]
+            hint = "; are the class numbers of the labels counted from 1?" if from_one else ""
+            notes.append(f"{len(empty)} classes have no box: {some_of(empty)}{hint}")
+        if self.tiny:
+            notes.append(f"{self.tiny} boxes are under {TINY} pixels wide or high in the network's input")
+        if self.turned:
+            notes.append(
+                f"{self.turned} images have an orientation tag, which is ignored: boxes must fit the pixels as stored; "
+                "if yours were drawn on the turned image, turn the files first"
+            )
+        if self.deep:
+            notes.append(
+                f"{self.deep} images have 16 bits per channel, of which the highest eight that are in use are read"
+            )
+        return notes
 
 
 def check_set(
@@ -76,44 +96,51 @@ def check_set(
     Args:
         folder, name: as for ``find_set``.
         size: side of the network's input in pixels.
-        quick: do not read the pictures, only whether they are there.
+        quick: do not read the images, only whether they are there.
         progress: whether to show a bar, where the output is a terminal.
 
     Raises:
         FileNotFoundError, ValueError: no such set, or annotations that cannot be read (names the place).
     """
     annotations = read_set(*find_set(folder, name))
-    missing, unreadable = annotations.missing(), annotations.unreadable()
-    clean = annotations.clean()
-    report = SetReport(name, annotations, clean, _count_tiny(clean, size))
-    faults = {"pictures are missing": missing, "pictures can't be read": unreadable}
-    if not quick:
-        known = {*missing, *unreadable}
-        rows = [row for row, file_name in enumerate(annotations.file_names) if file_name not in known]
-        broken, other = [], []
-        for row in tqdm(rows, unit="picture", leave=False, disable=None if progress else True):
-            fault = _look(annotations, row, report.hashes)
-            report.turned += _is_turned(annotations.path(row))
-            broken += [annotations.file_names[row]] if fault == "broken" else []
-            other += [annotations.file_names[row]] if fault == "size" else []
-        faults["pictures can't be read"] = unreadable + broken
-        faults["pictures have another size than the annotations say"] = other
-    dropped = sum(count for problem, count in clean.problems.items() if "dropped" in problem)
-    faults["boxes without area in their picture, or not finite"] = _without(annotations, clean) if dropped else []
-    faults["pictures, and a box in none of them"] = [] if len(clean.boxes) else annotations.file_names
+    readable = annotations.have_size()
+    clean = annotations.only(readable).clean()
+    report = SetReport(name, annotations, clean, _count_tiny(clean, size), quick)
+    missing = set(annotations.missing())
+    there = [row for row, file_name in enumerate(annotations.file_names) if file_name not in missing]
+    faults = {
+        "images are missing": [file_name for file_name in annotations.file_names if file_name in missing],
+        UNREADABLE: [annotations.file_names[row] for row in there if not readable[row]],
+    }
+    rows = [row for row in there if readable[row]]
+    if quick:
+        report.hashes = {os.path.realpath(annotations.path(row)): annotations.file_names[row] for row in rows}
+    else:
+        for row in tqdm(rows, unit="image", leave=False, disable=None if progress else True):
+            for fault in _look(report, row):
+                faults.setdefault(fault, []).append(annotations.file_names[row])
+    faults["boxes without area in their image, or not finite"] = [
+        file_name for what, names in clean.problems.items() if "dropped" in what for file_name in names
+    ]
+    faults["images, and a box in none of them"] = [] if len(clean.boxes) else annotations.file_names
     report.faults = {fault: names for fault, names in faults.items() if names}
     return report
 
 
 def compare_sets(reports: Sequence[SetReport]) -> list[str]:
-    """What two sets must not have in common, or must: pictures and classes. Faults begin with ``FAULT``."""
+    """What two sets must not have in common, or must: images and classes. Faults begin with ``FAULT``."""
     lines = []
     for a, b in combinations(reports, 2):
         shared = [f"{a.hashes[key]} = {b.hashes[key]}" for key in a.hashes.keys() & b.hashes.keys()]
         if shared:
             kind = "note" if _are_parts(a.name, b.name) else "FAULT"
             lines.append(
-                f"{kind}: {len(shared)} pictures are in {a.name} and in {b.name}: {', '.join(sorted(shared)[:3])}"
+                f"{kind}: {len(shared)} images are in {a.name} and in {b.name}: {', '.join(sorted(shared)[:3])}"
+            )
+        elif a.quick and (names := {*a.annotations.file_names} & {*b.annotations.file_names}):
+            lines.append(
+                f"note: {len(names)} file names are in {a.name} and in {b.name}, in different folders; without --quick "
+                f"their content is compared: {some_of(sorted(names), 3)}"
             )
         if a.annotations.class_names != b.annotations.class_names:
             differ = sorted(set(a.annotations.class_names) ^ set(b.annotations.class_names))
@@ -142,15 +169,26 @@ def write_samples(reports: Sequence[SetReport], path: str | os.PathLike[str], *,
     return bool(rows)
 
 
-def _look(annotations: Annotations, row: int, hashes: dict[str, str]) -> str | None:
-    """What is wrong with a picture; notes what it is."""
-    path = annotations.path(row)
-    hashes[hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()] = annotations.file_names[row]
+def _look(report: SetReport, row: int) -> list[str]:
+    """What is wrong with an image; the report gets what is worth a note."""
+    annotations, path = report.annotations, report.annotations.path(row)
     try:
-        height, width = read_image(path).shape[:2]
-    except ValueError:
-        return "broken"
-    return None if annotations.sizes[row].tolist() == [width, height] else "size"
+        encoded = np.fromfile(path, dtype=np.uint8)
+    except OSError:  # no permission, for example
+        return [UNREADABLE]
+    key = hashlib.blake2b(encoded.tobytes(), digest_size=16).hexdigest()
+    first = report.hashes.setdefault(key, annotations.file_names[row])
+    report.copies += [f"{annotations.file_names[row]} = {first}"] if first != annotations.file_names[row] else []
+    report.turned += _is_turned(path)
+    found = decode(encoded)
+    if found is None:
+        return [UNREADABLE]
+    report.deep += found.deep
+    faults = ["images are JPEGs without their end: cut off, or damaged"] if found.cut_off else []
+    height, width = found.image.shape[:2]
+    if annotations.sizes[row].tolist() != [width, height]:
+        faults.append("images have another size than the annotations say")
+    return faults
 
 
 def _is_turned(path: Path) -> bool:
@@ -167,29 +205,20 @@ def _count_tiny(clean: Annotations, size: int) -> int:
     return int((clean.boxes[:, 2:].min(1, initial=size) * scale < TINY).sum())
 
 
-def _without(annotations: Annotations, clean: Annotations) -> list[str]:
-    """Names of the pictures that have lost a box."""
-    before = np.bincount(annotations.rows, minlength=len(annotations))
-    after = np.bincount(clean.rows, minlength=len(annotations))
-    return [annotations.file_names[row] for row in np.flatnonzero(before > after).tolist()]
-
-
 def _tiles(clean: Annotations, count: int) -> list[Array]:
     rows = np.unique(clean.rows) if len(clean.rows) else np.arange(len(clean))
     chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)].tolist()
     tiles = []
     for row in chosen:
-        try:
-            tiles.append(_tile(clean, row))
-        except (ValueError, OSError):  # a fault that the report names
-            continue
+        with contextlib.suppress(OSError):  # a fault that the report names
+            found = decode(np.fromfile(clean.path(row), dtype=np.uint8))
+            tiles += [_tile(clean, row, found.image)] if found is not None else []
     blank = np.full((TILE, TILE, 3), 255, dtype=np.uint8)
     return tiles + [blank] * (count - len(tiles)) if tiles else []
 
 
-def _tile(clean: Annotations, row: int) -> Array:
-    """One picture, enlarged or reduced so that names can be read, in a white square."""
-    image = read_image(clean.path(row))
+def _tile(clean: Annotations, row: int, image: Array) -> Array:
+    """One image, enlarged or reduced so that names can be read, in a white square."""
     height, width = image.shape[:2]
     letterbox = letterbox_of(width, height, TILE - 8)
     boxes = clean.boxes[clean.of(row)]

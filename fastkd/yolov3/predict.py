@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -15,10 +16,11 @@ from tqdm import tqdm
 
 from fastkd.files import replacing
 from fastkd.modes import eval_mode
+from fastkd.yolov3.annotations import some_of
 from fastkd.yolov3.boxes import Detections, detect
-from fastkd.yolov3.checkpoint import Detector
 from fastkd.yolov3.data import fit, read_image
 from fastkd.yolov3.formats import PICTURES
+from fastkd.yolov3.model import Detector
 
 Image = npt.NDArray[np.uint8]
 
@@ -50,11 +52,11 @@ def predict(
         progress: whether to show a bar, where the output is a terminal.
 
     Returns:
-        The files written, in order.
+        The files written, in order. An image that can't be read has none; one warning names them.
 
     Raises:
         FileNotFoundError: no such picture or folder, or a folder without pictures.
-        ValueError: a file that is no picture, two pictures of one name, or a threshold out of range.
+        ValueError: no file is an image that can be read, two have one name, or a threshold is out of range.
     """
     files = listed(pictures)
     targets = [_named(Path(out) / file.name) for file in files]
@@ -65,11 +67,22 @@ def predict(
             f"out: {os.fspath(out)} holds the pictures themselves; give another folder, or they would be lost"
         )
     bar = tqdm(files, unit="picture", leave=False, disable=None if progress else True)
+    written, faults = [], {}
     for file, target in zip(bar, targets, strict=True):
-        image = read_image(file)
+        try:
+            image = read_image(file)
+        except (ValueError, OSError) as error:
+            faults[str(file)] = error
+            continue
         found = detect_objects(model, image, size, score_threshold, iou_threshold)
         write_picture(target, draw(image, found, class_names))
-    return targets
+        written.append(target)
+    if not written:
+        raise next(iter(faults.values()))
+    if faults:
+        left_out = f"{len(faults)} of {len(files)} images can't be read and are left out: {some_of(list(faults))}"
+        warnings.warn(left_out, stacklevel=2)
+    return written
 
 
 def detect_objects(
