@@ -157,7 +157,7 @@ def test_a_bad_info_map_is_a_clear_error(field: str, value: Any, message: str) -
 
 
 def test_a_map_that_is_rounding_or_of_another_type_is_a_clear_error() -> None:
-    with pytest.raises(ValueError, match=r"temperature: expected at most 100 for the entropy.*, got 101"):
+    with pytest.raises(ValueError, match=r"temperature: expected at most 100 for the score 'entropy'.*, got 101"):
         fastkd.InfoMap("entropy", temperature=101)
     text: Any = "False"
     with pytest.raises(TypeError, match="standardize: expected True or False, got 'False'"):

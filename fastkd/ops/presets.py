@@ -56,7 +56,7 @@ class InfoMap:
             raise TypeError(f"needs_prior: expected text that says what the prior must be, got {self.needs_prior!r}")
         temperature = require_positive("temperature", self.temperature)
         if self.score == "entropy":
-            expected = f"at most {MAX_ENTROPY_TEMPERATURE:g} for the entropy, which is rounding beyond"
+            expected = f"at most {MAX_ENTROPY_TEMPERATURE:g} for the score 'entropy', which is rounding above it"
             require_number("temperature", temperature, expected, most=MAX_ENTROPY_TEMPERATURE)
         object.__setattr__(self, "temperature", temperature)
 
