@@ -380,14 +380,14 @@ DARKNET = "classes = 2\ntrain = data/train.txt\nvalid=data/test.txt\nnames = dat
     [
         (
             {"labels/train/a.txt": "", "images/train/a.txt": "", "images/valid/a.txt": "", "classes.txt": "cat\n"},
-            r"YOLO; .* write .*data\.yaml with the lines 'train: images/train', 'val: images/valid', 'names: \[cat\]'",
+            r"YOLO's layout; .*data\.yaml with the lines 'train: images/train', 'val: images/valid', 'names: \[cat\]'",
         ),
         ({"labels/a.txt": "", "images/a.txt": ""}, r"the lines 'train: images', 'names: \[first class, second"),
         (
             {"data/obj.data": DARKNET, "data/obj.names": "cat\n"},
-            r"Darknet; .* write .*data/data\.yaml with the lines 'train: train.txt', 'val: test.txt', 'names: \[cat\]'",
+            r"Darknet's layout; .*data/data\.yaml with the lines 'train: train.txt', 'val: test.txt', 'names: \[cat\]'",
         ),
-        ({"boxes.csv": ""}, "boxes in CSV files are not read"),
+        ({"weights.data": "\x00", "boxes.csv": ""}, "boxes in CSV files are not read"),
         ({"a.txt": ""}, r"which holds a\.txt; looked for annotations/"),
     ],
 )

@@ -135,7 +135,7 @@ class Annotations:
             "boxes clipped to their image": kept & outside,
         }
         problems = self.problems | {what: self.names_of(which) for what, which in found.items() if which.any()}
-        areas = np.where(np.isnan(self.areas), boxes[:, 2] * boxes[:, 3], self.areas)
+        areas = np.where(np.isfinite(self.areas), self.areas, boxes[:, 2] * boxes[:, 3])
         return replace(self, boxes=boxes, areas=areas, problems=problems)._keeping(kept)
 
     def names_of(self, boxes: Array) -> list[str]:

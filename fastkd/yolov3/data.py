@@ -219,7 +219,7 @@ class DetectionDataset(Dataset[Sample]):
                 image = _read_as(self.annotations.path(index), *self.annotations.sizes[index].tolist())
             except ValueError as error:
                 self._unread[index] = True
-                warnings.warn(f"{error}; this image is left out", stacklevel=2)
+                warnings.warn(f"an image is left out: {error}", stacklevel=2)
         if image is None:
             return None
         if self._cache is not None:

@@ -176,13 +176,13 @@ def _look(report: SetReport, row: int) -> list[str]:
         encoded = np.fromfile(path, dtype=np.uint8)
     except OSError:  # no permission, for example
         return [UNREADABLE]
-    key = hashlib.blake2b(encoded.tobytes(), digest_size=16).hexdigest()
-    first = report.hashes.setdefault(key, annotations.file_names[row])
-    report.copies += [f"{annotations.file_names[row]} = {first}"] if first != annotations.file_names[row] else []
     report.turned += _is_turned(path)
     found = decode(encoded)
     if found is None:
         return [UNREADABLE]
+    key = hashlib.blake2b(encoded.tobytes(), digest_size=16).hexdigest()
+    first = report.hashes.setdefault(key, annotations.file_names[row])
+    report.copies += [f"{annotations.file_names[row]} = {first}"] if first != annotations.file_names[row] else []
     report.deep += found.deep
     faults = ["images are JPEGs without their end: cut off, or damaged"] if found.cut_off else []
     height, width = found.image.shape[:2]

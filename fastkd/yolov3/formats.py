@@ -193,27 +193,33 @@ def require_sets(folder: str | os.PathLike[str]) -> list[str]:
 def _hint(root: Path) -> str:
     """What to write where the layout is known, but says too little to be read."""
     darknet = [root] if root.suffix == ".data" else sorted([*root.glob("*.data"), *root.glob("*/*.data")])
-    if darknet:
-        pairs = [line.split("=") for line in _lines(darknet[0]) if line.count("=") == 1]
-        said = {key.strip(): Path(value.strip()).name for key, value in pairs}
-        folder, names = darknet[0].parent, said.get("names", "")
-        places = {split: said[key] for split, key in (("train", "train"), ("val", "valid")) if key in said}
+    said = next(((file.parent, found) for file in darknet if (found := _darknet(file))), None)
+    if said:
+        kind, folder, places = "Darknet", *said
     elif (root / "images").is_dir() and (root / "labels").is_dir():
-        folder, names = root, "classes.txt"
         parts = [name for name in SPLITS if (root / "images" / name).is_dir()]
         places = {name.replace("valid", "val"): f"images/{name}" for name in parts} or {"train": "images"}
+        kind, folder, places = "YOLO", root, places | {"names": "classes.txt"}
     elif any(root.glob("*.csv")):
         return "boxes in CSV files are not read: convert them to COCO JSON"
     else:
         return ""
-    classes = (
-        [x.strip() for x in _lines(folder / names)] if (folder / names).is_file() else ["first class, second, ..."]
-    )
-    lines = [*(f"{split}: {place}" for split, place in places.items()), f"names: [{', '.join(filter(None, classes))}]"]
+    file = folder / places.pop("names", "")
+    names = ", ".join(filter(None, map(str.strip, _lines(file)))) if file.is_file() else "first class, second, ..."
+    lines = [*(f"{split}: {place}" for split, place in places.items()), f"names: [{names}]"]
+    where = folder / "data.yaml"
     return (
-        f"this looks like the layout of {'Darknet' if darknet else 'YOLO'}; to have it read, write "
-        f"{folder / 'data.yaml'} with the lines " + ", ".join(map(repr, lines))
+        f"this looks like {kind}'s layout; to have it read, write {where} with the lines {', '.join(map(repr, lines))}"
     )
+
+
+def _darknet(file: Path) -> dict[str, str]:
+    """What a .data file of Darknet says of train, val and names; nothing of another file."""
+    if not file.is_file() or file.stat().st_size > 1 << 16:
+        return {}
+    pairs = [line.split("=") for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    said = {pair[0].strip(): Path(pair[1].strip()).name for pair in pairs if len(pair) == 2}
+    return {key: said[name] for key, name in (("train", "train"), ("val", "valid"), ("names", "names")) if name in said}
 
 
 # ---- COCO
@@ -401,25 +407,26 @@ def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
     others = [_read_xml(file) for file in _beside(folder)] if folder == Path(images) else []
     everything = [*parsed.values(), *others]
     index = {name: i for i, name in enumerate(sorted({label for xml in everything for label in xml.labels}))}
+    classes = np.array([index[label] for xml in everything for label in xml.labels])
     boxes, note = _voc_boxes(np.concatenate([xml.objects for xml in everything]))
-    ends = dict(zip(parsed, np.cumsum([len(xml.labels) for xml in parsed.values()]).tolist(), strict=True))
-    names, sizes, table, others_named = [], [], [np.zeros((0, 7))], []
-    for row, name in enumerate(listed):
+    ends = dict(zip(parsed, itertools.accumulate(len(xml.labels) for xml in parsed.values()), strict=True))
+    names, sizes, chosen, others_named = [], [], [np.zeros(0, np.int64)], []
+    for name in listed:
         xml = parsed[name]
         file_name, other = _voc_picture(Path(images), name, xml.file_name, str(files[name]))
         others_named += [f"{name}.xml says {other}"] if other else []
         names.append(file_name)
         sizes.append(xml.size or picture_size(Path(images) / file_name))
-        of = slice(ends[name] - len(xml.labels), ends[name])
-        classes = [index[label] for label in xml.labels]
-        table.append(np.column_stack([np.full(len(classes), row), classes, boxes[of]]))
+        chosen.append(np.arange(ends[name] - len(xml.labels), ends[name]))
+    of = np.concatenate(chosen)
+    table = np.column_stack([np.repeat(np.arange(len(listed)), [len(x) for x in chosen[1:]]), classes[of], boxes[of]])
     notes = [note]
     if others_named:
         notes.append(
             f"{len(others_named)} XML files name another image that is there too; the image of the XML file's own name "
             f"is taken: {some_of(others_named)}"
         )
-    return from_rows(str(path), Path(images), names, sizes, list(index), np.concatenate(table), notes)
+    return from_rows(str(path), Path(images), names, sizes, list(index), table, notes)
 
 
 def _beside(folder: Path) -> list[Path]:
@@ -518,16 +525,18 @@ def _lines(path: Path) -> list[str]:
 
 
 def read_yolo(path: Path, images: str | os.PathLike[str]) -> Annotations:
-    """YOLO text: one ``.txt`` a picture, beside it or with ``labels`` for ``images`` in its path.
+    """YOLO text: one ``.txt`` per image, beside it or with ``labels`` for ``images`` in its path.
 
-    A line is a class index and centre, width and height relative to the picture; a longer one is a polygon, of which
-    the bounding box is taken. A picture with an empty label file, or none, is background.
+    A line is a class index and centre, width and height relative to the image; a longer one is a polygon, of which the
+    bounding box is taken. An image with an empty label file, or none, is background.
     """
     content = _read_yaml(path)
     if "kpt_shape" in content:
         raise ValueError(f"{path}: kpt_shape: expected labels of boxes or polygons, got those of key points")
     classes = _classes(content, path)
-    places = [Path(images)] if Path(images).exists() else [Path(place) for place in str(images).split(os.pathsep)]
+    places = [Path(images)]
+    if not places[0].exists():
+        places = [Path(place).absolute() for place in str(images).split(os.pathsep)]
     pictures = [picture for place in places for picture in _listed_pictures(place)]
     label_files = [_label_file(picture) for picture in pictures]
     labelled = [file.is_file() for file in label_files]
