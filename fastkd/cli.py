@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing not in EXTRAS.values():
             raise
         return _fail(f"this command needs {missing}, which is not installed: pip install 'fastkd[train]'")
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if arguments.traceback:
             raise
         return _fail(str(error))
@@ -154,7 +154,8 @@ def _add_train(commands: Any) -> None:
     add(model, "--model", "what to train (default: yolov3-tiny)", choices=names)
     add(model, "--width", "multiplier of its channels (default: 1.0)", type=float)
     add(model, "--init", ".pt or .weights file to start from (default: random weights)")
-    add(model, "--anchors", "found on the data, or the model's own (default: data)", choices=("data", "default"))
+    anchors = "found on the data, or the model's own (default: those of --init, else of the data)"
+    add(model, "--anchors", anchors, choices=("data", "default"))
 
     match = (
         "a box trains each anchor that fits its size with more IoU; teachers of more heads than the student want less"
@@ -163,7 +164,7 @@ def _add_train(commands: Any) -> None:
 
     kd = parser.add_argument_group("distillation")
     add(kd, "--teacher", "model.pt of a trained teacher, or Darknet .weights (default: no distillation)")
-    add(kd, "--teacher-model", "what a .weights teacher is (default: yolov3)", choices=names)
+    add(kd, "--teacher-model", "what a .weights teacher is (default: as its .cfg says, or yolov3)", choices=names)
     add(
         kd,
         "--unlabelled",
@@ -212,13 +213,11 @@ def _add_train(commands: Any) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model.pt of a run, or Darknet .weights")
-    described = parser.add_argument_group("what a .weights file does not say")
-    described.add_argument("--arch", default="yolov3", choices=("yolov3", "yolov3-tiny"), help="(default: yolov3)")
-    described.add_argument("--classes", type=int, default=80, metavar="N", help="(default: 80)")
-    described.add_argument("--width", type=float, default=1.0, metavar="N", help="(default: 1.0)")
-    described.add_argument(
-        "--anchors", type=_sizes, metavar="W,H,...", help="as in its .cfg (default: the model's own)"
-    )
+    described = parser.add_argument_group("what a .weights file does not say (default: as the .cfg beside it does)")
+    described.add_argument("--arch", choices=("yolov3", "yolov3-tiny"), help="(else: yolov3)")
+    described.add_argument("--classes", type=int, metavar="N", help="(else: 80)")
+    described.add_argument("--width", type=float, metavar="N", help="(else: 1.0)")
+    described.add_argument("--anchors", type=_sizes, metavar="W,H,...", help="(else: the model's own)")
     described.add_argument("--size", type=int, metavar="N", help="input side in pixels (default: the model's, or 416)")
 
 
@@ -390,12 +389,13 @@ def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from fastkd.files import replacing
+    from fastkd.files import replacing, require_new
     from fastkd.yolov3.data import DetectionDataset
     from fastkd.yolov3.evaluate import evaluate
     from fastkd.yolov3.formats import find_set
     from fastkd.yolov3.train import require_classes
 
+    require_new(**{"--json": arguments.json, "--detections": arguments.detections})
     found, size = _load(arguments)
     data = DetectionDataset(*find_set(arguments.data, arguments.set), size)
     require_classes("MODEL", found, data)
@@ -430,7 +430,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         score_threshold=arguments.score,
         progress=True,
     )
-    print(f"{len(written)} pictures in {arguments.out}")
+    print(f"{len(written)} images in {arguments.out}")
     return 0
 
 
@@ -473,7 +473,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     if not arguments.quick and write_samples(reports, samples):
         print(f"samples with their boxes: {samples}")
     faults += sum(line.startswith("FAULT") for line in between) + sum(len(report.faults) for report in reports)
-    unread = " (the pictures were not read)" if arguments.quick else ""
+    unread = " (the images were not read)" if arguments.quick else ""
     print((f"{faults} kinds of fault" if faults else "no fault found") + unread)
     return 1 if faults else 0
 

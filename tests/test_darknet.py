@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, load_weights, save_weights
+from fastkd.yolov3.checkpoint import load_detector, save_detector
 from fastkd.yolov3.darknet import weights_size
+from fastkd.yolov3.darknet_cfg import read_cfg, write_cfg
+from fastkd.yolov3.model import Detector
 
 
 def scrambled(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -167,3 +170,77 @@ def test_half_precision_models_are_saved_as_float32(tmp_path: Path) -> None:
     copy = tiny(1)
     load_weights(copy, tmp_path / "x.weights")
     assert torch.equal(copy.head16.weight, model.head16.weight.float())
+
+
+# ---- the .cfg beside it
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        YOLOv3(3, 0.125, [[[10.5, 11.25], [12, 13]], [[20, 30], [21, 31]], [[50, 60], [60, 1e3 / 7]]]),
+        YOLOv3Tiny(2, 0.3),
+    ],
+)
+def test_a_detector_comes_back_from_weights_and_cfg_alone(model: Detector, tmp_path: Path) -> None:
+    save_detector(model, tmp_path / "x.weights", size=96)
+    found = load_detector(tmp_path / "x.weights")
+    assert type(found.model) is type(model)
+    assert (found.model.num_classes, found.model.width, found.size) == (model.num_classes, model.width, 96)
+    assert torch.equal(found.model.anchors, model.anchors)
+    assert same_weights(found.model, model)
+    with pytest.raises(ValueError, match=rf"num_classes: expected {model.num_classes}, as .*x\.cfg says, got 80"):
+        load_detector(tmp_path / "x.weights", num_classes=80)
+
+
+def test_the_cfg_is_the_published_one() -> None:
+    """The layers of yolov3-tiny.cfg, each as Darknet numbers it: filters, or what it joins."""
+    text = write_cfg(YOLOv3Tiny())
+    found = [line.split("=")[1] for line in text.splitlines() if line.startswith(("filters", "layers", "mask"))]
+    convolutions = ["16", "32", "64", "128", "256", "512", "1024", "256", "512", "255"]
+    assert found == [*convolutions, "3,4,5", "-4", "128", "-1,8", "256", "255", "0,1,2"]
+    assert text.count("[maxpool]") == 6
+    assert "anchors=10,14,23,27,37,58,81,82,135,169,344,319\nclasses=80\nnum=6" in text
+    joined = [line for line in write_cfg(YOLOv3()).splitlines() if line.startswith("layers")]
+    assert joined == ["layers=-4", "layers=-1,61", "layers=-4", "layers=-1,36"]
+
+
+def test_a_cfg_of_darknet_is_read_with_its_comments_and_spaces(tmp_path: Path) -> None:
+    text = write_cfg(YOLOv3Tiny(7, 0.5), 320).replace("=", " = ").replace("[yolo]", "[yolo]\n; a comment\n# another")
+    (tmp_path / "x.cfg").write_text(text.split("\n", 1)[1])  # without our own first line
+    found = read_cfg(tmp_path / "x.cfg")
+    assert (found.model, found.num_classes, found.width, found.size) == ("yolov3-tiny", 7, 0.5, 320)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("size=3", "size=5", "expected layer 0 of yolov3-tiny to be .*got"),
+        ("[yolo]", "[region]", r"the 2 of YOLOv3-tiny, got 0"),
+        ("classes=80", "class=80", "a .cfg file of Darknet: KeyError 'classes'"),
+        ("[net]", "net", "got 'net' before the first"),
+    ],
+)
+def test_a_cfg_of_another_network_is_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.cfg").write_text(write_cfg(YOLOv3Tiny()).replace(old, new))
+    with pytest.raises(ValueError, match=said):
+        read_cfg(tmp_path / "x.cfg")
+
+
+def test_weights_bring_the_anchors_that_they_were_trained_with(tmp_path: Path) -> None:
+    own = [[9.0 + i, 9.0 + i] for i in range(6)]
+    save_detector(YOLOv3Tiny(3, 0.125, own), tmp_path / "x.weights")
+    default, chosen = YOLOv3Tiny(3, 0.125), YOLOv3Tiny(3, 0.125, [[7.0, 8.0]] * 6)
+    for model in (default, chosen):
+        load_weights(model, tmp_path / "x.weights")
+    assert default.anchors.reshape(-1, 2).tolist() == own
+    assert chosen.anchors.reshape(-1, 2).tolist() == [[7.0, 8.0]] * 6  # those chosen by hand stay
+
+
+def test_the_published_tiny_weights_bring_theirs(tmp_path: Path) -> None:
+    """They were trained with other anchors than their .cfg says; the header tells the file."""
+    model = YOLOv3Tiny()
+    save_weights(model, tmp_path / "x.weights", seen=32_013_312)
+    (tmp_path / "x.cfg").write_text(write_cfg(model))
+    load_weights(model, tmp_path / "x.weights")
+    assert model.anchors.reshape(-1, 2).tolist() == [list(pair) for pair in YOLOv3Tiny.published_anchors]

@@ -181,10 +181,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(config, tmp_pat
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(
+        OSError, match=r"could not be written: no space left; .* MB are free there; .*checkpoint\.pt is whole"
+    ):
         train(replace(config, resume=True))
     assert (run / "checkpoint.pt").read_bytes() == kept
-    assert not list(run.glob(".*"))
+    assert not list(run.glob(".*.part"))
 
 
 def test_paths_may_be_spelt_otherwise_when_a_run_is_resumed(config, tmp_path, monkeypatch):
@@ -293,7 +295,9 @@ def test_reported_terms_add_up_to_the_loss(config, teacher):
 def test_check_of_a_run_finds_distillation_on(config, teacher):
     config = replace(config, teacher=str(teacher))
     report = check_distillation(config)
-    assert report.ok, str(report)
+    # its weights are random: as if trained, but on nothing
+    assert [check.name for check in report.checks if check.ok is False] == ["teacher scores"]
+    assert "AP50 0.0 on the first 10 images of the training set" in str(report)
     with pytest.raises(ValueError, match="has none"):
         check_distillation(replace(config, teacher=None))
 
@@ -417,16 +421,17 @@ def test_figures_that_cost_too_much_wait_for_the_end(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(config, teacher, tmp_path):
-    bad = load_detector(teacher)
-    with torch.no_grad():
-        bad.model.neck32.conv.weight.fill_(math.nan)
-    save_detector(bad.model, tmp_path / "bad.pt", CLASS_NAMES, 64)
-    config = replace(config, teacher=str(tmp_path / "bad.pt"), info_map="self_information")
+    def spoil(detector):
+        detector.neck32.conv.weight.data.fill_(math.nan)
+
+    config = replace(config, teacher=str(teacher), info_map="self_information")
     with (
         pytest.warns(UserWarning, match="distillation may not work"),
-        pytest.raises(FloatingPointError, match=r"the distill, distill/.* loss is not finite at step 1 "),
+        pytest.raises(
+            FloatingPointError, match=r"the distill, .* loss is not finite at step 1 .*no checkpoint had been"
+        ),
     ):
-        train(config)
+        train(config, on_teacher=spoil)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -480,7 +485,7 @@ def test_a_wrong_value_is_named(config, options, message):
         ("absent.pt", None, FileNotFoundError, "no such file"),
         ("model.onnx", b"", ValueError, "ends in .pt or .weights"),
         ("broken.pt", b"PK not a zip", ValueError, "is it whole"),
-        ("other.pt", {"weights": 1}, ValueError, "not a detector's file.*got a dict with weights"),
+        ("other.pt", {"weights": 1}, ValueError, "expected a detector's file.*got a dict with weights"),
         ("code.pt", {"model": print}, ValueError, "carries code and not only weights.*weights_only=True"),
         ("module.pt", nn.Linear(1, 1), ValueError, "carries code and not only weights"),
     ],

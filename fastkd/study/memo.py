@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.files import replacing
-from fastkd.yolov3.checkpoint import Detector
+from fastkd.yolov3.model import Detector
 
 
 def remember(teacher: Detector, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -20,12 +19,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fastkd.files import replacing
+from fastkd.files import hold, replacing
 from fastkd.health import fingerprint
 from fastkd.study import maps  # noqa: F401  # the priors that only the study knows
 from fastkd.study.logits import LogitObjective
@@ -92,14 +91,14 @@ class Ledger:
     A line that was cut off by a kill is dropped, and its run done again.
 
     Raises:
-        BlockingIOError: another study is at work on this file.
+        BlockingIOError: another study is writing to this file.
         ValueError: a line that is no result, other than a last one without its end.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
+        self._lock = hold(self.file.with_name(f".{self.file.name}.lock"), self.file)
         self.results = {result.run.key: result for result in read_results(self.file)}
         with replacing(self.file) as part:
             part.write_text("".join(map(_line, self.results.values())), encoding="utf-8")
@@ -112,16 +111,7 @@ class Ledger:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        self._lock.close()
-
-    def _locked(self) -> IO[str]:
-        lock = self.file.with_name(f".{self.file.name}.lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise BlockingIOError(f"{self.file}: another study is writing to it; wait for it or stop it") from None
-        return lock
+        self._lock.release()
 
 
 def read_results(file: str | os.PathLike[str]) -> list[Result]:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastkd.files import replacing
+from fastkd.files import replacing, save
 from fastkd.yolov3.darknet import load_weights, save_weights
-from fastkd.yolov3.model import AnchorSizes, YOLOv3, YOLOv3Tiny
+from fastkd.yolov3.darknet_cfg import PUBLISHED, read_cfg, write_cfg
+from fastkd.yolov3.model import MODELS, AnchorSizes, Detector, build_detector
 
-Detector = YOLOv3 | YOLOv3Tiny
-MODELS: dict[str, type[YOLOv3] | type[YOLOv3Tiny]] = {"yolov3": YOLOv3, "yolov3-tiny": YOLOv3Tiny}
 _FORMAT = "fastkd detector 1"
+_KEYS = ("format", "model", "num_classes", "width", "anchors", "class_names", "size", "state_dict")
 
 
 class Trained(NamedTuple):
@@ -27,19 +27,6 @@ class Trained(NamedTuple):
     size: int | None  # side in pixels of the square input that it was trained on; None where the file does not say
 
 
-def build_detector(
-    name: str, num_classes: int = 80, width: float = 1.0, anchors: AnchorSizes | None = None
-) -> Detector:
-    """A detector with initial weights, by name.
-
-    Raises:
-        ValueError: unknown name (lists the known ones), or as the model itself.
-    """
-    if name not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}; got {name!r}")
-    return MODELS[name](num_classes, width, anchors)
-
-
 def save_detector(
     model: Detector, path: str | os.PathLike[str], class_names: Sequence[str] = (), size: int | None = None
 ) -> None:
@@ -48,7 +35,7 @@ def save_detector(
     Args:
         model: what to save.
         path: ``.pt``: a dictionary that ``torch.load(path, weights_only=True)`` reads; ``.weights``: Darknet's format,
-            which keeps neither anchors nor names. Replaced if it exists.
+            with a ``.cfg`` of the same name beside it that has layers, classes, anchors and size. Replaced if there.
         class_names: one per class.
         size: side in pixels of the network's input.
 
@@ -60,6 +47,8 @@ def save_detector(
         raise ValueError(f"class_names: expected {model.num_classes}, one per class, got {len(class_names)}")
     if _suffix(path) == ".weights":
         save_weights(model, path)
+        with replacing(path.with_suffix(".cfg")) as part:
+            part.write_text(write_cfg(model, size), encoding="utf-8")
         return
     content = {
         "format": _FORMAT,
@@ -71,67 +60,104 @@ def save_detector(
         "size": size,
         "state_dict": {name: value.cpu().contiguous() for name, value in model.state_dict().items()},
     }
-    with replacing(path) as part:
-        torch.save(content, part)
+    save(content, path)
 
 
 def load_detector(
     path: str | os.PathLike[str],
     *,
-    model: str = "yolov3",
-    num_classes: int = 80,
-    width: float = 1.0,
+    model: str | None = None,
+    num_classes: int | None = None,
+    width: float | None = None,
     anchors: AnchorSizes | None = None,
 ) -> Trained:
     """Read a detector that ``save_detector`` or Darknet wrote.
 
     Args:
         path: a ``.pt`` or ``.weights`` file.
-        model, num_classes, width, anchors: what a ``.weights`` file does not say; not looked at for ``.pt``. Without
-            anchors a ``.weights`` file gets the model's own, as published.
+        model, num_classes, width, anchors: what a ``.weights`` file does not say; not looked at for ``.pt``. None: as
+            the ``.cfg`` beside it says; without one ``"yolov3"``, 80, 1.0 and the model's own, as published.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a detector's file, another suffix, or weights that do not fit the model.
+        ValueError: the ``.cfg`` says something else.
+        ValueError: not a detector's file, another suffix, or weights that do not fit the model or are not finite.
     """
     path = Path(path)
     suffix = _suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; train a detector first (fastkd train) or give another path")
     if suffix == ".weights":
-        if anchors is None and model == "yolov3-tiny" and num_classes == 80:
-            anchors = YOLOv3Tiny.published_anchors  # those that the official file was trained with
-        detector = build_detector(model, num_classes, width, anchors)
-        load_weights(detector, path)
-        return Trained(detector.eval(), (), None)
-    content = _read(path)
-    detector = build_detector(content["model"], content["num_classes"], content["width"], content["anchors"])
+        return _load_weights(path, {"model": model, "num_classes": num_classes, "width": width}, anchors)
+    content = read_dictionary(path, "a detector's file, model.pt", _KEYS)
+    if content["format"] != _FORMAT:
+        raise ValueError(f"{path}: expected a file of format {_FORMAT!r}, got {content['format']!r}")
     try:
+        detector = build_detector(content["model"], content["num_classes"], content["width"], content["anchors"])
         detector.load_state_dict(content["state_dict"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: its weights do not fit the {content['model']} that it names: {error}") from error
+    _require_finite(detector, path)
     return Trained(detector.eval(), tuple(content["class_names"]), content["size"])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _load_weights(path: Path, given: dict[str, Any], anchors: AnchorSizes | None) -> Trained:
+    cfg = path.with_suffix(".cfg")
+    said = read_cfg(cfg) if cfg.is_file() else None
+    options = {name: value for name, value in given.items() if value is not None}
+    for name, value in options.items():
+        if said is not None and getattr(said, name) != value:
+            raise ValueError(f"{name}: expected {getattr(said, name)!r}, as {cfg} says, got {value!r}")
+    known = said or PUBLISHED
+    detector = build_detector(
+        options.get("model", known.model),
+        options.get("num_classes", known.num_classes),
+        options.get("width", known.width),
+        known.anchors if anchors is None else anchors,
+    )
+    given_anchors = detector.anchors.clone()
+    load_weights(detector, path)
+    if anchors is not None:
+        detector.anchors.copy_(given_anchors)
+    _require_finite(detector, path)
+    return Trained(detector.eval(), (), known.size)
+
+
+def read_dictionary(path: Path, what: str, keys: Sequence[str]) -> dict[str, Any]:
+    """What ``torch.save`` wrote of a dictionary with these keys; no code of the file is run.
+
+    Raises:
+        ValueError: the file is damaged, carries code, or is another one than ``what`` says.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():  # what the file wants to call, not a damaged pickle
-            raise ValueError(f"{path}: not readable as a detector's file; is it whole?") from error
+            raise ValueError(f"{path}: not readable as {what}; is it whole?") from error
         raise ValueError(
             f"{path}: refused, as it carries code and not only weights (read with weights_only=True); load it where "
             "you trust it, and write its model anew with fastkd.yolov3.checkpoint.save_detector"
         ) from error
     except Exception as error:  # torch.load raises whatever a damaged file makes its parts raise
-        raise ValueError(f"{path}: not readable as a detector's file ({type(error).__name__}); is it whole?") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not readable as {what} ({type(error).__name__}); is it whole?") from error
+    absent = [key for key in keys if key not in content] if isinstance(content, dict) else keys
+    if absent:
         found = f" with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else ""
         raise ValueError(
-            f"{path}: not a detector's file; expected what fastkd train exports, model.pt, got a "
-            f"{type(content).__name__}{found}"
+            f"{path}: expected {what} of this version of fastkd, got a {type(content).__name__}{found}, without "
+            f"{', '.join(absent[:5])}"
         )
     return content
+
+
+def _require_finite(model: Detector, path: Path) -> None:
+    bad = [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
+    if bad:
+        some = f"{bad[0]}, ..." if len(bad) > 1 else bad[0]
+        raise ValueError(
+            f"{path}: expected finite weights, got {len(bad)} tensors with NaN or infinity ({some}); the training that "
+            "wrote it went wrong: take an earlier file, or train again"
+        )
 
 
 def _suffix(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastkd.ops.presets import resolve
 from fastkd.yolov3.augment import Augmentation
-from fastkd.yolov3.checkpoint import MODELS
+from fastkd.yolov3.model import MODELS
 from fastkd.yolov3.objective import PRIORS, usual_prior
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -44,9 +44,10 @@ class TrainConfig:
         width: multiplier of the model's channels.
         size: side of the square network input in pixels, a multiple of 32.
         init: ``.pt`` or ``.weights`` file of the same model to start from; None: random weights.
-        anchors: ``"data"``: k-means on the training set; ``"default"``: the model's own (those of ``init``, if given).
-        teacher: ``.pt`` file of the teacher (or ``.weights``: ``teacher_model`` at width 1 with its own anchors);
-            None: train without distillation.
+        anchors: ``"data"``: k-means on the training set; ``"default"``: the model's own, or those of ``init``; None:
+            those of ``init`` if it is given, else of the data.
+        teacher: ``.pt`` or ``.weights`` file of the teacher; None: train without distillation.
+        teacher_model: what a ``.weights`` teacher is; None: as the ``.cfg`` beside it says, else ``"yolov3"``.
         unlabelled: folder of pictures, with its sub-folders, that only the teacher explains; None: none.
         unlabelled_batch: how many of these a step has, over all processes; None: as many as ``batch``.
         match_threshold: IoU of sizes above which a box trains an anchor; 1: the best anchor alone, as in the paper.
@@ -94,9 +95,9 @@ class TrainConfig:
     width: float = 1.0
     size: int = 416
     init: str | None = None
-    anchors: str = "data"
+    anchors: str | None = None
     teacher: str | None = None
-    teacher_model: str = "yolov3"
+    teacher_model: str | None = None
     unlabelled: str | None = None
     unlabelled_batch: int | None = None
     distill_weight: float | str = "auto"
@@ -136,14 +137,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         known = {
             "model": tuple(MODELS),
-            "teacher_model": tuple(MODELS),
-            "anchors": ("data", "default"),
+            "teacher_model": (None, *MODELS),
+            "anchors": (None, "data", "default"),
             "optimizer": OPTIMIZERS,
             "mixed_precision": ("no", "bf16", "fp16"),
         }
         for name, choices in known.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {getattr(self, name)!r}")
         for name, least in (("epochs", 1), ("batch", 1), ("save_every", 1), ("log_every", 1), ("eval_every", 0)):
             self._require(name, getattr(self, name) >= least, f"a number >= {least}")
         self._require("unlabelled_batch", self.unlabelled_batch is None or self.unlabelled_batch >= 1, "a number >= 1")
@@ -180,19 +181,27 @@ class TrainConfig:
 def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
     """The configuration of the run in a folder.
 
+    Its ``out`` is this folder, wherever the run was made.
+
     Raises:
         FileNotFoundError: there is no run.
+        ValueError: the file is damaged, or of another version of fastkd.
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no run of fastkd train there (config.json is missing)")
-    values = json.loads(file.read_text(encoding="utf-8"))
-    if values["augmentation"] is not None:
-        values["augmentation"]["zoom"] = tuple(values["augmentation"]["zoom"])
-        values["augmentation"] = Augmentation(**values["augmentation"])
-    if values["level_weights"] is not None:
-        values["level_weights"] = tuple(values["level_weights"])
-    return TrainConfig(**values)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["augmentation"] is not None:
+            values["augmentation"]["zoom"] = tuple(values["augmentation"]["zoom"])
+            values["augmentation"] = Augmentation(**values["augmentation"])
+        if values["level_weights"] is not None:
+            values["level_weights"] = tuple(values["level_weights"])
+        return TrainConfig(**values | {"out": os.fspath(folder)})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file}: expected a run's configuration as this version of fastkd writes it: {error}"
+        ) from None
 
 
 def require_same_run(saved: dict[str, Any], asked: dict[str, Any], step: int) -> None:

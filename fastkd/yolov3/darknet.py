@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.files import replacing
+from fastkd.yolov3.darknet_cfg import read_cfg
+from fastkd.yolov3.model import Detector, YOLOv3, YOLOv3Tiny
 
 _VERSION = (0, 2, 0)  # as in the files published with the paper
+PUBLISHED_TINY_SEEN = 32_013_312  # images that the published yolov3-tiny.weights had seen, by its header
 _LONG_HEADER = struct.Struct("<iiiq")  # major, minor, revision, images seen
 _SHORT_HEADER = struct.Struct("<iiii")  # before version 0.2
 
@@ -25,7 +28,9 @@ _SHORT_HEADER = struct.Struct("<iiii")  # before version 0.2
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Read a Darknet ``.weights`` file into a model, in place; nothing is changed when the file does not fit.
 
-    Also takes a part of a model: ``load_weights(yolov3.backbone, "darknet53.conv.74")``.
+    Also takes a part of a model: ``load_weights(yolov3.backbone, "darknet53.conv.74")``. A detector with the default
+    anchors of its class gets those that the weights were trained with, where these are known: of the ``.cfg`` beside
+    the file, or of the published yolov3-tiny.weights, whose own ``.cfg`` is wrong.
 
     Args:
         model: of convolutions and batch norms in the file's order, such as ``YOLOv3`` and ``YOLOv3Tiny``.
@@ -47,7 +52,21 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
     with torch.no_grad():
         for tensor, chunk in zip(tensors, torch.split(values, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(chunk.view_as(tensor))
+        if isinstance(model, YOLOv3 | YOLOv3Tiny):
+            _take_anchors(model, Path(path), seen)
     return seen
+
+
+def _take_anchors(model: Detector, path: Path, seen: int) -> None:
+    default = torch.tensor(model.default_anchors).view_as(model.anchors).to(model.anchors)
+    if not torch.equal(model.anchors, default):
+        return  # they were chosen by hand
+    if isinstance(model, YOLOv3Tiny) and model.num_classes == 80 and seen == PUBLISHED_TINY_SEEN:
+        model.anchors.copy_(torch.tensor(model.published_anchors).view_as(model.anchors))
+    elif path.with_suffix(".cfg").is_file():
+        said = read_cfg(path.with_suffix(".cfg"))
+        if said.anchors is not None and said.anchors.shape == model.anchors.shape:
+            model.anchors.copy_(said.anchors)
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], seen: int = 0) -> None:

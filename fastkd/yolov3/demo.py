@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import viz
-from fastkd.files import replacing
+from fastkd.files import alone_in, replacing
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import TrainConfig
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 PLAIN, DISTILLED = "without distillation", "with distillation"
 SHOWN = ("mAP", "AP50", "AP75")
 PICTURES = 5  # scenes in the pictures
+MARK = ".demo"  # in a folder that a demo has made
 DRAWN = ("curves", "predictions", "maps", "differences", "level_losses")
 
 
@@ -109,6 +110,7 @@ def run_demo(
 
     Raises:
         ValueError: seeds < 1, or a teacher in ``out`` that was trained with other settings.
+        FileExistsError: ``out`` holds something else than a demo.
     """
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
@@ -116,11 +118,31 @@ def run_demo(
     root = Path(out)
     import matplotlib  # noqa: F401  # the pictures come last, and minutes would be lost
 
+    _require_own(root)
+    with alone_in(root):
+        (root / MARK).touch()
+        _remove_earlier(root)
+        return _demo(root, seeds, settings, started)
+
+
+def _require_own(root: Path) -> None:
+    there = [x.name for x in root.iterdir() if not x.name.startswith(".")] if root.is_dir() else []
+    if there and not (root / MARK).is_file():
+        raise FileExistsError(f"out: {root} holds other files ({', '.join(there[:3])}); give another folder")
+
+
+def _remove_earlier(root: Path) -> None:
+    """What an earlier demo has left in its folder, but for the teacher and the scenes."""
+    for run in (root / "students").glob("*/config.json"):
+        shutil.rmtree(run.parent)
+    for name in ("results.json", "report.txt", *(f"{name}.png" for name in DRAWN)):
+        (root / name).unlink(missing_ok=True)
+
+
+def _demo(root: Path, seeds: int, settings: Settings, started: float) -> dict[str, Any]:
     print(f"making digits scenes in {root / 'digits'}")
     write_digits(root / "digits", train=settings.scenes, val=settings.val, test=settings.test, size=settings.size)
     teacher = _train_teacher(root, settings)
-    for run in (root / "students").glob("*/config.json"):
-        shutil.rmtree(run.parent)
     students = [_train_student(root, settings, seed, x) for x in (None, teacher) for seed in range(seeds)]
 
     print("scoring on the test scenes")

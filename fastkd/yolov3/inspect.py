@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd import viz
-from fastkd.files import replacing
+from fastkd.files import new_folder, replacing, require_new
 from fastkd.level_maps import DistillMaps
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.data import fit, read_image
@@ -25,6 +25,7 @@ from fastkd.yolov3.train import build_objective, load_checkpoint, training_set, 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FIGURES = ("maps", "differences", "level_losses")  # as their files are named
 TOP = 0.1  # part of the cells whose share of the weight is told
 
 
@@ -80,13 +81,13 @@ def inspect_run(
         run: the run's folder.
         pictures: files or folders to look at, where a map of boxes is that of the boxes which the teacher finds; by
             default some of the run's own, with their labels.
-        out: folder for the three; by default ``inspect`` in the run's.
+        out: folder for the three; by default ``inspect`` in the run's, or ``inspect-2`` and so on.
         split: ``"val"`` or ``"train"``: whose pictures, where none are given; by default the validation set's if the
             run has one.
         count: at most so many pictures, evenly spaced among all.
 
     Raises:
-        FileNotFoundError: no run, checkpoint, log or picture there.
+        FileNotFoundError: no run, checkpoint, log or picture there. FileExistsError: one of the three is in ``out``.
         ValueError: a run without a teacher; a picture that cannot be read; a ``split`` unknown or beside ``pictures``;
             ``count`` < 1.
     """
@@ -96,17 +97,19 @@ def inspect_run(
         raise ValueError(f"count: expected at least 1 picture, got {count}")
     if pictures and split is not None:
         raise ValueError(f"set: expected none beside pictures of your own, got {split!r}")
-    config = replace(read_config(run), out=os.fspath(run), augmentation=None)
+    config = replace(read_config(run), augmentation=None)
     if config.teacher is None:
         raise ValueError(f"{os.fspath(run)}: this run has no teacher, so no distillation to look at; see --teacher")
+    folder = new_folder(Path(run) / "inspect") if out is None else Path(out)
+    files = tuple(folder / f"{name}.png" for name in FIGURES)
+    for file in files:
+        require_new(out=file)
     images, targets = _read(pictures, count, config) if pictures else _own(config, split, count)
     before, now = _before_and_now(config, images, targets, 0 if pictures else len(images))
     figures = map_figures(images, now, before) | {"level_losses": level_loss_figure(Path(run), now)}
-    folder = Path(run) / "inspect" if out is None else Path(out)
-    files = tuple(folder / f"{name}.png" for name in figures)
-    for file, figure in zip(files, figures.values(), strict=True):
+    for file, name in zip(files, FIGURES, strict=True):
         with replacing(file) as part:
-            figure.savefig(part, format="png")
+            figures[name].savefig(part, format="png")
     return Inspection(before, now, len(images), files)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -218,6 +218,23 @@ class YOLOv3Tiny(_Detector):
         return [self.head16(self.neck16(p16)), self.head32(self.neck32(p32))]
 
 
+Detector: TypeAlias = YOLOv3 | YOLOv3Tiny
+MODELS: dict[str, type[YOLOv3] | type[YOLOv3Tiny]] = {"yolov3": YOLOv3, "yolov3-tiny": YOLOv3Tiny}
+
+
+def build_detector(
+    name: str, num_classes: int = 80, width: float = 1.0, anchors: AnchorSizes | None = None
+) -> Detector:
+    """A detector with initial weights, by name.
+
+    Raises:
+        ValueError: unknown name (lists the known ones), or as the model itself.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}; got {name!r}")
+    return MODELS[name](num_classes, width, anchors)
+
+
 def scale_channels(channels: int, width: float) -> int:
     """``channels * width`` to the nearest multiple of 8, at least 8."""
     return max(8, round(channels * width / 8) * 8)
@@ -243,7 +260,7 @@ def _upsample(x: Tensor) -> Tensor:
 
 
 def _anchors_per_head(anchors: AnchorSizes, heads: int) -> Tensor:
-    sizes = torch.as_tensor(anchors, dtype=torch.float32).detach().cpu()
+    sizes = torch.as_tensor(anchors, dtype=torch.float32, device="cpu").detach()
     per_head = sizes.ndim == 3 and sizes.shape[0] == heads
     flat = sizes.ndim == 2 and sizes.shape[0] % heads == 0
     if not (per_head or flat) or sizes.shape[-1] != 2 or sizes.numel() == 0:

@@ -13,8 +13,8 @@ from fastkd import priors
 from fastkd.distiller import Distiller, Prior
 from fastkd.ops.arguments import require_known
 from fastkd.yolov3.boxes import likely_boxes
-from fastkd.yolov3.checkpoint import Detector
 from fastkd.yolov3.loss import DetectionLoss
+from fastkd.yolov3.model import Detector
 
 
 class PriorContext(NamedTuple):

@@ -153,14 +153,16 @@ def versions() -> dict[str, str]:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a ``metrics.jsonl``; one that was cut off by a kill is left out."""
+    """The lines of a ``metrics.jsonl`` that have a step; one that was cut off by a kill is left out."""
     entries = []
     if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                entries.append(json.loads(line))
+                entry = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                entries.append(entry)
     return entries
 
 
@@ -179,6 +181,5 @@ def _require_finite(rows: Tensor, terms: Sequence[str], first_step: int) -> None
             raise FloatingPointError(
                 f"the {', '.join(names)} loss is not finite at step {first_step + offset} (values: "
                 f"{', '.join(f'{name} {value:.4g}' for name, value in zip(terms, row, strict=True))}); "
-                "lower the learning rate or that term's weight, or train without mixed precision; "
-                "the last checkpoint is still good"
+                "lower the learning rate or that term's weight, or train without mixed precision"
             )

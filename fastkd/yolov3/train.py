@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -23,14 +24,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastkd.distiller import Distiller
-from fastkd.files import replacing
-from fastkd.health import Report, fingerprint
+from fastkd.files import alone_in, replacing, save
+from fastkd.health import Check, Report, fingerprint
 from fastkd.ops.presets import resolve
 from fastkd.yolov3.anchors import dataset_anchors
-from fastkd.yolov3.checkpoint import MODELS, Detector, Trained, build_detector, load_detector, save_detector
+from fastkd.yolov3.checkpoint import Trained, load_detector, read_dictionary, save_detector
 from fastkd.yolov3.config import TrainConfig, require_same_run
 from fastkd.yolov3.data import Batch, DetectionDataset, Sample, collate
 from fastkd.yolov3.evaluate import Metrics, evaluate
+from fastkd.yolov3.model import MODELS, Detector, build_detector
 from fastkd.yolov3.objective import Objective
 from fastkd.yolov3.overlays import map_figures, some_batch
 from fastkd.yolov3.run_log import RunLog
@@ -38,6 +40,13 @@ from fastkd.yolov3.run_log import RunLog
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CHECKPOINT_KEYS = (
+    *("config", "step", "seconds", "student", "average", "teacher"),
+    *("distiller", "optimizer", "scheduler", "scaler"),
+)
+RUN_FILES = ("checkpoint.pt", "model.pt", "model.weights", "model.cfg", "config.json", "metrics.jsonl")
+SCORED_IMAGES = 32  # with which `fastkd doctor --run` scores the teacher
+LEAST_AP50 = 0.01
 FIGURE_IMAGES = 2  # pictures whose maps TensorBoard gets at every evaluation
 
 
@@ -71,22 +80,26 @@ def train(
 
     Raises:
         FileNotFoundError: a file of the configuration is missing.
-        FileExistsError: ``out`` holds a run already and ``resume`` is off.
+        FileExistsError: ``out`` holds a run already and ``resume`` is off, or models without a checkpoint.
+        BlockingIOError: another process trains into ``out``.
         ValueError: a configuration that does not fit the data, the teacher or the run to be resumed.
         FloatingPointError: a loss is not finite (names it).
-        ConnectionError: of several processes another one is gone (says what is left, and how to go on).
+        OSError: a file could not be written, say on a full disk.
+        ChildProcessError: a process that loads images is gone.
+        ConnectionError: of several processes another one is gone.
+        MemoryError: the GPU's memory is not enough.
+        Once training has begun, errors say which checkpoint is there to go on from.
     """
-    run = _Run(config, on_teacher, make_objective)
-    try:
-        while run.step < run.steps:
-            run.go_on()
-        return run.result()
-    except RuntimeError as error:
-        if run.accelerator.num_processes == 1 or not _is_of_distributed(error):
+    with contextlib.ExitStack() as held:
+        run = _Run(config, on_teacher, make_objective, held)
+        try:
+            with contextlib.closing(run):  # a loader process that died may be heard of as late as there
+                while run.step < run.steps:
+                    run.go_on()
+                return run.result()
+        except (RuntimeError, OSError, EOFError, FloatingPointError) as error:
+            _explain(error, run)
             raise
-        raise ConnectionError(run.broken(error)) from error
-    finally:
-        run.close()
 
 
 def build_objective(
@@ -160,6 +173,7 @@ class _Run:
         config: TrainConfig,
         on_teacher: Callable[[Detector], None] | None,
         make_objective: Callable[..., Objective],
+        held: contextlib.ExitStack,
     ) -> None:
         self.config, self.out = config, Path(config.out)
         self.data = training_set(config)
@@ -177,6 +191,8 @@ class _Run:
         self.epoch_steps, self.steps = epoch_steps(config, self.data), total_steps(config, self.data)
         self.step, self.seconds = 0, 0.0
         self.evaluated, self.metrics = False, cast(Metrics | None, None)
+        if self.accelerator.is_main_process:
+            held.enter_context(alone_in(self.out))
         saved = self._saved()
 
         objective = build_objective(
@@ -273,15 +289,12 @@ class _Run:
             model, tuple(self.data.class_names), self.metrics, self.step, self.seconds, self.out / "model.pt"
         )
 
-    def broken(self, error: RuntimeError) -> str:
-        """What to say where the other processes are not heard any more."""
+    def what_is_left(self) -> str:
+        """What a run that has ended before its time leaves behind."""
         file = self.out / "checkpoint.pt"
-        left = f"{file} is whole; the same command with --resume goes on from it"
-        return (
-            f"process {self.accelerator.process_index} of {self.accelerator.num_processes}: another process is gone, "
-            f"after step {self.step} ({str(error).strip().splitlines()[0]}); what ended it is in its own output. "
-            + (left if file.is_file() else f"No checkpoint had been written to {self.out} yet")
-        )
+        if not file.is_file():
+            return f"no checkpoint had been written to {self.out} yet"
+        return f"{file} is whole; the same command with --resume goes on from it"
 
     def close(self) -> None:
         self.log.close()
@@ -298,7 +311,7 @@ class _Run:
                 workers = self.config.workers
                 self.metrics = evaluate(self.average, self.val, batch_size=self.config.batch, workers=workers)
             save_detector(self.average, self.out / "model.pt", self.data.class_names, self.config.size)
-            save_detector(self.average, self.out / "model.weights")
+            save_detector(self.average, self.out / "model.weights", size=self.config.size)
             if self.distiller is not None:  # alone: its maps ask no other process
                 self.log.figures(self.step, self._figures)
         self.accelerator.wait_for_everyone()
@@ -319,52 +332,56 @@ class _Run:
 
     def _require_finite(self) -> None:
         if not all(bool(x.isfinite().all()) for x in (*self._current, *self._averaged)):
-            raise FloatingPointError(
-                f"weights are not finite after step {self.step}; lower the learning rate, or resume from the last "
-                "checkpoint, which is still good"
-            )
+            raise FloatingPointError(f"weights are not finite after step {self.step}; lower the learning rate")
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
-            with replacing(self.out / "checkpoint.pt") as part:
-                torch.save(
-                    {
-                        "config": asdict(self.config),
-                        "step": self.step,
-                        "seconds": self.seconds,
-                        "student": self.student.state_dict(),
-                        "average": self.average.state_dict(),
-                        "teacher": self.teacher_print,
-                        "distiller": None if self.distiller is None else self.distiller.state_dict(),
-                        "optimizer": self.optimizer.state_dict(),
-                        "scheduler": self.scheduler.state_dict(),
-                        "scaler": None if scaler is None else scaler.state_dict(),
-                    },
-                    part,
-                )
+            content = {
+                "config": asdict(self.config),
+                "step": self.step,
+                "seconds": self.seconds,
+                "student": self.student.state_dict(),
+                "average": self.average.state_dict(),
+                "teacher": self.teacher_print,
+                "distiller": None if self.distiller is None else self.distiller.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            save(content, self.out / "checkpoint.pt")
         self.accelerator.wait_for_everyone()
 
     def _saved(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None to begin."""
-        file = self.out / "checkpoint.pt"
-        if not file.is_file():
+        there = [name for name in RUN_FILES if (self.out / name).exists()]
+        if there and not self.config.resume:
+            raise FileExistsError(
+                f"out: {self.out} holds a run already ({', '.join(there)}); resume it (--resume) or choose another "
+                "folder"
+            )
+        if "checkpoint.pt" not in there:
+            trained = [name for name in there if name.startswith("model")]
+            if trained:
+                raise FileExistsError(
+                    f"out: {self.out} has no checkpoint.pt to go on from, but {', '.join(trained)}, which nothing is "
+                    "written over; move them away, or choose another folder"
+                )
             return None
-        if not self.config.resume:
-            raise FileExistsError(f"out: {self.out} holds a run already; resume it (--resume) or choose another folder")
-        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        saved = _read_checkpoint(self.out)
         require_same_run(saved["config"], asdict(self.config), saved["step"])
         return saved
 
     def _restore(self, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         _require_same_teacher(saved, self.config, self.teacher_print)
         self.step, self.seconds = saved["step"], saved["seconds"]
-        self.student.load_state_dict(saved["student"])
-        self.average.load_state_dict(saved["average"])
-        if self.distiller is not None:
-            self.distiller.load_state_dict(saved["distiller"])
-        optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        with _fitting(self.out):
+            self.student.load_state_dict(saved["student"])
+            self.average.load_state_dict(saved["average"])
+            if self.distiller is not None:
+                self.distiller.load_state_dict(saved["distiller"])
+            optimizer.load_state_dict(saved["optimizer"])
+            self.scheduler.load_state_dict(saved["scheduler"])
 
     def _open_log(self) -> RunLog:
         main = self.accelerator.is_main_process
@@ -388,9 +405,49 @@ class _Run:
         return cast(Tensor, self.accelerator.reduce(values, "mean"))
 
 
-def _is_of_distributed(error: RuntimeError) -> bool:
-    """Whether an error is one of a communication that broke; those of gloo are plain RuntimeErrors."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+def _explain(error: RuntimeError | OSError | EOFError | FloatingPointError, run: _Run) -> None:
+    """Raise what ended a run anew, in words and with what is left of the run; or nothing, for a fault of ours."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    of_loader = run.config.workers > 0 and isinstance(error, (ConnectionError, EOFError))
+    if of_loader or "DataLoader worker" in first:
+        hint = "out of memory, or of shared memory (/dev/shm), most likely; take fewer --workers, or 0"
+        raise ChildProcessError(
+            f"a process that loads images is gone ({first}): {hint}; {run.what_is_left()}"
+        ) from error
+    if isinstance(error, (OSError, FloatingPointError)):
+        raise type(error)(f"{error}; {run.what_is_left()}") from error
+    if isinstance(error, torch.OutOfMemoryError):
+        hint = "take a smaller --batch or --size, or --mixed-precision bf16"
+        raise MemoryError(f"{first} {hint}; {run.what_is_left()}") from error
+    # those of gloo are plain RuntimeErrors
+    if run.accelerator.num_processes > 1 and (
+        isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+    ):
+        raise ConnectionError(
+            f"process {run.accelerator.process_index} of {run.accelerator.num_processes}: another process is gone, "
+            f"after step {run.step} ({first}); what ended it is in its own output; {run.what_is_left()}"
+        ) from error
+
+
+# ---- checkpoints
+
+
+def _read_checkpoint(out: Path) -> dict[str, Any]:
+    try:
+        return read_dictionary(out / "checkpoint.pt", "a checkpoint", CHECKPOINT_KEYS)
+    except ValueError as error:
+        raise ValueError(f"{error}; move it away to train anew, or choose another folder") from error
+
+
+@contextlib.contextmanager
+def _fitting(out: Path) -> Iterator[None]:
+    """For what is loaded from a run's checkpoint."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{out / 'checkpoint.pt'}: does not fit the run's models; did another version of fastkd write it? {error}"
+        ) from error
 
 
 # ---- data
@@ -491,7 +548,8 @@ def _order(size: int, seed: int, epoch: int) -> list[int]:
 
 def _initial(config: TrainConfig, data: DetectionDataset) -> Detector:
     """The model that training starts from; weights follow from the seed alone, whatever is distilled into it."""
-    anchors = _anchors(data, MODELS[config.model].strides) if config.anchors == "data" else None
+    from_data = config.anchors == "data" or (config.anchors is None and config.init is None)
+    anchors = _anchors(data, MODELS[config.model].strides) if from_data else None
     if config.init is None:
         return build_detector(config.model, data.num_classes, config.width, anchors)
     found = load_detector(config.init, model=config.model, num_classes=data.num_classes, width=config.width)
@@ -502,8 +560,17 @@ def _initial(config: TrainConfig, data: DetectionDataset) -> Detector:
         )
     require_classes("init", found, data)
     if anchors is not None:
+        warnings.warn(
+            f"anchors: those of {config.init}, {_listed(found.model.anchors)}, are replaced by those of the data, "
+            f"{_listed(anchors)}, as asked; its heads have to learn them",
+            stacklevel=2,
+        )
         found.model.anchors.copy_(anchors)
     return found.model.train()
+
+
+def _listed(anchors: Tensor) -> str:
+    return "  ".join(f"{w:.0f},{h:.0f}" for w, h in anchors.flatten(0, 1).tolist())
 
 
 def _anchors(data: DetectionDataset, strides: Sequence[int]) -> Tensor:
@@ -577,7 +644,8 @@ def _lr_factor(step: int, steps: int, warmup: int, final: float) -> float:
 def check_distillation(config: TrainConfig) -> Report:
     """Whether distillation is really on in a run of this configuration, as ``Distiller.check`` sees it.
 
-    Looks at the run's last checkpoint, if it has one, else at its initial models.
+    Looks at the run's last checkpoint, if it has one, else at its initial models; and at what the teacher finds in the
+    first images of the validation set, or of the training set.
 
     Raises:
         ValueError: it has no teacher, or as ``build_objective``.
@@ -587,19 +655,40 @@ def check_distillation(config: TrainConfig) -> Report:
     if objective.distiller is None:
         raise ValueError("teacher: this run has none, so there is no distillation to check")
     load_checkpoint(config, objective)
-    return _report(objective, objective.distiller, data, _optimizer(config, objective))
+    report = _report(objective, objective.distiller, data, _optimizer(config, objective))
+    teacher = cast(Detector, objective.distiller.teacher)
+    return Report((report.checks[0], _check_score(teacher, config), *report.checks[1:]))
+
+
+def _check_score(teacher: Detector, config: TrainConfig) -> Check:
+    """Whether the teacher finds anything: trained weights may be those of other images, or of other classes."""
+    name = "teacher scores"
+    of_val = config.val_annotations is not None
+    annotations, images = (config.val_annotations, config.val_images) if of_val else (config.annotations, config.images)
+    data = DetectionDataset(cast(str, annotations), images, config.size, limit=SCORED_IMAGES)
+    if data.annotations.crowd.all():
+        return Check(name, None, f"not known: the first {len(data)} images have no box")
+    found = evaluate(teacher, data, batch_size=8).AP50
+    message = (
+        f"AP50 {100 * found:.1f} on the first {len(data)} images of the {'validation' if of_val else 'training'} set"
+    )
+    if found < LEAST_AP50:
+        return Check(name, False, f"{message}: it finds hardly anything; are these its classes, in its order?")
+    return Check(name, True, message)
 
 
 def load_checkpoint(config: TrainConfig, objective: Objective) -> None:
     """Give an objective the weights, adapters and statistics of the run's last checkpoint, if there is one."""
-    file = Path(config.out) / "checkpoint.pt"
-    if not file.is_file():
+    out = Path(config.out)
+    if not (out / "checkpoint.pt").is_file():
         return
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    objective.student.load_state_dict(saved["student"])
+    saved = _read_checkpoint(out)
     if objective.distiller is not None:
         _require_same_teacher(saved, config, fingerprint(objective.distiller.teacher))
-        objective.distiller.load_state_dict(saved["distiller"])
+    with _fitting(out):
+        objective.student.load_state_dict(saved["student"])
+        if objective.distiller is not None:
+            objective.distiller.load_state_dict(saved["distiller"])
 
 
 def _require_same_teacher(saved: dict[str, Any], config: TrainConfig, found: str | None) -> None:
