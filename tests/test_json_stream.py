@@ -69,6 +69,12 @@ def test_what_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
         read('{"a":{"b":' + "[" * 200_000, tmp_path, 1 << 20)
 
 
+@pytest.mark.parametrize("chunk", [1000, 100_000])
+def test_a_number_of_too_many_digits_is_refused_with_its_place(chunk: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too many digits after character 5"):
+        read('{"a":' + "1" * 50_000 + "}", tmp_path, chunk)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 @pytest.mark.parametrize("text", BROKEN)
 def test_what_is_no_json_is_refused_with_its_place(text: str, chunk: int, tmp_path: Path) -> None:

@@ -131,13 +131,13 @@ def compare_sets(reports: Sequence[SetReport]) -> list[str]:
     """What two sets must not have in common, or must: images and classes. Faults begin with ``FAULT``."""
     lines = []
     for a, b in combinations(reports, 2):
-        shared = [f"{a.hashes[key]} = {b.hashes[key]}" for key in a.hashes.keys() & b.hashes.keys()]
-        if shared:
+        keys = a.hashes.keys() & b.hashes.keys()
+        if keys:
             kind = "note" if _are_parts(a.name, b.name) else "FAULT"
-            lines.append(
-                f"{kind}: {len(shared)} images are in {a.name} and in {b.name}: {', '.join(sorted(shared)[:3])}"
-            )
-        elif a.quick and (names := {*a.annotations.file_names} & {*b.annotations.file_names}):
+            shared = sorted(f"{a.hashes[key]} = {b.hashes[key]}" for key in keys)
+            lines.append(f"{kind}: {len(shared)} images are in {a.name} and in {b.name}: {', '.join(shared[:3])}")
+        names = {*a.annotations.file_names} & {*b.annotations.file_names} - {a.hashes[key] for key in keys}
+        if a.quick and names:
             lines.append(
                 f"note: {len(names)} file names are in {a.name} and in {b.name}, in different folders; without --quick "
                 f"their content is compared: {some_of(sorted(names), 3)}"

@@ -79,6 +79,8 @@ class _Reader:
                 if not self._read():
                     raise ValueError(f"{error.msg} at character {self.gone + error.pos}") from None
                 continue
+            except ValueError:  # of more digits than Python converts
+                raise ValueError(f"a number of too many digits after character {self._where()}") from None
             except RecursionError:
                 raise ValueError(f"nested too deeply after character {self._where()}") from None
             if not (isinstance(value, (int, float)) and self._may_go_on(end) and self._read()):
