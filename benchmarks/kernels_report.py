@@ -105,9 +105,11 @@ def combinations(full: bool, dtype: torch.dtype) -> list[tuple[str, str, str, st
     return list(every) if full else {torch.float16: some[::2], torch.float32: some[1::2]}.get(dtype, some)
 
 
-def triton_kernels(tool: str, full: bool, capabilities: Sequence[int] = CAPABILITIES) -> Iterator[Kernel]:
+def triton_kernels(
+    tool: str, full: bool, capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[torch.dtype] = DTYPES
+) -> Iterator[Kernel]:
     """Over targets, dtypes, layouts and options."""
-    for capability, dtype, channels_last in itertools.product(capabilities, DTYPES, (True, False)):
+    for capability, dtype, channels_last in itertools.product(capabilities, dtypes, (True, False)):
         seen = set()
         for options in combinations(full, dtype):
             for kernel in compiled_launches(tool, capability, dtype, channels_last, *options):
@@ -149,6 +151,8 @@ def main() -> int:
     parser.add_argument("--only", choices=("cuda", "triton"))
     parser.add_argument("--full", action="store_true", help="every combination of options, not each value once")
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="Triton's, as 90 for sm_90")
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    parser.add_argument("--dtype", choices=names, nargs="+", default=list(names), help="Triton's")
     options = parser.parse_args()
     tool = find_cuobjdump()
     if tool is None:
@@ -159,7 +163,8 @@ def main() -> int:
     print("| kernel | of | target | registers | stack | local | shared | spills | load | store |")
     print("|" + "---|" * 10)
     of_cuda = cuda_kernels(tool) if options.only != "triton" else []
-    of_triton = triton_kernels(tool, options.full, options.capability) if options.only != "cuda" else []
+    dtypes = [names[name] for name in options.dtype]
+    of_triton = triton_kernels(tool, options.full, options.capability, dtypes) if options.only != "cuda" else []
     for kernel in itertools.chain(of_cuda, of_triton):
         wrong += [f"{kernel.name}, {kernel.options}, {kernel.target}: {fault}" for fault in faults(kernel)]
         print(row(kernel), flush=True)

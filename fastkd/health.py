@@ -143,7 +143,7 @@ def check_share(losses: Tensor, task_loss: float | Tensor | None, criterion: Dis
         return Check("loss share", None, f"distillation loss {loss:.4g} now; pass task_loss to compare")
     if ramp == 0:
         return Check("loss share", None, "distillation is over")
-    share, full = (x / (x + task) if x + task else math.nan for x in (loss, loss / ramp))
+    share, full = (abs(x) / (abs(x) + abs(task)) if x or task else math.nan for x in (loss, loss / ramp))
     message = f"distillation {loss:.4g}, task {task:.4g}: {share:.1%} of the total"
     message += f" now, {full:.1%} without warm-up and decay" if ramp < 1 else ""
     ok = full >= SHARE[0] and share <= SHARE[1]

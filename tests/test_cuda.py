@@ -262,6 +262,8 @@ def assert_one_pass(sample: dict[str, Any], donate: bool = False, **options: Any
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_one_pass_on_the_host_agrees_with_the_reference(layout: str, dtype: torch.dtype) -> None:
     for i, info in enumerate([*INFO_MAPS, InfoMap("uniform", "none"), InfoMap("uniform", "none")]):
+        if (i // 2 + (layout == "contiguous") + (dtype == torch.bfloat16)) % 2:
+            continue  # half the maps in a layout and dtype, each in two of the four
         options = {"info": info, "penalty": PENALTIES[i % 3], "beta": 0.5, "divisor": DIVISORS[i % 3]}
         sample = levels(dtype, layout, seed=i, shapes=ONE_PASS_SHAPES[i % 2 :])
         assert_one_pass(sample, factor=(1, 0.3)[i % 2], donate=i % 3 == 0, **options)

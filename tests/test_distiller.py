@@ -634,6 +634,7 @@ def test_auto_weight_holds_the_share_within_a_trainers_loop(student: Net, teache
     share = re.search(r"([\d.]+)% of the total", text(distiller.check(images, task_loss=task)))
     assert share is not None
     assert float(share[1]) == pytest.approx(20, rel=0.2)
+    assert share[0] in text(distiller.check(images, task_loss=-task))  # of a likelihood, by magnitude
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 10_000.0])

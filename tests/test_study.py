@@ -378,20 +378,20 @@ def test_a_killed_or_interrupted_study_keeps_its_results_and_leaves_no_worker(tm
     script.write_text(STUDY)
     deadline = time.monotonic() + 240
     process = started(script, tmp_path)
-    wait_for(lambda: file.is_file() and file.read_text().count("\n") >= 2, deadline, process)
+    wait_for(lambda: file.is_file() and file.read_text().count("\n") >= 1, deadline, process)
     workers = children(process.pid)
     process.kill()
     process.wait()
-    before = file.read_text().split("\n")[:2]
+    before = file.read_text().split("\n")[:1]  # the teacher's
     wait_for(lambda: not any(map(alive, workers)), deadline)
     process = started(script, tmp_path)
-    wait_for(lambda: file.read_text().count("\n") >= 3 or process.poll() == 0, deadline)
+    wait_for(lambda: file.read_text().count("\n") >= 2 or process.poll() == 0, deadline)
     process.send_signal(signal.SIGINT)
     process.wait(timeout=60)
     lines = file.read_text().splitlines()
-    assert lines[:2] == before
+    assert lines[:1] == before
     results = read_results(file)
-    assert 3 <= len(lines) == len({x.run.key for x in results}) <= 4
+    assert 2 <= len(lines) == len({x.run.key for x in results}) <= 4
     assert all(0 <= x.mAP <= x.AP50 <= 100 and x.versions["torch"] for x in results)
     assert [x.name for x in (tmp_path / "models").iterdir()] == [f"{results[0].run.key}.pt"]
     assert not {x.name for x in (tmp_path / "runs").iterdir()} & {x.run.key for x in results}
