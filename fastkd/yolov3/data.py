@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Sequence
@@ -205,11 +206,11 @@ class DetectionDataset(Dataset[Sample]):
 
     def _next_readable(self, index: int) -> tuple[int, Labelled]:
         """The image of this index, or the first one after it that can be read, with its own index."""
-        for place in (*range(index, len(self)), *range(index)):
+        for place in itertools.chain(range(index, len(self)), range(index)):
             loaded = self._load(place)
             if loaded is not None:
                 return place, loaded
-        raise ValueError(f"{self.annotations.source}: none of the {len(self)} images can be read")
+        raise ValueError(f"{self.annotations.source}: none of the {len(self)} images can be used, see the warnings")
 
     def _load(self, index: int) -> Labelled | None:
         """Image, boxes and classes; None where the image can't be read or has not the size that its boxes are for."""
@@ -284,15 +285,15 @@ class Decoded(NamedTuple):
     """An encoded image's pixels, and what a data check says of it."""
 
     image: Array  # (H, W, 3) uint8 RGB
-    deep: bool  # the file has 16 bits a channel
+    deep: bool  # the file has 16 bits per channel
     cut_off: bool  # a JPEG without its end: the rest may be grey or wrong
 
 
 def read_image(path: str | os.PathLike[str]) -> Array:
     """Read an image as (H, W, 3) uint8 RGB, as stored: an orientation tag is ignored, as COCO's boxes expect.
 
-    A JPEG that is cut off is read as far as it goes, with a warning. Of 16 bits a channel those eight are kept that the
-    image's largest value needs, counted in steps of two bits, so that 12-bit values are not black.
+    A JPEG that is cut off is read as far as it goes, with a warning. Of 16 bits per channel those eight are kept that
+    the image's largest value needs, counted in steps of two bits, so that 12-bit values are not black.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -330,9 +331,8 @@ def _is_cut_off(data: bytes) -> bool:
         return False
     place = len(JPEG_START)
     while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != JPEG_SCAN:
-        place += 2 + int.from_bytes(
-            data[place + 2 : place + 4], "big"
-        )  # a segment, perhaps with a thumbnail's end in it
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        place += 2 + length  # of a segment, which may hold a thumbnail with an end of its own
     return data.find(JPEG_END, place) < 0
 
 

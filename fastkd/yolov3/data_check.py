@@ -40,7 +40,7 @@ class SetReport:
     tiny: int
     quick: bool = False
     turned: int = 0  # images with an orientation tag
-    deep: int = 0  # images of 16 bits a channel
+    deep: int = 0  # images of 16 bits per channel
     faults: dict[str, list[str]] = field(default_factory=dict)
     # of the images' bytes, or their paths where the images were not read, to file names
     hashes: dict[str, str] = field(default_factory=dict)
@@ -64,7 +64,9 @@ class SetReport:
 
     def _notes(self, counts: list[int]) -> list[str]:
         told = {what: names for what, names in self.clean.problems.items() if "dropped" not in what}
-        told["boxes repeat another one of the same image and class"] = self.clean.names_of(self.clean.repeated())
+        told["boxes repeat another one of the same image and class"] = self.annotations.names_of(
+            self.annotations.repeated()
+        )
         told["images have the same content as another one of the set"] = self.copies
         notes = self.annotations.notes + [
             f"{len(names)} {what}: {some_of(names)}" for what, names in told.items() if names
