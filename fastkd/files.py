@@ -40,7 +40,7 @@ def save(content: Any, path: str | os.PathLike[str]) -> None:
             torch.save(content, part)
         except RuntimeError as error:
             if "inline_container" in str(error):  # what PyTorch makes of a disk that is full
-                raise OSError(str(error).strip().splitlines()[0]) from error
+                raise OSError(f"it ends too early, as on a full disk ({str(error).strip().splitlines()[0]})") from error
             raise
 
 
