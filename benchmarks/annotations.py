@@ -41,7 +41,7 @@ def make(root: Path, count: int) -> None:
         images.append({"id": i, "file_name": f"{i:06}.png", "width": SIDE, "height": SIDE})
         lines, objects = [], []
         for j in range(ends[i] - boxes_of[i], ends[i]):
-            x, y, w, h = (corners[j] + (0, 0, 1, 1)).tolist()
+            x, y, w, h = (corners[j] + (0, 0, 2, 2)).tolist()  # VOC's corners are pixels, so no box of one
             number = int(classes[j])
             polygon = [float(v) for v in rng.random(16)]  # which detection drops
             annotations.append(

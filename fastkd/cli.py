@@ -66,8 +66,8 @@ Several GPUs: torchrun --nproc-per-node 4 -m fastkd train ...
 """
 
 DATA_HELP = """data set: a folder in the layout of COCO (annotations/NAME.json or annotations/instances_NAME.json,
-pictures in images/NAME or NAME) or of Pascal VOC (ImageSets/Main/NAME.txt, Annotations, JPEGImages), or a YOLO
-data.yaml"""
+images in images/NAME, NAME or images; or NAME/_annotations.coco.json beside its images), of Pascal VOC
+(ImageSets/Main/NAME.txt, Annotations, JPEGImages; or .xml files beside the images of NAME), or a YOLO data.yaml"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,6 +145,7 @@ def _add_train(commands: Any) -> None:
     add(data, "--size", "side of the network's square input in pixels, a multiple of 32 (default: 416)", type=int)
     add(data, "--limit", "use the first N training pictures (default: all)", type=int)
     add(data, "--workers", "processes that load pictures (default: 0)", type=int)
+    add(data, "--strict", "stop at an image that can't be read, instead of leaving it out", action="store_true")
     add(data, "--cache", "keep decoded pictures in memory: faster, for sets that fit", action="store_true")
     add(data, "--flip", "chance of mirroring a picture; keep 0 where it changes the meaning (default: 0)", type=float)
     add(data, "--mosaic", "chance of joining a picture with three others (default: 0)", type=float)
@@ -244,6 +245,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--set", default="val", metavar="NAME", help="which set of it (default: val)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="pictures a step (default: 32)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures (default: 0)")
+    parser.add_argument("--strict", action="store_true", help="stop at an image that can't be read")
     parser.add_argument("--json", metavar="FILE", help="write all metrics there")
     parser.add_argument("--detections", metavar="FILE", help="write the detections there, as COCO results")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -303,7 +305,7 @@ def _add_data(commands: Any) -> None:
     )
     check.add_argument("--size", type=int, default=416, metavar="N", help="input side of the network (default: 416)")
     check.add_argument(
-        "--out", default="runs/data-check", metavar="DIR", help="for samples.png (default: runs/data-check)"
+        "--out", metavar="DIR", help="for samples.png (default: runs/data-check, or data-check-2 and so on)"
     )
     check.add_argument("--quick", action="store_true", help="do not read the pictures")
 
@@ -397,7 +399,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     require_new(**{"--json": arguments.json, "--detections": arguments.detections})
     found, size = _load(arguments)
-    data = DetectionDataset(*find_set(arguments.data, arguments.set), size)
+    data = DetectionDataset(*find_set(arguments.data, arguments.set), size, strict=arguments.strict)
     require_classes("MODEL", found, data)
     metrics = evaluate(
         found.model,
@@ -455,9 +457,13 @@ def _data_digits(arguments: argparse.Namespace) -> int:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
+    from fastkd.files import new_folder, require_new
     from fastkd.yolov3.data_check import check_set, compare_sets, write_samples
     from fastkd.yolov3.formats import require_sets
 
+    samples = (Path(arguments.out) if arguments.out else new_folder("runs/data-check")) / "samples.png"
+    if not arguments.quick:
+        require_new(out=samples)
     names = arguments.set or require_sets(arguments.folder)
     reports, faults = [], 0
     for name in names:
@@ -469,7 +475,6 @@ def _data_check(arguments: argparse.Namespace) -> int:
             faults += 1
     between = compare_sets(reports)
     print("\n".join(between), end="\n" * bool(between))
-    samples = Path(arguments.out) / "samples.png"
     if not arguments.quick and write_samples(reports, samples):
         print(f"samples with their boxes: {samples}")
     faults += sum(line.startswith("FAULT") for line in between) + sum(len(report.faults) for report in reports)

@@ -593,7 +593,8 @@ def test_a_part_of_a_set_is_no_leak_but_said(tmp_path: Path, capsys: Any) -> Non
     assert check(tmp_path, tmp_path / "out") == 0
     assert f"note: {len(names.splitlines())} images are in train and in trainval" in capsys.readouterr().out
     (tmp_path / "ImageSets/Main/test.txt").write_text(names)
-    assert check(tmp_path, tmp_path / "out", "--set", "train", "--set", "test") == 1
+    assert check(tmp_path, tmp_path / "other", "--set", "train", "--set", "test") == 1
+    assert check(tmp_path, tmp_path / "other") == 2  # samples are not written over
 
 
 @pytest.mark.parametrize(

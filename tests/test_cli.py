@@ -313,7 +313,7 @@ def test_pictures_are_not_overwritten_by_their_predictions(student, digits, tmp_
 
     shutil.copy(digits / "images/test/000001.png", tmp_path)
     before = (tmp_path / "000001.png").read_bytes()
-    with pytest.raises(ValueError, match="holds the pictures themselves"):
+    with pytest.raises(FileExistsError, match=r"000001\.png is there already"):
         predict(load_detector(student).model, [tmp_path], tmp_path, size=96)
     assert (tmp_path / "000001.png").read_bytes() == before
 

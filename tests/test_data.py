@@ -248,6 +248,12 @@ def test_workers_tell_what_they_could_not_read_and_it_is_not_scored(make):
     assert dataset.annotations.unread.tolist() == [False, True, False]
 
 
+def test_strict_sets_stop_at_an_image_that_cannot_be_read(make):
+    for options in ({}, {"augmentation": BUSY}):
+        with pytest.raises(ValueError, match=r"2\.png"):
+            make(BOXES, edit=damage, strict=True, **options)[1]
+
+
 def test_a_set_of_which_nothing_can_be_read_is_an_error(make):
     def damage_all(coco, folder):
         for file in folder.iterdir():

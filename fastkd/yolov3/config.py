@@ -18,7 +18,7 @@ OPTIMIZERS = ("adamw", "sgd")
 # what a resumed run may change: it has no influence on the weights
 FREE_TO_CHANGE = {
     *("out", "resume", "workers", "cache", "eval_every", "save_every", "log_every", "tensorboard", "cpu"),
-    *("val_annotations", "val_images"),
+    *("val_annotations", "val_images", "strict"),
 }
 OF_DISTILLATION = {  # without a teacher they do nothing
     *("teacher_model", "distill_weight", "distill_share", "info_map", "prior", "level_weights"),
@@ -76,6 +76,7 @@ class TrainConfig:
         limit: use the first so many training pictures.
         workers: processes that load pictures; 0 is best for small sets with ``cache``.
         cache: keep decoded pictures in memory.
+        strict: an image that can't be read ends the run, which leaves it out otherwise.
         eval_every: epochs between evaluations (and exports); 0: at the end only.
         save_every: epochs between checkpoints.
         log_every: steps between two lines of the log.
@@ -127,6 +128,7 @@ class TrainConfig:
     limit: int | None = None
     workers: int = 0
     cache: bool = False
+    strict: bool = False
     eval_every: int = 10
     save_every: int = 1
     log_every: int = 20

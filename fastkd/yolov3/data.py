@@ -97,6 +97,7 @@ class DetectionDataset(Dataset[Sample]):
         seed: of the augmentation.
         cache: keep decoded pictures in memory (in each worker process), for sets that fit.
         limit: use the first `limit` pictures only.
+        strict: an image that can't be read, or has another size than the annotations say, is a ValueError instead.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class DetectionDataset(Dataset[Sample]):
         seed: int = 0,
         cache: bool = False,
         limit: int | None = None,
+        strict: bool = False,
     ) -> None:
         if size <= 0 or size % 32:
             raise ValueError(f"size: expected a positive multiple of 32, got {size}")
@@ -117,10 +119,11 @@ class DetectionDataset(Dataset[Sample]):
         self.size = size
         self.augmentation = augmentation
         self.seed = seed
+        self.strict = strict
         if not isinstance(annotations, Annotations):
             annotations = read_set(annotations, annotations if images is None else images)
         annotations = annotations.first(limit)
-        self.annotations = _readable(annotations).clean()
+        self.annotations = _readable(annotations, strict).clean()
         if self.annotations.problems:
             told = (f"{len(names)} {what} ({some_of(names)})" for what, names in self.annotations.problems.items())
             warnings.warn(f"{annotations.source}: {', '.join(told)}", stacklevel=2)
@@ -219,6 +222,8 @@ class DetectionDataset(Dataset[Sample]):
             try:
                 image = _read_as(self.annotations.path(index), *self.annotations.sizes[index].tolist())
             except ValueError as error:
+                if self.strict:
+                    raise
                 self._unread[index] = True
                 warnings.warn(f"an image is left out: {error}", stacklevel=2)
         if image is None:
@@ -230,7 +235,7 @@ class DetectionDataset(Dataset[Sample]):
         return image, self._corners[of][trained], self.annotations.classes[of][trained]
 
 
-def _readable(annotations: Annotations) -> Annotations:
+def _readable(annotations: Annotations, strict: bool) -> Annotations:
     """Without the images whose header can't be read; all files have to be there."""
     missing = annotations.missing()
     if missing:
@@ -241,9 +246,12 @@ def _readable(annotations: Annotations) -> Annotations:
     readable = annotations.have_size()
     if readable.all():
         return annotations
-    if not readable.any():
-        raise ValueError(f"images: none of the {len(annotations)} images in {annotations.image_dir} can be read")
     names = [annotations.file_names[row] for row in np.flatnonzero(~readable)]
+    if strict or not readable.any():
+        raise ValueError(
+            f"images: {len(names)} of {len(annotations)} images in {annotations.image_dir} can't be read: "
+            f"{some_of(names)}; fastkd data check lists all faults of a set"
+        )
     kept = annotations.only(readable)
     return replace(kept, problems=kept.problems | {"images that can't be read left out": names})
 

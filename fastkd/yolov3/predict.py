@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from fastkd.files import replacing
+from fastkd.files import replacing, require_new
 from fastkd.modes import eval_mode
 from fastkd.yolov3.annotations import some_of
 from fastkd.yolov3.boxes import Detections, detect
@@ -56,16 +56,15 @@ def predict(
 
     Raises:
         FileNotFoundError: no such picture or folder, or a folder without pictures.
+        FileExistsError: ``out`` has a file of one of these names.
         ValueError: no file is an image that can be read, two have one name, or a threshold is out of range.
     """
     files = listed(pictures)
     targets = [_named(Path(out) / file.name) for file in files]
     if len(set(targets)) != len(targets):
         raise ValueError("pictures: expected different file names, got two alike; predict one folder at a time")
-    if {x.resolve() for x in targets} & {x.resolve() for x in files}:
-        raise ValueError(
-            f"out: {os.fspath(out)} holds the pictures themselves; give another folder, or they would be lost"
-        )
+    for target in targets:
+        require_new(out=target)
     bar = tqdm(files, unit="picture", leave=False, disable=None if progress else True)
     written, faults = [], {}
     for file, target in zip(bar, targets, strict=True):

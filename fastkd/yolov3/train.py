@@ -467,6 +467,7 @@ def training_set(config: TrainConfig) -> DetectionDataset:
         seed=config.seed,
         cache=config.cache,
         limit=config.limit,
+        strict=config.strict,
     )
 
 
@@ -474,7 +475,8 @@ def validation_set(config: TrainConfig) -> DetectionDataset | None:
     """The run's validation set, or None."""
     if config.val_annotations is None or config.val_images is None:
         return None
-    return DetectionDataset(config.val_annotations, config.val_images, config.size, cache=config.cache)
+    annotations, images = config.val_annotations, config.val_images
+    return DetectionDataset(annotations, images, config.size, cache=config.cache, strict=config.strict)
 
 
 def unlabelled_set(config: TrainConfig) -> DetectionDataset | None:
@@ -482,7 +484,12 @@ def unlabelled_set(config: TrainConfig) -> DetectionDataset | None:
     if config.unlabelled is None:
         return None
     return DetectionDataset.of_pictures(
-        config.unlabelled, config.size, augmentation=config.augmentation, seed=config.seed, cache=config.cache
+        config.unlabelled,
+        config.size,
+        augmentation=config.augmentation,
+        seed=config.seed,
+        cache=config.cache,
+        strict=config.strict,
     )
 
 
