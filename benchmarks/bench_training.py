@@ -41,11 +41,11 @@ def random_images(batch: int, side: int, device: str = "cpu") -> Tensor:
 class CompiledLoss(DistillLoss):
     """``DistillLoss`` with its plain formula compiled, of which moments, prior and factor are inputs."""
 
-    def _weighted(self, levels: LevelTensors, task: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _weighted(self, levels: LevelTensors, task: Tensor | None, learns: bool) -> tuple[Tensor, Tensor]:
         weight = self.loss_weight
         tensors = (levels.student, levels.teacher, levels.prior, levels.mean, levels.rstd, levels.bias)
         losses = self.formula(*tensors, levels.plan.weights)
-        factor = weight.factor.clone() if weight.is_known else weight.balanced(losses, task)
+        factor = weight.factor.clone() if weight.is_known else weight.balanced(losses, task, all_ranks=learns)
         return factor * losses.sum(), losses.detach()
 
     @cached_property
