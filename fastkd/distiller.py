@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import weakref
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from inspect import Parameter
 from types import NoneType
 from typing import Any, TypeAlias
 
@@ -24,8 +26,10 @@ from fastkd.modes import eval_mode
 from fastkd.ops.arguments import kind_of, require_bool, require_weights
 from fastkd.ops.levels import warn_if_nothing_learns
 from fastkd.ranks import world_size
+from fastkd.teacher import Teacher
 
-Prior: TypeAlias = Callable[[Any, list[tuple[int, int]]], Sequence[Tensor | None]]
+# of the teacher's output and the (height, width) of each level, or of these alone
+Prior: TypeAlias = Callable[..., Sequence[Tensor | None]]
 
 
 class Distiller(nn.Module):
@@ -56,11 +60,14 @@ class Distiller(nn.Module):
             bilinearly (as in PKD, Cao et al., 2022); lists are then paired by nearest stride, up to a factor of
             sqrt(2). None: sizes must be equal.
         prior: called as ``prior(teacher_output, sizes)`` without grad, sizes being the (height, width) of each level;
-            returns one (N, height, width) tensor or None per level.
+            returns one (N, height, width) tensor or None per level. One that takes the sizes alone, as of boxes, lets
+            the teacher's forward end after its last level.
         preprocess: called on the images before the teacher gets them, where it takes others than the student does:
             another mean or range, a crop. Sizes may differ, if those of the features agree.
         last_forward: whether the student's last forward is meant where it ran more than once since the last loss, with
             gradients, and the last time not on the images given; False: that is an error.
+        fold_teacher: fold the teacher's batch norms into its convolutions, in a copy that has weights of these of its
+            own. The features stay the same within 1e-4 of their largest, or the teacher runs as it was given.
         criterion: a ``DistillLoss`` made beforehand; or
         **loss_options: arguments of ``DistillLoss``: ``info_map``, ``weights``, ``warmup_steps``, ...
 
@@ -88,6 +95,7 @@ class Distiller(nn.Module):
         prior: Prior | None = None,
         preprocess: Callable[[Any], Any] | None = None,
         last_forward: bool = False,
+        fold_teacher: bool = True,
         criterion: DistillLoss | None = None,
         **loss_options: Any,
     ) -> None:
@@ -127,10 +135,13 @@ class Distiller(nn.Module):
             hook.attach()
         # nobody calls remove() on a distiller that a notebook made anew: its hooks go with it. The finalizer may hold
         # handles alone: a hook holds the student, which may hold its distiller
-        weakref.finalize(self, _remove, [x for hook in self._feature_hooks for x in hook.handles]).atexit = False
+        weakref.finalize(self, _remove_all, [hook.handles for hook in self._feature_hooks]).atexit = False
         # listed once: walking a large teacher at every step would take a millisecond
         self._frozen = (tuple(teacher.modules()), tuple(teacher.parameters()))
         self._freeze()
+        self._teacher = Teacher(teacher, fold_teacher)
+        if self._pairs is not None:
+            self._teacher.listen([t for _, t in self._pairs])
 
     def _make_criterion(self, most: int, options: dict[str, Any]) -> DistillLoss:
         """With as many adapters as there can be levels; ``prepare`` drops those that no stride needs."""
@@ -357,6 +368,7 @@ class Distiller(nn.Module):
         checks = [
             health.check_trained(self.teacher, teacher_fingerprint, ran),
             frozen,
+            Check("teacher runs", True, self._teacher.how),
             hooks,
             gradient,
             weight,
@@ -402,16 +414,18 @@ class Distiller(nn.Module):
                 hook.feature()  # before the teacher runs for nothing
                 if hook.several and not self.last_forward:
                     _require_images(hook, images)
-        output = self._run_teacher(images)
+        prior = self.prior if prior is None else prior
+        whole = prior is not None and takes_output(prior)
+        output = self._run_teacher(images, whole=whole)
         pairs = self._matched()
         teacher = [t.feature() for _, t in pairs]
         student = [self._aligned(s, t, s.feature(), y) for (s, t), y in zip(pairs, teacher, strict=True)]
         self._move_criterion(teacher)
-        prior = self.prior if prior is None else prior
         if prior is None:
             return student, teacher, None, output
+        sizes = [(x.shape[2], x.shape[3]) for x in teacher]
         with torch.no_grad():
-            return student, teacher, prior(output, [(x.shape[2], x.shape[3]) for x in teacher]), output
+            return student, teacher, prior(output, sizes) if whole else prior(sizes), output
 
     def _aligned(self, s: FeatureHook, t: FeatureHook, x: Tensor, teacher: Tensor) -> Tensor:
         """The student's feature ``x`` in the teacher's height and width."""
@@ -473,11 +487,12 @@ class Distiller(nn.Module):
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
 
-    def _run_teacher(self, images: Any) -> Any:
+    def _run_teacher(self, images: Any, *, whole: bool = False) -> Any:
+        """Its output, or None where it ended after its last level, unless the whole of it is asked for."""
         self._freeze()
         with torch.no_grad():
             images = _in_dtype_of(self.teacher, images if self.preprocess is None else self.preprocess(images))
-            return without_ddp(self.teacher)(images)  # nothing of a frozen teacher is to be synchronised
+            return self._teacher.run(images, whole=whole)  # nothing of a frozen teacher is to be synchronised
 
     def _dry_run(
         self, images: Any, prior: Prior | None = None
@@ -511,6 +526,7 @@ class Distiller(nn.Module):
                 if hook not in used:
                     hook.detach()
             self._feature_hooks = used
+            self._teacher.listen([t for _, t in pairs])
         return self._pairs
 
     def _clear(self) -> None:
@@ -528,8 +544,9 @@ class Distiller(nn.Module):
             for module in (health.initial_layers(self.teacher) if ran is not None else [])
         ]
         try:
-            pairs = len(self._dry_run(images, prior)[0])
-            often = [f"{hook} {hook.calls} times" for hook in self._feature_hooks if hook.calls != 1]
+            with self._teacher.as_given():
+                pairs = len(self._dry_run(images, prior)[0])
+                often = [f"{hook} {hook.calls} times" for hook in self._feature_hooks if hook.calls != 1]
         except (RuntimeError, TypeError, ValueError) as error:
             return Check("hooks", False, str(error)), None
         finally:
@@ -622,6 +639,16 @@ def _require_images(hook: FeatureHook, images: Any) -> None:
     )
 
 
+def takes_output(prior: Prior) -> bool:
+    """Whether a prior is called with the teacher's output too."""
+    try:
+        kinds = [p.kind for p in inspect.signature(prior).parameters.values() if p.default is p.empty]
+    except (TypeError, ValueError):  # of a function in C
+        return True
+    positional = [kind for kind in kinds if kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    return len(positional) != 1 or Parameter.VAR_POSITIONAL in kinds
+
+
 def _require_names(hooks: Sequence[FeatureHook], **to_maps: ToMaps) -> None:
     for role, given in to_maps.items():
         names = [hook.name for hook in hooks if hook.role == role]
@@ -671,6 +698,11 @@ def _holders(features: list[Tensor]) -> list[tuple[int, int, int]]:
 def _remove(handles: Sequence[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _remove_all(lists: Sequence[Sequence[RemovableHandle]]) -> None:
+    for handles in lists:
+        _remove(handles)
 
 
 def _require_kind(kind: Any, expected: str, **arguments: object) -> None:

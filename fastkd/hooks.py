@@ -53,6 +53,7 @@ class FeatureHook:
         self.images: Any = None  # what the model's last forward got first
         self.several = False  # whether an earlier forward since the last loss could have been distilled too
         self.handles: list[RemovableHandle] = []
+        self.heard: Callable[[], None] | None = None  # called after each output that is kept
 
     def __str__(self) -> str:
         return f"{self.role} {self.label} {self.name!r}"
@@ -70,11 +71,11 @@ class FeatureHook:
     def attach(self) -> None:
         leave_hooks_behind(self.root, self.module)
         before = self.root.register_forward_pre_hook(self)
-        self.handles = [before, self.module.register_forward_hook(self)]
+        self.handles += [before, self.module.register_forward_hook(self)]
 
     def detach(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        while self.handles:  # in place: a finalizer has the list
+            self.handles.pop().remove()
         self.reset()
 
     def reset(self) -> None:
@@ -96,6 +97,13 @@ class FeatureHook:
             self.output, self.map = args[0] if self.of_input else output[0], None
             self.version = _version(self.output)
             self.calls += 1
+            if self.heard is not None:
+                self.heard()
+
+    @property
+    def was_changed(self) -> bool:
+        """Whether a later module has changed the output in place."""
+        return not torch.compiler.is_compiling() and _version(self.output) != self.version
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In copies of a module that others had hooks on before: a function that takes anything and does nothing."""
@@ -143,7 +151,7 @@ class FeatureHook:
             )
 
     def _warn_if_changed(self) -> None:
-        if not self.warned and not torch.compiler.is_compiling() and _version(self.output) != self.version:
+        if not self.warned and self.was_changed:
             self.warned = True
             warnings.warn(
                 f"{self}: a later module changed its output in place, and what is distilled is the result; to distil "

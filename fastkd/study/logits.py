@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.distiller import Prior
+from fastkd.distiller import Prior, takes_output
 from fastkd.loss_weight import LossWeight
 from fastkd.yolov3.boxes import head_cells, widen
 from fastkd.yolov3.objective import LevelPriors, Objective
@@ -38,7 +38,7 @@ class LogitObjective(Objective):
         def see_outputs(of_teacher: Sequence[Tensor], sizes: list[tuple[int, int]]) -> LevelPriors:
             nonlocal found
             found = of_teacher
-            return prior(of_teacher, sizes)
+            return prior(of_teacher, sizes) if takes_output(prior) else prior(sizes)
 
         assert self.distiller is not None
         factor = self.logit_factor.at(self.distiller.criterion.loss_weight.step)

@@ -168,7 +168,8 @@ class YOLOv3(_Detector):
         p32 = self.block32(c32)
         p16 = self.block16(torch.cat([_upsample(self.lateral16(p32)), c16], 1))
         p8 = self.block8(torch.cat([_upsample(self.lateral8(p16)), c8], 1))
-        return [self.head8(self.neck8(p8)), self.head16(self.neck16(p16)), self.head32(self.neck32(p32))]
+        n8, n16, n32 = self.neck8(p8), self.neck16(p16), self.neck32(p32)  # a teacher may end here
+        return [self.head8(n8), self.head16(n16), self.head32(n32)]
 
 
 class YOLOv3Tiny(_Detector):
@@ -215,7 +216,8 @@ class YOLOv3Tiny(_Detector):
         pooled = F.max_pool2d(F.pad(f32, (0, 1, 0, 1), value=-math.inf), 2, stride=1)
         p32 = self.block32(self.top32(pooled))
         p16 = torch.cat([_upsample(self.lateral16(p32)), f16], 1)
-        return [self.head16(self.neck16(p16)), self.head32(self.neck32(p32))]
+        n16, n32 = self.neck16(p16), self.neck32(p32)  # a teacher may end here
+        return [self.head16(n16), self.head32(n32)]
 
 
 Detector: TypeAlias = YOLOv3 | YOLOv3Tiny

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -83,6 +84,8 @@ PRIORS: dict[str, Callable[[PriorContext], LevelPriors]] = {
     "none": _none,
 }
 
+
+OF_BOXES = {"iou_mask", "graded_iou", "box_balance", "none"}  # which look at no output of the teacher beside them
 
 # of the maps that are nothing without one
 _USUAL = {"score": "confidence", "fgfi": "iou_mask", "graded_iou": "graded_iou"}
@@ -194,7 +197,8 @@ class Objective(nn.Module):
         def prior(outputs: Sequence[Tensor], sizes: list[tuple[int, int]]) -> LevelPriors:
             return PRIORS[self.prior](PriorContext(images, known, targets, outputs, sizes, teacher, distiller))
 
-        return prior
+        # of labels alone: the teacher need not run to its end
+        return partial(prior, ()) if self.prior in OF_BOXES and known == len(images) else prior
 
 
 def _nearest(strides: Sequence[int], stride: float) -> int:

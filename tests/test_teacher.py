@@ -1,0 +1,245 @@
+"""How the teacher runs: batch norms folded in a copy, up to its last level, and with the features that it has."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastkd import Distiller
+from fastkd.yolov3 import YOLOv3
+
+
+class Net(nn.Module):
+    """Two stages of convolution, batch norm and ReLU, a head, and what ran of it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.ran: list[str] = []
+        self.stage = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.conv, self.norm = nn.Conv2d(width, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width)
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ran.append("forward")
+        x = self.last(self.norm(self.conv(self.stage(x))))
+        self.ran.append("head")
+        return self.head(x)
+
+    def last(self, x: Tensor) -> Tensor:
+        return x
+
+
+def trained(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias)
+            m.running_mean.normal_(0, 0.5)
+            m.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+LEVELS = [("stage", "stage"), ("norm", "norm")]
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def distiller_of(teacher: nn.Module, levels: list[tuple[str, str]] = LEVELS, **options: Any) -> Distiller:
+    torch.manual_seed(0)
+    return Distiller(Net(4), teacher, backbone=levels, **options).prepare(IMAGES)
+
+
+def features(distiller: Distiller) -> list[Tensor]:
+    """The teacher's, as the loss gets them."""
+    caught: list[list[Tensor]] = []
+    handle = distiller.criterion.register_forward_pre_hook(lambda _, args: caught.append([x.clone() for x in args[1]]))
+    distiller.student(IMAGES)
+    distiller.loss(IMAGES)
+    handle.remove()
+    return caught[0]
+
+
+def expected(teacher: nn.Module, names: list[str]) -> list[Tensor]:
+    found: dict[str, Tensor] = {}
+    model = copy.deepcopy(teacher)
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda m, a, out, n=name: found.__setitem__(n, out.clone()))
+    with torch.no_grad():
+        model(IMAGES)
+    return [found[name] for name in names]
+
+
+def assert_near(got: list[Tensor], exact: list[Tensor]) -> None:
+    for x, y in zip(got, exact, strict=True):
+        assert (x - y).abs().amax() <= 1e-4 * y.abs().amax()
+
+
+def how(distiller: Distiller) -> str:
+    return next(check.message for check in distiller.check().checks if check.name == "teacher runs")
+
+
+def test_features_are_those_of_the_teacher_as_it_was_given() -> None:
+    teacher = trained(Net())
+    before = copy.deepcopy(teacher.state_dict())
+    distiller = distiller_of(teacher)
+    assert_near(features(distiller), expected(teacher, ["stage", "norm"]))
+    assert how(distiller) == "2 batch norms folded into convolutions; ends after its last level"
+    assert all(torch.equal(x, y) for x, y in zip(before.values(), teacher.state_dict().values(), strict=True))
+    assert isinstance(distiller.teacher.norm, nn.BatchNorm2d)
+
+
+def test_every_batch_norm_of_yolov3_is_folded() -> None:
+    torch.manual_seed(0)
+    teacher, images = trained(YOLOv3(4, 0.125)), torch.rand(1, 3, 64, 64)
+    levels = [(x, x) for x in (*teacher.backbone_levels, *teacher.neck_levels)]
+    distiller = Distiller(YOLOv3(4, 0.125), teacher, backbone=levels).prepare(images)
+    distiller.student(images)
+    distiller.loss(images)
+    assert "72 batch norms folded" in how(distiller)
+
+
+def test_weights_that_change_later_are_the_ones_that_count() -> None:
+    teacher, other = trained(Net()), trained(Net())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    distiller = distiller_of(teacher)
+    features(distiller)
+    for assign in (False, True):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(0.1)
+        teacher.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+        assert_near(features(distiller), expected(other, ["stage", "norm"]))
+    with pytest.raises(AssertionError):
+        assert_near(features(distiller), expected(trained(Net()), ["stage", "norm"]))
+    teacher.double()
+    student = distiller.student.double()
+    assert student(IMAGES.double()).dtype == torch.float64
+    distiller.loss(IMAGES.double())
+
+
+def test_a_convolution_that_is_a_level_keeps_its_own_output() -> None:
+    teacher = trained(Net())
+    distiller = distiller_of(teacher, [("conv", "conv"), ("norm", "norm")])
+    assert_near(features(distiller), expected(teacher, ["conv", "norm"]))
+    assert how(distiller).startswith("1 batch norms folded")
+
+
+class Residual(Net):
+    def last(self, x: Tensor) -> Tensor:
+        return x + self.seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.conv(self.stage(x))  # used twice: folded it would be another
+        return self.head(self.last(self.norm(self.seen)))
+
+
+def test_features_that_would_differ_are_not_folded_and_that_is_said() -> None:
+    teacher = trained(Residual())
+    levels = [("stage", "stage"), ("norm", "input:head")]
+    with pytest.warns(
+        UserWarning, match=r"not folded, as its features differed then: teacher backbone\[1\] 'input:head'"
+    ):
+        found = features(distiller_of(teacher, levels))
+    torch.testing.assert_close(found[0], expected(teacher, ["stage"])[0], rtol=0, atol=0)
+
+
+def replaced(teacher: nn.Module) -> nn.Module:
+    teacher.stage.forward = teacher.stage.forward
+    return teacher
+
+
+def hooked(teacher: nn.Module) -> nn.Module:
+    teacher.head.register_forward_hook(lambda *_: None)
+    return teacher
+
+
+class NoCopy(Net):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("no copies")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: replaced(Net()), "the forward of 'stage' was replaced"),
+        (lambda: hooked(Net()), "'head' has hooks of others"),
+        (lambda: torch.compile(Net(), backend="eager"), "it is compiled or wrapped"),
+        (NoCopy, "not folded, as it can't be copied (RuntimeError: no copies)"),
+    ],
+)
+def test_what_stands_against_a_copy_is_said(make: Any, said: str) -> None:
+    torch.manual_seed(2)
+    teacher = trained(make())
+    torch.manual_seed(2)
+    exact = expected(trained(Net()), ["stage", "norm"])
+    distiller = distiller_of(teacher)
+    found = features(distiller)
+    assert said in how(distiller)
+    for x, y in zip(found, exact, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_folding_can_be_left_out() -> None:
+    teacher = trained(Net())
+    distiller = distiller_of(teacher, fold_teacher=False)
+    for x, y in zip(features(distiller), expected(teacher, ["stage", "norm"]), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    assert how(distiller) == "not folded, as asked; ends after its last level"
+
+
+# ---- its end
+
+
+def ran_with(prior: Any, teacher: nn.Module | None = None) -> list[str]:
+    """What a step of the loss runs of the teacher, once it is ready."""
+    teacher = trained(Net()) if teacher is None else teacher
+    distiller = distiller_of(teacher, fold_teacher=False, prior=prior, info_map="uniform")
+    features(distiller)
+    teacher.ran.clear()  # type: ignore[operator]
+    features(distiller)
+    return list(teacher.ran)  # type: ignore[arg-type]
+
+
+def test_the_head_runs_only_where_the_prior_takes_the_output() -> None:
+    seen = []
+
+    def of_output(output: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+        seen.append(output)
+        return [torch.ones(2, *size) for size in sizes]
+
+    assert ran_with(None) == ["forward"]
+    assert ran_with(lambda sizes: [torch.ones(2, *size) for size in sizes]) == ["forward"]
+    assert ran_with(of_output) == ["forward", "head"]
+    assert all(x.shape == (2, 2, 4, 4) for x in seen)
+
+
+class Careful(Net):
+    def last(self, x: Tensor) -> Tensor:
+        try:
+            return super().last(x)
+        except Exception:
+            return x * 0
+
+
+class Clips(Net):
+    """Changes its last level in place, which ends after it must not leave out."""
+
+    def last(self, x: Tensor) -> Tensor:
+        return x.relu_()
+
+
+def test_a_model_that_catches_exceptions_ends_too() -> None:
+    assert ran_with(None, trained(Careful())) == ["forward"]
+
+
+def test_a_level_that_is_changed_later_is_run_to_its_end() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert ran_with(None, trained(Clips())) == ["forward", "head"]
