@@ -18,7 +18,7 @@ def _load_cpp() -> str | None:
     """Load the extension, which registers its kernels; the reason why not, or None."""
     build = "build it: pip install --force-reinstall --no-deps . (needs a C++ compiler, and FASTKD_CPP not 0)"
     try:
-        from fastkd import _C  # type: ignore[attr-defined]
+        from fastkd import _C
     except ImportError as error:
         return f"the C++ extension is not built or does not load ({error}); {build}"
     _cuda_archs.extend(int(arch) for arch in _C.cuda_archs.split(";") if arch)
