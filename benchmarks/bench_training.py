@@ -74,7 +74,9 @@ def make_objective(provider: str, images: Tensor, width: float = 1.0) -> Objecti
     if provider == ALONE:
         return Objective(student).to(images.device, memory_format=torch.channels_last)
     teacher = YOLOv3(num_classes=80, width=width)
-    objective = Objective(student, teacher, prior="graded_iou", **options_of(provider))
+    # who writes a step in plain PyTorch runs the teacher as it is
+    fold = {"fold_teacher": provider == "fastkd"}
+    objective = Objective(student, teacher, prior="graded_iou", **options_of(provider), **fold)
     assert objective.distiller is not None
     objective.distiller.prepare(images.cpu())  # the adapters' widths, before they get another layout
     for module in (objective, teacher):
