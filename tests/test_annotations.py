@@ -184,7 +184,6 @@ EXTERNAL = '<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/passwd">]><annotation><f
         ),
         ("<annotation><filename>../c.png</filename></annotation>", "leads out of the image folder"),
         ("<annotation><filename>C:\\c.png</filename></annotation>", "leads out of the image folder"),
-        ("<annotation><size><width>inf</width></size></annotation>", r"c\.xml: not Pascal VOC XML: cannot convert"),
         (f"<annotation>{voc_object('', 1, 1, 5, 5, False)}</annotation>", "an object without a name"),
     ],
 )
@@ -207,6 +206,7 @@ def test_an_xml_file_that_is_wrong_or_malicious_is_named(text: str, message: str
         ("cat 0.5 0.5 0.1 0.1", "expected numbers, got 'cat 0.5.*; the first is the class as a number, not its name"),
         ("0 0.5 nan 0.1 0.1", "expected finite numbers"),
         ("0 320 240 64 64", "expected numbers relative to the image"),
+        ("0,.5,.5,.2,.2", "got '0,.5,.5,.2,.2'; are they separated by commas"),
         ("1 1 9 1 9 9 1 9 plane 0", "this looks like an oriented box of DOTA"),
     ],
 )
@@ -278,7 +278,14 @@ def test_a_split_may_be_several_folders_and_lists(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("corner", "shift", "said"), [("0", 0, "points counted from 0"), ("1.5", 0, "points"), ("1", 1, "counted from 1")]
+    ("corner", "shift", "said"),
+    [
+        ("0", 0, "points counted from 0"),
+        ("1.5", 0, "points"),
+        ("-0.5", 0, "points"),
+        ("1", 1, "counted from 1"),
+        ("-3", 1, "counted from 1"),
+    ],
 )
 def test_voc_corners_are_counted_as_the_set_shows(corner: str, shift: int, said: str, tmp_path: Path) -> None:
     write_voc(tmp_path)
@@ -292,7 +299,8 @@ def test_voc_corners_are_counted_as_the_set_shows(corner: str, shift: int, said:
     assert said in found.notes[0]
     clean = found.clean()
     assert clean.boxes[0].tolist() == [11 - shift, 2 - shift, 20 + shift, 20 + shift]
-    assert clean.problems == {"boxes without area in their image dropped": ["a.png", "a.png"]}
+    assert clean.problems.pop("boxes without area in their image dropped") == ["a.png", "a.png"]
+    assert list(clean.problems) == (["boxes clipped to their image"] if corner == "-3" else [])
 
 
 def test_the_image_of_an_xml_files_own_name_comes_before_the_one_that_it_names(tmp_path: Path) -> None:
@@ -308,12 +316,33 @@ def test_the_image_of_an_xml_files_own_name_comes_before_the_one_that_it_names(t
 @pytest.mark.parametrize("listed", ["a\nc\na\n", "a\nc\nsame\n"])
 def test_an_image_that_a_list_or_two_files_name_twice_is_one(listed: str, tmp_path: Path) -> None:
     write_voc(tmp_path)
-    (tmp_path / "Annotations/same.xml").write_bytes((tmp_path / "Annotations/a.xml").read_bytes())
+    text = (tmp_path / "Annotations/a.xml").read_text(encoding="utf-8").replace("a.png", "z.png")
+    for name in ("a", "same"):
+        (tmp_path / f"Annotations/{name}.xml").write_text(text, encoding="utf-8")
+    (tmp_path / "JPEGImages/a.png").rename(tmp_path / "JPEGImages/z.png")
     (tmp_path / "ImageSets/Main/train.txt").write_text(listed)
     found = read_set(*find_set(tmp_path, "train"))
-    assert found.file_names == ["a.png", "c.png"]
+    assert found.file_names == ["z.png", "c.png"]
     assert len(found.boxes) == 3
-    assert found.problems == {"repeated entries of an image joined with its first": ["a.png"]}
+    assert found.problems == {"repeated entries of an image joined with its first": ["z.png"]}
+
+
+def test_an_xml_file_without_its_image_does_not_take_the_image_of_another(tmp_path: Path, capsys: Any) -> None:
+    write_voc(tmp_path)
+    text = (tmp_path / "Annotations/a.xml").read_text(encoding="utf-8").replace("a.png", "c.png")
+    (tmp_path / "Annotations/a.xml").write_text(text, encoding="utf-8")
+    (tmp_path / "JPEGImages/a.png").unlink()
+    found = read_set(*find_set(tmp_path, "train"))
+    assert found.file_names == ["a.jpg", "b 2.png", "c.png"]
+    assert found.classes[found.of(2)].tolist() == [1]
+    assert check(tmp_path, tmp_path / "out") == 1
+    assert "FAULT: 1 images are missing: a.jpg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", ["", "nan", "inf"])
+def test_an_xml_files_size_that_is_no_number_is_read_from_the_image(width: str, tmp_path: Path) -> None:
+    write_voc(tmp_path, size=f"<size><width>{width}</width><height>48</height></size>")
+    assert read_set(*find_set(tmp_path, "train")).sizes.tolist() == [[64, 48]] * 3
 
 
 # ---- other layouts
@@ -358,6 +387,25 @@ def test_other_layouts_are_found_and_valid_is_val(write: Any, tmp_path: Path) ->
     assert (len(found), len(found.boxes)) == (3, 3)
     # classes are those of all XML files, train's too
     assert found.class_names == (["ant"] if write is voc_beside else []) + NAMES
+
+
+@pytest.mark.parametrize(("write", "name"), [(roboflow, "val"), (voc_beside, "val"), (write_voc, "train")])
+def test_a_yaml_file_that_is_not_of_the_set_is_left_alone(write: Any, name: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    found = sets_in(tmp_path)
+    for file, text in {
+        ".pre-commit-config.yaml": "names: [a]\ntrain: x\nval: x\n",
+        "hyp.yaml": "train: 3\nval: 4\n",
+        "list.yml": "- 1\n",
+        "broken.yaml": "a: [\n",
+    }.items():
+        (tmp_path / file).write_text(text)
+        assert sets_in(tmp_path) == found
+        assert len(read_set(*find_set(tmp_path, name))) == 3
+    write_yolo(tmp_path / "yolo")
+    (tmp_path / "yolo/data.yaml").rename(tmp_path / "yolo/mine.yaml")
+    (tmp_path / "yolo/hyp.yaml").write_text("lr: 1\n")
+    assert sets_in(tmp_path / "yolo") == ["train"]
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -406,6 +454,9 @@ def test_lists_of_darknet_are_relative_to_the_folder_above(tmp_path: Path) -> No
     lines = (tmp_path / "data/train.txt").read_text().replace("./", "data/")
     (tmp_path / "data/train.txt").write_text(lines)
     assert len(read_set(*find_set(tmp_path / "data", "train")).boxes) == 3
+    (tmp_path / "data/train.txt").write_text(f"data/images/train/absent.png\n{lines}")
+    found = read_set(*find_set(tmp_path / "data", "train"))
+    assert (len(found.boxes), [Path(name).name for name in found.missing()]) == (3, ["absent.png"])
     (tmp_path / "data/train.txt").write_text("elsewhere/a.png\n")
     with pytest.raises(ValueError, match=r"none of the 1 images of .* exists; looked for .*data/elsewhere/a\.png"):
         read_set(*find_set(tmp_path / "data", "train"))
@@ -552,6 +603,7 @@ def test_every_fault_is_found_and_named(tmp_path: Path, capsys: Any) -> None:
     assert check(root, tmp_path / "out") == 1
     said = capsys.readouterr().out
     for line in (
+        "images without a box: 1;",
         "FAULT: 1 images are missing: b 2.png",
         "FAULT: 1 images can't be read: a.png",
         "FAULT: 1 images have another size than the annotations say: c.png",
@@ -562,6 +614,13 @@ def test_every_fault_is_found_and_named(tmp_path: Path, capsys: Any) -> None:
     assert "orientation" not in said
     assert check(root, tmp_path / "out", "--quick") == 1
     assert "can't be read" not in capsys.readouterr().out
+
+
+def test_an_image_that_cannot_be_read_still_counts_as_one_with_its_boxes(tmp_path: Path, capsys: Any) -> None:
+    write_voc(tmp_path, size="")
+    (tmp_path / "JPEGImages/c.png").write_bytes(b"no image")
+    assert check(tmp_path, tmp_path / "out") == 1
+    assert "images without a box: 1;" in capsys.readouterr().out
 
 
 def test_pictures_that_a_viewer_turns_are_counted(tmp_path: Path, capsys: Any) -> None:

@@ -1,8 +1,11 @@
 """DetectionDataset: what is wrong in a file has a defined end, and samples depend on (seed, epoch, index) only."""
 
+import copy
 import json
+import pickle
 import struct
 import zlib
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,7 +16,9 @@ from torch.utils.data import DataLoader
 from fastkd.yolov3.augment import FILL, Augmentation
 from fastkd.yolov3.data import DetectionDataset, collate, fit, letterbox_of, read_image
 from fastkd.yolov3.evaluate import evaluate
+from fastkd.yolov3.inspect import _read
 from fastkd.yolov3.model import YOLOv3Tiny
+from fastkd.yolov3.overlays import some_batch
 
 
 def annotation(number, bbox, *, image_id=1, category_id=7, **more):
@@ -212,6 +217,13 @@ def claim(coco, folder):
     (folder / "2.png").write_bytes(content)
 
 
+def forbid(dataset):
+    """Make an image's file one that the system does not let us read, as who runs as root may read everything else."""
+    file = dataset.annotations.path(1)
+    file.unlink()
+    file.mkdir()
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -240,18 +252,78 @@ def test_another_image_takes_its_place_in_training_whatever_was_read_before(make
     assert [sample.image_id for sample in first] == [1, 3, 3]
 
 
-@pytest.mark.filterwarnings("ignore:.*2.png")
-def test_workers_tell_what_they_could_not_read_and_it_is_not_scored(make):
+def test_an_image_that_the_system_cannot_read_is_left_out_too(make):
+    dataset = make(BOXES)
+    forbid(dataset)
+    with pytest.warns(UserWarning, match=r"This image is left out: .*2\.png: this file can't be read: Is a directory"):
+        assert not dataset[1].readable
+    dataset.annotations.path(1).rmdir()
+    strict = make(BOXES, strict=True)
+    forbid(strict)
+    with pytest.raises(ValueError, match=r"2\.png: this file can't be read"):
+        strict[1]
+
+
+def test_warnings_of_images_that_cannot_be_read_come_to_an_end(tmp_path):
+    for number in range(9):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.zeros((8, 8, 3), np.uint8))
+    dataset = DetectionDataset.of_pictures(tmp_path, 32)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        assert not any(sample.readable for sample in dataset)
+    told = [str(warning.message) for warning in caught]
+    assert ["This image is left out" in text for text in told] == [True] * 5 + [False]
+    assert told[5].startswith("More images are left out, which are not named here")
+
+
+@pytest.mark.filterwarnings("ignore:.*.png")
+def test_some_batch_goes_on_to_the_next_image_that_can_be_read_each_once(make):
     dataset = make(BOXES, edit=damage)
+    assert some_batch(dataset, 3).image_ids == [1, 3]
+    assert some_batch(make(BOXES), 2).image_ids == [1, 2]
+    assert some_batch(make(BOXES, edit=damage), 2).image_ids == [1, 3]
+    for row in range(3):
+        dataset.annotations.path(row).write_bytes(b"no image")
+    assert some_batch(DetectionDataset(dataset.annotations, None, 64), 3).images.shape == (0, 3, 64, 64)
+
+
+def test_inspect_leaves_out_image_files_that_it_cannot_read(make):
+    dataset, config = make(BOXES, edit=damage), SimpleNamespace(size=64)
+    files = [dataset.annotations.path(row) for row in range(3)]
+    with pytest.warns(UserWarning, match=r"1 of 3 images can't be read and are left out: .*2\.png"):
+        images, _ = _read(files, 3, config)
+    expected = torch.stack([dataset[0].image, dataset[2].image]).float() / 255
+    assert torch.equal(images, expected)
+    with pytest.raises(ValueError, match=r"2\.png: not a picture"):
+        _read(files[1:2], 3, config)
+
+
+def again(dataset):
+    return pickle.loads(pickle.dumps(dataset))
+
+
+@pytest.mark.filterwarnings("ignore:.*2.png")
+@pytest.mark.parametrize("made", [lambda dataset: dataset, copy.deepcopy, again], ids=["itself", "deepcopy", "pickle"])
+def test_workers_tell_what_they_could_not_read_and_it_is_not_scored(make, made):
+    original = make(BOXES, edit=damage)
+    dataset = made(original)
     metrics = evaluate(YOLOv3Tiny(num_classes=2, width=0.125), dataset, batch_size=1, workers=1)
     assert metrics.mAP >= 0
     assert dataset.annotations.unread.tolist() == [False, True, False]
+    assert original.annotations.unread.any() == (dataset is original)
 
 
 def test_strict_sets_stop_at_an_image_that_cannot_be_read(make):
     for options in ({}, {"augmentation": BUSY}):
         with pytest.raises(ValueError, match=r"2\.png"):
             make(BOXES, edit=damage, strict=True, **options)[1]
+
+
+def test_strict_sets_stop_in_a_worker_too_and_the_last_line_names_the_image(make):
+    loader = DataLoader(make(BOXES, edit=damage, strict=True), num_workers=1, collate_fn=collate)
+    with pytest.raises(ValueError, match=r"\nValueError: .*2\.png: not a picture that can be read .*\n*\Z"):
+        list(loader)
 
 
 def test_a_set_of_which_nothing_can_be_read_is_an_error(make):
@@ -292,6 +364,17 @@ def test_a_thumbnail_in_a_jpeg_is_not_its_end_and_bytes_after_the_end_are_ignore
     read_image(file)
     assert not recwarn.list
     file.write_bytes(whole[:2] + segment + whole[2:-20])
+    with pytest.warns(UserWarning, match="has no end"):
+        read_image(file)
+
+
+def test_fill_bytes_before_a_marker_of_a_jpeg_are_allowed(tmp_path, recwarn):
+    whole, file = jpeg(), tmp_path / "a.jpg"
+    filled = whole[:2] + b"\xff\xff" + whole[2:]
+    file.write_bytes(filled)
+    read_image(file)
+    assert not recwarn.list
+    file.write_bytes(filled[:-20])
     with pytest.warns(UserWarning, match="has no end"):
         read_image(file)
 

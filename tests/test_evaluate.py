@@ -182,6 +182,16 @@ def test_set_without_boxes_is_refused(dataset):
         evaluate(FakeDetector(), dataset)
 
 
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_a_set_of_which_no_image_with_a_box_could_be_read_is_refused(dataset):
+    dataset.annotations = replace(
+        dataset.annotations._keeping(np.array([True, False])), unread=dataset.annotations.unread
+    )
+    dataset.annotations.path(0).write_bytes(b"no image")
+    with pytest.raises(ValueError, match="no image that could be read has a box"):
+        evaluate(FakeDetector(), dataset)
+
+
 def test_wrapped_model_is_refused(dataset):
     with pytest.raises(ValueError, match="model: expected a detector with anchors, got Sequential; unwrap it"):
         evaluate(nn.Sequential(FakeDetector()), dataset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ from fastkd.yolov3.formats import read_pictures, read_set
 
 READ_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 JPEG_START, JPEG_END, JPEG_SCAN = b"\xff\xd8", b"\xff\xd9", b"\xda"  # markers
+JPEG_SEGMENT = re.compile(rb"\xff+([^\xff])(.{0,2})", re.DOTALL)  # fill bytes, marker and length
+NAMED = 5  # so many images that are left out are named in warnings
 
 
 class Letterbox(NamedTuple):
@@ -79,7 +82,7 @@ class DetectionDataset(Dataset[Sample]):
     What is wrong in a file is found when it is opened, or when the image is read, and is named:
 
     - missing image: FileNotFoundError with the count and the first few, at construction;
-    - image that can't be read, or of another size than the annotations say: left out, with a warning that names it.
+    - image that can't be read, or of another size than the annotations say: left out; warnings name the first five.
       With augmentation the next image that can be read takes its place, so that a sample still depends on (seed, epoch,
       index) only; without, `collate` drops the sample, and the evaluation does not count its boxes;
     - JPEG that is cut off: read as far as it goes, the rest is grey, with a warning that names it;
@@ -131,10 +134,20 @@ class DetectionDataset(Dataset[Sample]):
         self._corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).astype(np.float32)
 
         # In shared memory, so that workers that outlive an epoch see the new one, and tell what they could not read.
-        self._epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        self._unread: Tensor = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
-        self.annotations.unread = self._unread.numpy()
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._unread = torch.zeros(len(self), dtype=torch.bool)
+        self._share()
         self._cache: dict[int, Array] | None = {} if cache else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares its own memory with its own workers."""
+        self.__dict__.update(state)
+        self._share()
+
+    def _share(self) -> None:
+        for tensor in (self._epoch, self._unread):
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        self.annotations.unread = self._unread.numpy()
 
     @classmethod
     def of_pictures(cls, folder: str | os.PathLike[str], size: int, **options: Any) -> DetectionDataset:
@@ -224,8 +237,7 @@ class DetectionDataset(Dataset[Sample]):
             except ValueError as error:
                 if self.strict:
                     raise
-                self._unread[index] = True
-                warnings.warn(f"an image is left out: {error}", stacklevel=2)
+                self._leave_out(index, error)
         if image is None:
             return None
         if self._cache is not None:
@@ -233,6 +245,16 @@ class DetectionDataset(Dataset[Sample]):
         of = self.annotations.of(index)
         trained = ~self.annotations.crowd[of]
         return image, self._corners[of][trained], self.annotations.classes[of][trained]
+
+    def _leave_out(self, index: int, error: ValueError) -> None:
+        """Mark an image as unread, with a warning if it is one of the first."""
+        before = int(self._unread.sum())
+        self._unread[index] = True
+        if before < NAMED:
+            warnings.warn(f"This image is left out: {error}", stacklevel=3)
+        elif before == NAMED:
+            more = "More images are left out, which are not named here; fastkd data check counts all of them."
+            warnings.warn(more, stacklevel=3)
 
 
 def _readable(annotations: Annotations, strict: bool) -> Annotations:
@@ -257,8 +279,11 @@ def _readable(annotations: Annotations, strict: bool) -> Annotations:
 
 
 def _read_as(path: Path, width: int, height: int) -> Array:
-    """The image, which has to have this size."""
-    image = read_image(path)
+    """The image, which has to have this size; whatever is wrong with its file is a ValueError that names it."""
+    try:
+        image = read_image(path)
+    except OSError as error:  # no permission, for example
+        raise ValueError(f"{path}: this file can't be read: {error.strerror or error}") from None
     found_height, found_width = image.shape[:2]
     if (found_width, found_height) != (width, height):
         raise ValueError(
@@ -338,9 +363,8 @@ def _is_cut_off(data: bytes) -> bool:
     if not data.startswith(JPEG_START):
         return False
     place = len(JPEG_START)
-    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != JPEG_SCAN:
-        length = int.from_bytes(data[place + 2 : place + 4], "big")
-        place += 2 + length  # of a segment, which may hold a thumbnail with an end of its own
+    while (segment := JPEG_SEGMENT.match(data, place)) and segment[1] != JPEG_SCAN:
+        place = segment.end(1) + int.from_bytes(segment[2], "big")  # it may hold a thumbnail with an end of its own
     return data.find(JPEG_END, place) < 0
 
 

@@ -48,11 +48,12 @@ class SetReport:
 
     def lines(self) -> list[str]:
         found, boxes = self.annotations, self.clean.boxes
-        with_boxes = len(np.unique(self.clean.rows))
+        without = len(found) - len(np.unique(found.rows))
+        per_image = len(boxes) / max(len(np.unique(self.clean.rows)), 1)
         lines = [
             f"{self.name}: {len(found)} images, {len(boxes)} boxes  ({found.source})",
-            f"  images without a box: {len(found) - with_boxes}; boxes per image that has some: "
-            f"{len(boxes) / max(with_boxes, 1):.1f}; crowd or difficult: {int(self.clean.crowd.sum())}",
+            f"  images without a box: {without}; boxes per image that has some: {per_image:.1f}; "
+            f"crowd or difficult: {int(self.clean.crowd.sum())}",
         ]
         counts = np.bincount(self.clean.classes, minlength=len(found.class_names)).tolist()
         width = max(map(len, found.class_names), default=0)

@@ -74,7 +74,7 @@ def evaluate(
         detections_file: where to keep the detections as a COCO results file; None: nowhere.
 
     Raises:
-        ValueError: the data set augments or has no box to find, or the model is wrapped.
+        ValueError: the data set augments, or no image that could be read has a box to find, or the model is wrapped.
     """
     detections = detect_all(
         model,
@@ -135,11 +135,14 @@ def detect_all(
 
 def score(detections: list[Detection], dataset: DetectionDataset) -> Metrics:
     """Score COCO results against a data set's annotations; crowds are ignored, as COCO does."""
-    if dataset.annotations.crowd.all():
+    annotations = dataset.annotations
+    if annotations.crowd.all():
         raise ValueError("dataset: it has no box to find, so there is nothing to score")
+    if annotations.unread is not None and (annotations.crowd | annotations.unread[annotations.rows]).all():
+        raise ValueError("dataset: no image that could be read has a box to find, so there is nothing to score")
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = _coco(dataset.annotations)
-        found = truth.loadRes(detections) if detections else _coco(dataset.annotations, boxes=False)
+        truth = _coco(annotations)
+        found = truth.loadRes(detections) if detections else _coco(annotations, boxes=False)
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()

@@ -16,6 +16,7 @@ YOLO     ``data.yaml``                                   folder or ``.txt`` list
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -113,7 +114,7 @@ def find_set(folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
 
 
 def _yaml_split(root: Path, name: str) -> tuple[Path, Path] | None:
-    """Of the folder's ``data.yaml``, or of its only YAML file."""
+    """Of the folder's YAML file, if that has this set."""
     file = _yaml_in(root)
     if file is None or name not in sets_in(file):
         return None
@@ -138,10 +139,19 @@ def _unlisted(root: Path) -> tuple[Path, Path] | None:
 
 
 def _yaml_in(root: Path) -> Path | None:
-    files = [x for suffix in YAML for x in sorted(root.glob(f"*{suffix}"))]
+    """The folder's ``data.yaml``, or its only YAML file with ``names:`` where there is no other format's folder."""
+    files = [x for suffix in YAML for x in sorted(root.glob(f"[!.]*{suffix}")) if x.is_file()]
     named = [x for x in files if x.stem == "data"]
-    only = len(files) == 1 and not any((root / x).is_dir() for x in ("annotations", "ImageSets"))
-    return named[0] if named else files[0] if only else None
+    if named or any((root / x).is_dir() for x in ("annotations", "ImageSets")):
+        return named[0] if named else None
+    with_names = [x for x in files if _has_names(x)]
+    return with_names[0] if len(with_names) == 1 else None
+
+
+def _has_names(file: Path) -> bool:
+    with contextlib.suppress(ValueError, OSError):  # a file that can't be read is not of the set
+        return "names" in _read_yaml(file)
+    return False
 
 
 def _has_images(folder: Path) -> bool:
@@ -386,7 +396,8 @@ def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
     """Pascal VOC XML, in a folder of its own or beside the images.
 
     Corners are whole pixels counted from 1, of which the last is inside the box. Where a corner of the set is at 0 or
-    has a fraction, they are points counted from 0 instead. A box whose last corner is not behind its first has no area.
+    has a fraction, they are points counted from 0 instead; negative ones show neither. A box whose last corner is not
+    behind its first has no area.
 
     Classes are those of all XML files of the folder, sorted, so that every list of it numbers them alike; of files
     beside the images in train/ and valid/, those of all these folders. ``difficult`` objects are treated as COCO's
@@ -413,7 +424,7 @@ def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
     names, sizes, chosen, others_named = [], [], [np.zeros(0, np.int64)], []
     for name in listed:
         xml = parsed[name]
-        file_name, other = _voc_picture(Path(images), name, xml.file_name, str(files[name]))
+        file_name, other = _voc_picture(Path(images), files[name], xml.file_name, files)
         others_named += [f"{name}.xml says {other}"] if other else []
         names.append(file_name)
         sizes.append(xml.size or picture_size(Path(images) / file_name))
@@ -440,7 +451,7 @@ def _voc_boxes(objects: Array) -> tuple[Array, str]:
     """(M, 5) x, y, width, height and difficult of (M, 5) corners and difficult, and how the corners were understood."""
     corners = objects[:, :4]
     known = corners[np.isfinite(corners).all(1)]
-    from_zero = int(((known[:, :2] < 1).any(1) | (known % 1 != 0).any(1)).sum())
+    from_zero = int(((known[:, :2] == 0).any(1) | (known % 1 != 0).any(1)).sum())
     offset = 0 if from_zero else 1
     with np.errstate(invalid="ignore"):
         size = corners[:, 2:] - corners[:, :2]
@@ -461,9 +472,7 @@ def _read_xml(path: Path) -> _Xml:
     labels, objects = [], array("d")
     try:
         root: Any = XmlTree.parse(path).getroot()
-        width, height = (int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
-        if max(width, height) >= LARGEST_SIDE:
-            raise ValueError(f"expected a size of less than 2^31 pixels, got {float(width):g}x{float(height):g}")
+        size = _size_of(root)
         for entry in root.iter("object"):
             label = entry.findtext("name", "").strip()
             if not label:
@@ -474,8 +483,18 @@ def _read_xml(path: Path) -> _Xml:
         raise ValueError(f"{path}: refused, as it declares entities, which no annotation needs ({error})") from None
     except (XmlTree.ParseError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not Pascal VOC XML: {error}") from None
-    size = (width, height) if width > 0 and height > 0 else None
     return _Xml(root.findtext("filename", "").strip(), size, labels, np.frombuffer(objects).reshape(-1, 5))
+
+
+def _size_of(root: Any) -> tuple[int, int] | None:
+    """Width and height; None where they are not given, or are no numbers."""
+    try:
+        width, height = (int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
+    except (ValueError, OverflowError):  # of nothing, nan or inf
+        return None
+    if max(width, height) >= LARGEST_SIDE:
+        raise ValueError(f"expected a size of less than 2^31 pixels, got {float(width):g}x{float(height):g}")
+    return (width, height) if width > 0 and height > 0 else None
 
 
 def _corners_of(entry: Any, label: str) -> list[float]:
@@ -491,15 +510,20 @@ def _corners_of(entry: Any, label: str) -> list[float]:
         ) from None
 
 
-def _voc_picture(folder: Path, stem: str, file_name: str, source: str) -> tuple[str, str]:
-    """The image of an XML file: the one of its own name or, without one, what it names; and what it names besides."""
-    named = PureWindowsPath(file_name)
+def _voc_picture(folder: Path, file: Path, file_name: str, stems: Container[str]) -> tuple[str, str]:
+    """The image of an XML file, and another image that it names.
+
+    It is the image of the XML file's own name or, without one, the image that it names, unless that has the name of
+    another XML file (``stems`` are all their names), whose image it is.
+    """
+    stem, named = file.stem, PureWindowsPath(file_name)
     suffixes = dict.fromkeys((named.suffix or PICTURES[0], *PICTURES, *map(str.upper, PICTURES)))
     own = next((f"{stem}{suffix}" for suffix in suffixes if (folder / f"{stem}{suffix}").is_file()), None)
     if own is None:
         if file_name:
-            refuse_outside(file_name, source)
-        return file_name or f"{stem}.jpg", ""
+            refuse_outside(file_name, str(file))
+        of_another = named.stem != stem and named.stem in stems
+        return f"{stem}.jpg" if of_another or not file_name else file_name, ""
     contradicts = named.stem not in ("", stem) and (folder / named.name).is_file()
     return own, named.name if contradicts else ""
 
@@ -640,7 +664,8 @@ def _split_of(content: dict[str, Any], path: Path, name: str) -> Path:
 def _listed_pictures(images: Path) -> list[Path]:
     """The images of a folder and its sub-folders, or of a list.
 
-    Relative paths of a list are relative to its folder or, as Darknet has them, to the folder above.
+    Relative paths of a list are relative to its folder or, as Darknet has them, to the folder above: to the one in
+    which more of them exist.
     """
     _require_there("images", images)
     if images.is_dir():
@@ -648,7 +673,8 @@ def _listed_pictures(images: Path) -> list[Path]:
     lines = [line.strip().removeprefix("./") for line in _lines(images) if line.strip()]
     if not lines:
         raise ValueError(f"images: {images} lists no images")
-    folder = next((x for x in (images.parent, images.parent.parent) if (x / lines[0]).is_file()), images.parent)
+    folders = (images.parent, images.parent.parent)
+    folder = max(folders, key=lambda folder: sum(os.path.isfile(os.path.join(folder, line)) for line in lines))
     return [folder / line for line in lines]
 
 
@@ -693,6 +719,8 @@ def _range(classes: Collection[int]) -> str:
 
 def _looks_like(words: list[str]) -> str:
     """What a row that is not numbers may be, for the message."""
+    if any("," in word for word in words):
+        return "; are they separated by commas? Expected spaces between the numbers, and a decimal point"
     numeric = [re.fullmatch(r"[-+.\deE]+", word) is not None for word in words]
     if len(words) in (9, 10) and all(numeric[:8]) and not numeric[8]:
         return "; this looks like an oriented box of DOTA: eight coordinates of corners, and a name"

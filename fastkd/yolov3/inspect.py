@@ -15,10 +15,11 @@ from torch import Tensor
 from fastkd import viz
 from fastkd.files import new_folder, replacing, require_new
 from fastkd.level_maps import DistillMaps
+from fastkd.yolov3.annotations import Array
 from fastkd.yolov3.config import TrainConfig, read_config
 from fastkd.yolov3.data import fit, read_image
-from fastkd.yolov3.overlays import map_figures, some_batch, spread
-from fastkd.yolov3.predict import listed
+from fastkd.yolov3.overlays import map_figures, some_batch, spread_readable
+from fastkd.yolov3.predict import listed, warn_left_out
 from fastkd.yolov3.run_log import read_log
 from fastkd.yolov3.train import build_objective, load_checkpoint, training_set, validation_set
 
@@ -84,11 +85,12 @@ def inspect_run(
         out: folder for the three; by default ``inspect`` in the run's, or ``inspect-2`` and so on.
         split: ``"val"`` or ``"train"``: whose pictures, where none are given; by default the validation set's if the
             run has one.
-        count: at most so many pictures, evenly spaced among all.
+        count: at most so many pictures, evenly spaced among all. One that can't be read is left out with a warning,
+            and the next one takes its place.
 
     Raises:
         FileNotFoundError: no run, checkpoint, log or picture there. FileExistsError: one of the three is in ``out``.
-        ValueError: a run without a teacher; a picture that cannot be read; a ``split`` unknown or beside ``pictures``;
+        ValueError: a run without a teacher; no image that can be read; a ``split`` unknown or beside ``pictures``;
             ``count`` < 1.
     """
     import matplotlib  # noqa: F401  # before models are built for nothing
@@ -129,7 +131,17 @@ def level_loss_figure(run: Path, maps: DistillMaps) -> Figure:
 def _read(pictures: Sequence[str | os.PathLike[str]], count: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """(n, 3, size, size) float, 0..1, and targets, which they have none of."""
     files = listed(pictures)
-    squares = [fit(read_image(files[i]), config.size)[0] for i in spread(len(files), count)]
+    faults: dict[Path, Exception] = {}
+
+    def read(index: int) -> Array | None:
+        try:
+            return fit(read_image(files[index]), config.size)[0]
+        except (ValueError, OSError) as error:
+            faults[files[index]] = error
+            return None
+
+    squares = spread_readable(len(files), count, read)
+    warn_left_out(faults, len(faults) + len(squares))
     images = torch.stack([torch.from_numpy(x.copy()) for x in squares]).permute(0, 3, 1, 2).float() / 255
     return images, torch.zeros(0, 6)
 
@@ -140,7 +152,10 @@ def _own(config: TrainConfig, split: str | None, count: int) -> tuple[Tensor, Te
     val = None if split == "train" else validation_set(config)
     if val is None and split == "val":
         raise ValueError("set: this run has no validation set; take train, or name pictures or a folder")
-    batch = some_batch(training_set(config) if val is None else val, count)
+    data = training_set(config) if val is None else val
+    batch = some_batch(data, count)
+    if not len(batch.images):
+        raise ValueError(f"{data.annotations.source}: none of the {len(data)} images can be read, see the warnings")
     return batch.images, batch.targets
 
 

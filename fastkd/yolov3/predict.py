@@ -66,22 +66,28 @@ def predict(
     for target in targets:
         require_new(out=target)
     bar = tqdm(files, unit="picture", leave=False, disable=None if progress else True)
-    written, faults = [], {}
+    written: list[Path] = []
+    faults: dict[Path, Exception] = {}
     for file, target in zip(bar, targets, strict=True):
         try:
             image = read_image(file)
         except (ValueError, OSError) as error:
-            faults[str(file)] = error
+            faults[file] = error
             continue
         found = detect_objects(model, image, size, score_threshold, iou_threshold)
         write_picture(target, draw(image, found, class_names))
         written.append(target)
-    if not written:
+    warn_left_out(faults, len(files))
+    return written
+
+
+def warn_left_out(faults: dict[Path, Exception], tried: int) -> None:
+    """One warning that names the images that can't be read; if those are all that were tried, the first one's error."""
+    if len(faults) == tried:
         raise next(iter(faults.values()))
     if faults:
-        left_out = f"{len(faults)} of {len(files)} images can't be read and are left out: {some_of(list(faults))}"
-        warnings.warn(left_out, stacklevel=2)
-    return written
+        names = some_of([str(file) for file in faults])
+        warnings.warn(f"{len(faults)} of {tried} images can't be read and are left out: {names}", stacklevel=3)
 
 
 def detect_objects(
