@@ -92,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
+    if "Original Traceback" in message:  # of a process that loads images: its last line has the error itself
+        message = message.strip().splitlines()[-1].partition(": ")[2]
     print(f"fastkd: error: {message}", file=sys.stderr)
     return 2
 
@@ -155,7 +157,7 @@ def _add_train(commands: Any) -> None:
     add(model, "--model", "what to train (default: yolov3-tiny)", choices=names)
     add(model, "--width", "multiplier of its channels (default: 1.0)", type=float)
     add(model, "--init", ".pt or .weights file to start from (default: random weights)")
-    anchors = "found on the data, or the model's own (default: those of --init, else of the data)"
+    anchors = "found on the data, or those of the model or of --init (default: those of --init, else of the data)"
     add(model, "--anchors", anchors, choices=("data", "default"))
 
     match = (
@@ -222,6 +224,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     described.add_argument("--size", type=int, metavar="N", help="input side in pixels (default: the model's, or 416)")
 
 
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a number >= {least}, got {text!r}")
+    return int(text)
+
+
+def _count_or_none(text: str) -> int:
+    return _count(text, least=0)
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(x) for x in text.split(","))
@@ -243,8 +255,10 @@ def _add_eval(commands: Any) -> None:
     _add_model(parser)
     parser.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
     parser.add_argument("--set", default="val", metavar="NAME", help="which set of it (default: val)")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="pictures a step (default: 32)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures (default: 0)")
+    parser.add_argument("--batch", type=_count, default=32, metavar="N", help="images a step (default: 32)")
+    parser.add_argument(
+        "--workers", type=_count_or_none, default=0, metavar="N", help="processes that load pictures (default: 0)"
+    )
     parser.add_argument("--strict", action="store_true", help="stop at an image that can't be read")
     parser.add_argument("--json", metavar="FILE", help="write all metrics there")
     parser.add_argument("--detections", metavar="FILE", help="write the detections there, as COCO results")
@@ -274,7 +288,9 @@ the teacher (initially and now), each level's loss over the training; and tell i
     parser.add_argument(
         "pictures", nargs="*", metavar="PICTURE", help="files, or folders of pictures (default: the run's own)"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for the three drawings (default: RUN/inspect)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for the three drawings (default: RUN/inspect, or inspect-2 and so on)"
+    )
     parser.add_argument(
         "--set", metavar="NAME", help="whose pictures, train or val, without PICTURE (default: val, if the run has one)"
     )

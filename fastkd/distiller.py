@@ -101,7 +101,8 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         _require_kind(nn.Module, "a module", student=student, teacher=teacher)
-        _require_kind((Sequence, NoneType), "a list of levels", backbone=backbone, neck=neck)
+        _require_kind((Iterable, NoneType), "a list of levels", backbone=backbone, neck=neck)
+        backbone, neck = (x if x is None or isinstance(x, Sequence) else list(x) for x in (backbone, neck))
         _require_kind((Callable, NoneType), "a function", prior=prior, preprocess=preprocess)
         _require_kind((DistillLoss, NoneType), "a DistillLoss", criterion=criterion)
         require_bool("last_forward", last_forward)

@@ -1,10 +1,12 @@
-"""Files that are whole or absent, whenever the program is killed; and nothing written over that others made."""
+"""Output files: complete or not there at all, one writer at a time, and nothing written over that others made."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(part, path)
     except OSError as error:
         _remove(part)  # first, as it takes space itself
-        raise type(error)(f"{path} could not be written: {error.strerror or error}{_space(path)}") from error
+        full = _space(path) if error.errno in (None, errno.ENOSPC) else ""
+        raise type(error)(f"{path} could not be written: {error.strerror or error}{full}") from error
     finally:
         _remove(part)
 
@@ -81,25 +84,33 @@ def hold(lock_file: Path, what: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BlockingIOError(f"{what}: another process is writing there; wait for it, or give another name") from None
+        raise BlockingIOError(
+            f"{what}: another process is writing there, as it holds {lock_file}; wait for it, or give another name"
+        ) from None
+    except OSError as error:  # not every network disk has locks
+        warnings.warn(f"{what}: no lock against other processes that write there ({error})", stacklevel=3)
     return lock
 
 
 @contextmanager
-def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+def alone_in(folder: str | os.PathLike[str], files: Sequence[str] = ()) -> Iterator[None]:
     """Hold a folder, which is made if it is absent, against other processes that ask the same.
 
-    Parts of files that a killed process left there are removed.
+    Args:
+        files: names of those that are written there: what a killed process left half-written of them is removed.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it. NotADirectoryError: it is a file.
     """
     path = Path(folder)
+    if path.is_file():
+        raise NotADirectoryError(f"{path}: expected a folder, got a file")
     path.mkdir(parents=True, exist_ok=True)
     lock = hold(path / ".lock", path)
     try:
-        for part in path.glob(".*.part"):
-            _remove(part)
+        for name in files:
+            for part in path.glob(f".{name}.*.part"):
+                _remove(part)
         yield
     finally:
         lock.release()

@@ -217,7 +217,12 @@ def test_a_cfg_of_darknet_is_read_with_its_comments_and_spaces(tmp_path: Path) -
     [
         ("size=3", "size=5", "expected layer 0 of yolov3-tiny to be .*got"),
         ("[yolo]", "[region]", r"the 2 of YOLOv3-tiny, got 0"),
-        ("classes=80", "class=80", "a .cfg file of Darknet: KeyError 'classes'"),
+        ("classes=80", "class=80", r"the same classes, pairs of anchors"),
+        ("mask=0,1,2", "mask=0,1,6", r"a mask of their numbers"),
+        ("height=416", "height=320", "with a square input"),
+        ("activation=leaky", "activation=mish", "expected layer 0"),
+        ("layers=-1,8", "layers=-1,6", "expected layer 20"),
+        ("[upsample]", "[upsample]\ngroups=2", "expected layer 19"),
         ("[net]", "net", "got 'net' before the first"),
     ],
 )
@@ -235,6 +240,20 @@ def test_weights_bring_the_anchors_that_they_were_trained_with(tmp_path: Path) -
         load_weights(model, tmp_path / "x.weights")
     assert default.anchors.reshape(-1, 2).tolist() == own
     assert chosen.anchors.reshape(-1, 2).tolist() == [[7.0, 8.0]] * 6  # those chosen by hand stay
+
+
+def test_a_cfg_of_another_model_beside_weights_is_said_and_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.weights"
+    save_weights(YOLOv3Tiny(3, 0.125), path)
+    for text, said in (("notes", "before the first"), (write_cfg(YOLOv3Tiny(9, 0.5, [[7, 7]] * 6)), "of 9 classes")):
+        (tmp_path / "x.cfg").write_text(text)
+        model = YOLOv3Tiny(3, 0.125)
+        with pytest.warns(UserWarning, match=f"the model's own anchors are taken .*{said}"):
+            load_weights(model, path)
+        assert torch.equal(model.anchors, YOLOv3Tiny(3, 0.125).anchors)
+    (tmp_path / "x.cfg").unlink()
+    with pytest.warns(UserWarning, match=r"there is no \.cfg beside it"):
+        load_detector(path, model="yolov3-tiny", num_classes=3, width=0.125)
 
 
 def test_the_published_tiny_weights_bring_theirs(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_a_teacher_that_is_there_is_used_again(demo):
     trained = (out / "teacher" / "checkpoint.pt").stat().st_mtime_ns
     (out / "students" / "marks.csv").write_text("not ours")
     again = run_demo(out, seeds=1, settings=TINY)
-    assert (out / "students" / "marks.csv").read_text() == "not ours"
+    assert (out / "earlier" / "students" / "marks.csv").read_text() == "not ours"
+    assert json.loads((out / "earlier" / "results.json").read_text())["seeds"] == first["seeds"]
     assert (out / "teacher" / "checkpoint.pt").stat().st_mtime_ns == trained
     assert again["teacher"]["test"] == first["teacher"]["test"]
     assert again["gain"]["mAP"]["standard_deviation"] is None

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastkd.cli import main
+from fastkd.files import alone_in
 from fastkd.yolov3 import YOLOv3Tiny
 from fastkd.yolov3.checkpoint import load_detector, save_detector
 from fastkd.yolov3.digits import CLASS_NAMES, write_digits
@@ -72,6 +73,17 @@ def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, teacher: 
         assert {name: a[name] for name in b if name != "images_per_second"} == pytest.approx(
             {name: value for name, value in b.items() if name != "images_per_second"}, rel=1e-4
         )
+
+
+def test_every_process_says_that_the_folder_is_taken(digits: Path, tmp_path: Path) -> None:
+    command = [*TORCHRUN, "-m", "fastkd", *arguments(digits, tmp_path / "run", "--steps", "2")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with alone_in(tmp_path / "run"):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fastkd: error:")]
+    assert lines, done.stderr  # torchrun may end the second process before it says anything
+    assert all("another process is writing there" in line for line in lines)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,23 @@ def test_training_writes_over_no_model_of_another_run(
     assert model.read_bytes() == kept
 
 
+def test_a_run_that_ended_before_its_first_checkpoint(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before its first step it was none; after it, it is gone on with by --resume, as it was begun."""
+    run = tmp_path / "run"
+    assert train(digits, run) == 0
+    for file in ("checkpoint.pt", "model.pt", "model.weights", "model.cfg"):
+        (run / file).unlink()
+    assert train(digits, run, "--lr", "0.5", "--resume") == 2
+    assert "it differs in lr (0.001 then, 0.5 now)" in capsys.readouterr().err
+    assert train(digits, run) == 2
+    assert train(digits, run, "--resume") == 0
+    for file in ("checkpoint.pt", "model.pt", "model.weights", "model.cfg", "metrics.jsonl"):
+        (run / file).unlink()
+    assert train(digits, run, "--lr", "0.5") == 0
+
+
 def test_the_demo_takes_no_folder_that_holds_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results.json").write_text("mine")
     assert main(["demo", "--out", str(tmp_path)]) == 2
@@ -117,8 +135,9 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next(digits: Path
         assert process.stdout.readline() == "written\n"
         process.send_signal(signal.SIGKILL)
     assert list(run.glob(".*.part"))
+    (run / ".thesis.docx.part").touch()
     assert train(digits, run) == 0
-    assert not list(run.glob(".*.part"))
+    assert [x.name for x in run.glob(".*.part")] == [".thesis.docx.part"]
 
 
 # ---- whole or absent
@@ -195,7 +214,7 @@ def test_a_spoilt_checkpoint_is_named_with_the_way_out(
     message = said_by([*command, "--resume"], capsys)
     assert f"{run}/checkpoint.pt" in message
     assert re.search(said, message), message
-    assert "move it away to train anew" in message
+    assert "train into another folder, or move checkpoint.pt and the models there away" in message
 
 
 def test_files_of_another_version_are_named(
@@ -231,6 +250,26 @@ def test_a_model_with_nan_is_refused_by_every_command(
     ):
         message = said_by(command, capsys)
         assert "expected finite weights, got 1 tensors with NaN or infinity (conv2.conv.weight)" in message
+
+
+def test_an_error_in_a_loader_process_is_one_line(
+    digits: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    broken = next((data / "images/val").iterdir())
+    broken.write_bytes(broken.read_bytes()[:200])
+    command = ["eval", str(model), "--data", str(data), "--cpu", "--strict", "--workers", "1"]
+    assert f"error: {broken}: not" in said_by(command, capsys)
+
+
+def test_classes_that_a_file_does_not_name_are_not_made_up(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_detector(YOLOv3Tiny(4, 0.125), tmp_path / "m.weights")
+    message = said_by(["eval", str(tmp_path / "m.weights"), "--data", str(digits), "--cpu"], capsys)
+    assert "expected the data set's 10 classes 0, 1, 2" in message
+    assert message.endswith("got 4: the file does not say which")
 
 
 def test_a_dead_loader_process_is_said_with_what_is_left(digits: Path, tmp_path: Path) -> None:

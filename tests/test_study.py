@@ -239,7 +239,7 @@ def test_a_gain_is_paired_by_seed_and_refuses_rows_without_a_common_one():
 def test_the_results_file_is_one_studys_and_names_a_line_that_is_none(tmp_path):
     file = tmp_path / "results.jsonl"
     ledger = Ledger(file)
-    with pytest.raises(BlockingIOError, match="another study is writing to it"):
+    with pytest.raises(BlockingIOError, match="another process is writing there"):
         Ledger(file)
     first = result(Run("few", "x", 0, "test", {"lr": 0.1, "zoom": [0.5, 2]}, ("t", "p")), 1.0)
     ledger.add(first)
@@ -403,7 +403,7 @@ def started(script, root):
     """A study in a process of its own, which hears of Ctrl-C, as one in a shell's foreground does."""
     return subprocess.Popen(
         [sys.executable, script, root],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )

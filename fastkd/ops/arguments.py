@@ -46,9 +46,10 @@ def require_int(name: str, value: int, least: int) -> int:
 
 def require_bool(name: str, value: Any) -> bool:
     """The value; ``TypeError`` unless it is True or False, as text such as "False" would be taken for True."""
-    if not isinstance(value, bool):
+    of_numpy = getattr(value, "ndim", None) == 0 and str(getattr(value, "dtype", "")) == "bool"
+    if not isinstance(value, bool) and not of_numpy:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
-    return value
+    return bool(value)
 
 
 def require_sequence(name: str, value: Any, of: str = "tensors", per: str = "level") -> list[Any]:

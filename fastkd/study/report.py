@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.stats import t as student_t
 
-from fastkd.files import replacing
+from fastkd.files import replacing, require_new
 from fastkd.ops.presets import PRESETS
 from fastkd.study.maps import MAPS, SHUFFLED, prior_name
 from fastkd.study.protocol import Protocol
@@ -91,13 +91,16 @@ def write_report(results_file: str | os.PathLike[str], folder: str | os.PathLike
     if not results:
         raise ValueError(f"results: expected runs of the study in {os.fspath(results_file)}, got none")
     folder = Path(folder)
-    for name, figure in figures(results).items():
-        with replacing(folder / f"{name}.png") as part:
-            figure.savefig(part, format="png", dpi=150)
-    page = folder / "README.md"
-    if page.is_file():
+    page, drawn = folder / "README.md", figures(results)
+    if page.is_file():  # a report that is made again
         with replacing(page) as part:
             part.write_text(_filled(page.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
+    else:
+        for name in drawn:
+            require_new(report=folder / f"{name}.png")
+    for name, figure in drawn.items():
+        with replacing(folder / f"{name}.png") as part:
+            figure.savefig(part, format="png", dpi=150)
 
 
 def draw_maps(results_file: str | os.PathLike[str], root: str | os.PathLike[str], file: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from fastkd.files import replacing, save
 from fastkd.yolov3.darknet import load_weights, save_weights
 from fastkd.yolov3.darknet_cfg import PUBLISHED, read_cfg, write_cfg
-from fastkd.yolov3.model import MODELS, AnchorSizes, Detector, build_detector
+from fastkd.yolov3.model import AnchorSizes, Detector, build_detector, name_of
 
 _FORMAT = "fastkd detector 1"
 _KEYS = ("format", "model", "num_classes", "width", "anchors", "class_names", "size", "state_dict")
@@ -52,7 +52,7 @@ def save_detector(
         return
     content = {
         "format": _FORMAT,
-        "model": next(name for name, kind in MODELS.items() if type(model) is kind),
+        "model": name_of(model),
         "num_classes": model.num_classes,
         "width": model.width,
         "anchors": model.anchors.cpu(),
@@ -80,8 +80,8 @@ def load_detector(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the ``.cfg`` says something else.
-        ValueError: not a detector's file, another suffix, or weights that do not fit the model or are not finite.
+        ValueError: not a detector's file, another suffix, a ``.cfg`` that says something else or is none, or weights
+            that do not fit the model or are not finite.
     """
     path = Path(path)
     suffix = _suffix(path)

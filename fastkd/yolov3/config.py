@@ -147,7 +147,10 @@ class TrainConfig:
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {getattr(self, name)!r}")
-        for name, least in (("epochs", 1), ("batch", 1), ("save_every", 1), ("log_every", 1), ("eval_every", 0)):
+        for name, least in (
+            *(("epochs", 1), ("batch", 1), ("save_every", 1), ("log_every", 1)),
+            *(("eval_every", 0), ("workers", 0), ("seed", 0)),
+        ):
             self._require(name, getattr(self, name) >= least, f"a number >= {least}")
         self._require("unlabelled_batch", self.unlabelled_batch is None or self.unlabelled_batch >= 1, "a number >= 1")
         finite = self.level_weights is None or all(map(math.isfinite, self.level_weights))

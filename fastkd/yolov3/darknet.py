@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from fastkd.files import replacing
 from fastkd.yolov3.darknet_cfg import read_cfg
-from fastkd.yolov3.model import Detector, YOLOv3, YOLOv3Tiny
+from fastkd.yolov3.model import Detector, YOLOv3, YOLOv3Tiny, name_of
 
 _VERSION = (0, 2, 0)  # as in the files published with the paper
-PUBLISHED_TINY_SEEN = 32_013_312  # images that the published yolov3-tiny.weights had seen, by its header
+PUBLISHED_SEEN = 32_013_312  # images that the published files had seen, by their header
 _LONG_HEADER = struct.Struct("<iiiq")  # major, minor, revision, images seen
 _SHORT_HEADER = struct.Struct("<iiii")  # before version 0.2
 
@@ -49,23 +50,35 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
     header, seen = _read_header(data, size, path)
     _check_length(len(data), header + size, model, path)
     values = torch.frombuffer(bytearray(data), dtype=torch.float32, offset=header)
+    anchors = _known_anchors(model, Path(path), seen) if isinstance(model, YOLOv3 | YOLOv3Tiny) else None
     with torch.no_grad():
         for tensor, chunk in zip(tensors, torch.split(values, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(chunk.view_as(tensor))
-        if isinstance(model, YOLOv3 | YOLOv3Tiny):
-            _take_anchors(model, Path(path), seen)
+        if anchors is not None:
+            model.anchors.copy_(anchors)  # type: ignore[operator]
     return seen
 
 
-def _take_anchors(model: Detector, path: Path, seen: int) -> None:
+def _known_anchors(model: Detector, path: Path, seen: int) -> Tensor | None:
+    """Those that the weights were trained with; None where they are not known, or the model has some of its own."""
     if model.anchors.reshape(-1, 2).tolist() != [list(size) for size in model.default_anchors]:
-        return  # they were chosen by hand
-    if isinstance(model, YOLOv3Tiny) and model.num_classes == 80 and seen == PUBLISHED_TINY_SEEN:
-        model.anchors.copy_(torch.tensor(model.published_anchors).view_as(model.anchors))
-    elif path.with_suffix(".cfg").is_file():
-        said = read_cfg(path.with_suffix(".cfg"))
-        if said.anchors is not None and said.anchors.shape == model.anchors.shape:
-            model.anchors.copy_(said.anchors)
+        return None
+    published = model.num_classes == 80 and seen == PUBLISHED_SEEN
+    if published and isinstance(model, YOLOv3Tiny):
+        return torch.tensor(model.published_anchors).view_as(model.anchors)
+    cfg, why = path.with_suffix(".cfg"), "there is no .cfg beside it"
+    if cfg.is_file():
+        try:
+            said = read_cfg(cfg)
+        except ValueError as error:
+            why = str(error)
+        else:
+            if (said.model, said.num_classes, said.width) == (name_of(model), model.num_classes, model.width):
+                return said.anchors
+            why = f"{cfg} describes a {said.model} of {said.num_classes} classes and width {said.width:g}"
+    if not published:
+        warnings.warn(f"{path}: the model's own anchors are taken for those of the weights, as {why}", stacklevel=3)
+    return None
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], seen: int = 0) -> None:
@@ -124,7 +137,7 @@ def _check_length(got: int, expected: int, model: nn.Module, path: str | os.Path
     gap = abs(got - expected)
     raise ValueError(
         f"{path}: {cause} model: {got:,} bytes, {gap:,} bytes ({gap / 4:,.0f} values) {relation} than the "
-        f"{expected:,} of {_describe(model)}; check model, num_classes and width, or fetch the file again"
+        f"{expected:,} of {_describe(model)}; check model (--arch), num_classes (--classes), width, or fetch it again"
     )
 
 

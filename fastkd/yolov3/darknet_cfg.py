@@ -11,10 +11,16 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastkd.yolov3.model import MODELS, Detector, YOLOv3, YOLOv3Tiny, build_detector
+from fastkd.yolov3.model import Detector, YOLOv3, YOLOv3Tiny, build_detector, name_of
 
 _SIZE = 416  # of the published files
 _WIDEST = 1024  # filters of both models' widest layer at width 1
+
+# what makes a layer another one; the last three are of later networks, and in none of these
+_COMPARED = (
+    *("batch_normalize", "filters", "size", "stride", "activation", "layers", "from"),
+    *("groups", "scale_x_y", "new_coords"),
+)
 
 Section: TypeAlias = tuple[str, dict[str, str]]
 
@@ -59,8 +65,7 @@ def write_cfg(model: Detector, size: int | None = None) -> str:
     """
     side = str(size or _SIZE)
     net = ("net", {"batch": "1", "subdivisions": "1", "width": side, "height": side, "channels": "3"})
-    name = next(name for name, kind in MODELS.items() if type(model) is kind)
-    text = [f"# {name} of fastkd, width {model.width!r}"]
+    text = [f"# {name_of(model)} of fastkd, width {model.width!r}"]
     for kind, options in [net, *_sections(model)]:
         text += ["", f"[{kind}]", *(f"{name}={value}" for name, value in options.items())]
     return "\n".join(text) + "\n"
@@ -72,7 +77,7 @@ def read_cfg(path: str | os.PathLike[str]) -> Described:
     Raises:
         ValueError: it describes another network, or is no ``.cfg`` file (names the layer that differs).
     """
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     sections = _parsed(text, path)
     heads = [options for kind, options in sections if kind == "yolo"]
     name = {3: "yolov3", 2: "yolov3-tiny"}.get(len(heads))
@@ -80,23 +85,30 @@ def read_cfg(path: str | os.PathLike[str]) -> Described:
         raise ValueError(f"{path}: expected the 3 [yolo] layers of YOLOv3 or the 2 of YOLOv3-tiny, got {len(heads)}")
     try:
         net, layers = sections[0][1], sections[1:]
-        classes = {int(head["classes"]) for head in heads}
+        (classes,) = {int(head["classes"]) for head in heads}
         anchors = [_anchors_of(head) for head in reversed(heads)]
-        size = int(net.get("width", _SIZE))
+        (size,) = {int(net.get(side, _SIZE)) for side in ("width", "height")}
         said = re.match(r"# \S+ of fastkd, width (\S+)", text)
         filters = max(int(options["filters"]) for kind, options in layers if options.get("batch_normalize") == "1")
         width = float(said[1]) if said else filters / _WIDEST
-        found = Described(name, classes.pop(), width, torch.tensor(anchors), size)
+        found = Described(name, classes, width, torch.tensor(anchors), size)
         with torch.device("meta"):
             expected = _sections(build_detector(name, found.num_classes, width, found.anchors))
-    except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: expected a .cfg file of Darknet: {type(error).__name__} {error}") from None
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: expected a .cfg file of Darknet, with a square input, filters, and in each [yolo] the same "
+            f"classes, pairs of anchors and a mask of their numbers ({type(error).__name__}: {error})"
+        ) from None
     for number, (a, b) in enumerate(zip(layers, expected, strict=False)):
-        if a[0] != b[0] or any(a[1].get(key) != b[1].get(key) for key in ("filters", "size", "stride")):
+        if a[0] != b[0] or any(_plain(a[1].get(key)) != b[1].get(key) for key in _COMPARED):
             raise ValueError(f"{path}: expected layer {number} of {name} to be {b}, got {a}")
     if len(layers) != len(expected):
         raise ValueError(f"{path}: expected the {len(expected)} layers of {name}, got {len(layers)}")
     return found
+
+
+def _plain(value: str | None) -> str | None:
+    return None if value is None else value.replace(" ", "")
 
 
 def _sections(model: Detector) -> list[Section]:
@@ -150,6 +162,6 @@ def _parsed(text: str, path: str | os.PathLike[str]) -> list[Section]:
 
 def _anchors_of(head: dict[str, str]) -> list[tuple[float, float]]:
     """Those of the anchors that the head's mask chooses."""
-    sides = [float(side) for side in head["anchors"].split(",")]
-    pairs = list(zip(sides[::2], sides[1::2], strict=True))
+    sides = [float(side) for side in head["anchors"].rstrip(", ").split(",")]
+    pairs = dict(enumerate(zip(sides[::2], sides[1::2], strict=True)))
     return [pairs[int(number)] for number in head["mask"].split(",")]

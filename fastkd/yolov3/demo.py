@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import statistics
 import textwrap
 import time
@@ -20,7 +19,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import viz
-from fastkd.files import alone_in, replacing
+from fastkd.files import alone_in, new_folder, replacing
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import TrainConfig
@@ -98,7 +97,7 @@ def run_demo(
 
     The folder gets ``results.json`` (every figure, seed and version), ``report.txt``, the pictures ``curves.png``,
     ``predictions.png`` and those of ``inspect_run``, the data and the trained models. A teacher that is there is used
-    again; students are always trained anew.
+    again; students are always trained, and what an earlier demo found is kept in ``earlier``.
 
     Args:
         out: the folder.
@@ -121,7 +120,7 @@ def run_demo(
     _require_own(root)
     with alone_in(root):
         (root / MARK).touch()
-        _remove_earlier(root)
+        _put_aside(root)
         return _demo(root, seeds, settings, started)
 
 
@@ -131,12 +130,15 @@ def _require_own(root: Path) -> None:
         raise FileExistsError(f"out: {root} holds other files ({', '.join(there[:3])}); give another folder")
 
 
-def _remove_earlier(root: Path) -> None:
-    """What an earlier demo has left in its folder, but for the teacher and the scenes."""
-    for run in (root / "students").glob("*/config.json"):
-        shutil.rmtree(run.parent)
-    for name in ("results.json", "report.txt", *(f"{name}.png" for name in DRAWN)):
-        (root / name).unlink(missing_ok=True)
+def _put_aside(root: Path) -> None:
+    """Move what an earlier demo has left, but for the teacher and the scenes, into a folder of its own."""
+    names = ("students", "results.json", "report.txt", *(f"{name}.png" for name in DRAWN))
+    there = [root / name for name in names if (root / name).exists()]
+    if there:
+        aside = new_folder(root / "earlier")
+        aside.mkdir()
+        for path in there:
+            path.rename(aside / path.name)
 
 
 def _demo(root: Path, seeds: int, settings: Settings, started: float) -> dict[str, Any]:

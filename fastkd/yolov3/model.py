@@ -237,6 +237,11 @@ def build_detector(
     return MODELS[name](num_classes, width, anchors)
 
 
+def name_of(model: Detector) -> str:
+    """The name that ``build_detector`` makes it by."""
+    return next(name for name, kind in MODELS.items() if type(model) is kind)
+
+
 def scale_channels(channels: int, width: float) -> int:
     """``channels * width`` to the nearest multiple of 8, at least 8."""
     return max(8, round(channels * width / 8) * 8)

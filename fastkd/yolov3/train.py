@@ -19,6 +19,7 @@ import accelerate
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -29,13 +30,13 @@ from fastkd.health import Check, Report, fingerprint
 from fastkd.ops.presets import resolve
 from fastkd.yolov3.anchors import dataset_anchors
 from fastkd.yolov3.checkpoint import Trained, load_detector, read_dictionary, save_detector
-from fastkd.yolov3.config import TrainConfig, require_same_run
+from fastkd.yolov3.config import TrainConfig, read_config, require_same_run
 from fastkd.yolov3.data import Batch, DetectionDataset, Sample, collate
 from fastkd.yolov3.evaluate import Metrics, evaluate
 from fastkd.yolov3.model import MODELS, Detector, build_detector
 from fastkd.yolov3.objective import Objective
 from fastkd.yolov3.overlays import map_figures, some_batch
-from fastkd.yolov3.run_log import RunLog
+from fastkd.yolov3.run_log import RunLog, read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -191,8 +192,7 @@ class _Run:
         self.epoch_steps, self.steps = epoch_steps(config, self.data), total_steps(config, self.data)
         self.step, self.seconds = 0, 0.0
         self.evaluated, self.metrics = False, cast(Metrics | None, None)
-        if self.accelerator.is_main_process:
-            held.enter_context(alone_in(self.out))
+        self._hold(held)
         saved = self._saved()
 
         objective = build_objective(
@@ -251,12 +251,12 @@ class _Run:
         self.log.flush()
         self._require_finite()  # a weight that is not finite never reaches a file
         self.seconds += time.perf_counter() - started
+        if saves:  # first: an evaluation may find a fault of the validation set
+            self._save()
         if evaluates:
             self._evaluate()
             if self.metrics is not None:
                 self.log.metrics(self.step, self.metrics.as_dict(), str(self.metrics))
-        if saves:
-            self._save()
 
     def _train_step(self, batch: Batch) -> None:
         lr = float(self.scheduler.get_last_lr()[0])
@@ -319,6 +319,8 @@ class _Run:
     def _figures(self) -> dict[str, Figure]:
         """What distillation looks at, on a few pictures, always the same."""
         batch = some_batch(self.val or self.data, FIGURE_IMAGES)
+        if not len(batch.images):  # none of them can be read
+            return {}
         images, targets = self._moved(batch.images), batch.targets.to(self.accelerator.device)
         return map_figures(images, cast(Distiller, self.distiller).maps(images, self.prior_of(images, targets)))
 
@@ -352,9 +354,24 @@ class _Run:
             save(content, self.out / "checkpoint.pt")
         self.accelerator.wait_for_everyone()
 
+    def _hold(self, held: contextlib.ExitStack) -> None:
+        """Keep the run's folder from other processes; all ranks hear whether that went well."""
+        refused: list[Exception | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                held.enter_context(alone_in(self.out, RUN_FILES))
+            except OSError as error:
+                refused = [error]
+        broadcast_object_list(refused)  # in place
+        if refused[0] is not None:
+            raise refused[0]
+
     def _saved(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None to begin."""
         there = [name for name in RUN_FILES if (self.out / name).exists()]
+        begun = read_log(self.out / "metrics.jsonl")
+        if not begun and not {"checkpoint.pt", "model.pt", "model.weights"} & set(there):
+            return None  # a run that ended before it trained is none
         if there and not self.config.resume:
             raise FileExistsError(
                 f"out: {self.out} holds a run already ({', '.join(there)}); resume it (--resume) or choose another "
@@ -367,6 +384,7 @@ class _Run:
                     f"out: {self.out} has no checkpoint.pt to go on from, but {', '.join(trained)}, which nothing is "
                     "written over; move them away, or choose another folder"
                 )
+            require_same_run(asdict(read_config(self.out)), asdict(self.config), 0)
             return None
         saved = _read_checkpoint(self.out)
         require_same_run(saved["config"], asdict(self.config), saved["step"])
@@ -434,9 +452,14 @@ def _explain(error: RuntimeError | OSError | EOFError | FloatingPointError, run:
 
 def _read_checkpoint(out: Path) -> dict[str, Any]:
     try:
-        return read_dictionary(out / "checkpoint.pt", "a checkpoint", CHECKPOINT_KEYS)
+        found = read_dictionary(out / "checkpoint.pt", "a checkpoint", CHECKPOINT_KEYS)
+        if not isinstance(found["config"], dict) or not isinstance(found["step"], int):
+            raise ValueError(f"{out / 'checkpoint.pt'}: expected a run's configuration and step, got others")
+        return found
     except ValueError as error:
-        raise ValueError(f"{error}; move it away to train anew, or choose another folder") from error
+        raise ValueError(
+            f"{error}; train into another folder, or move checkpoint.pt and the models there away to begin again"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -444,9 +467,11 @@ def _fitting(out: Path) -> Iterator[None]:
     """For what is loaded from a run's checkpoint."""
     try:
         yield
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{out / 'checkpoint.pt'}: does not fit the run's models; did another version of fastkd write it? {error}"
+            f"{out / 'checkpoint.pt'}: does not fit the run's models, as if another version of fastkd had written it "
+            f"({type(error).__name__}: {first})"
         ) from error
 
 
@@ -566,12 +591,13 @@ def _initial(config: TrainConfig, data: DetectionDataset) -> Detector:
             f"{type(found.model).__name__} of width {found.model.width}"
         )
     require_classes("init", found, data)
-    if anchors is not None:
+    if anchors is not None and not torch.allclose(anchors, found.model.anchors):
         warnings.warn(
             f"anchors: those of {config.init}, {_listed(found.model.anchors)}, are replaced by those of the data, "
             f"{_listed(anchors)}, as asked; its heads have to learn them",
             stacklevel=2,
         )
+    if anchors is not None:
         found.model.anchors.copy_(anchors)
     return found.model.train()
 
@@ -605,9 +631,10 @@ def require_classes(name: str, found: Trained, data: DetectionDataset) -> None:
     """A detector from a file must name the data set's classes, in their order, or no names at all."""
     names = list(found.class_names) or data.class_names
     if found.model.num_classes != data.num_classes or names != data.class_names:
+        of_file = _shorten(found.class_names) if found.class_names else "the file does not say which"
         raise ValueError(
             f"{name}: expected the data set's {data.num_classes} classes {_shorten(data.class_names)}, "
-            f"got {found.model.num_classes}: {_shorten(names)}"
+            f"got {found.model.num_classes}: {of_file}"
         )
 
 
