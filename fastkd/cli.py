@@ -529,7 +529,8 @@ def _study(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"fastkd {fastkd.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
-    print(f"CPU threads: {torch.get_num_threads()}; GPU: {device}")
+    spins = f"{os.environ['GOMP_SPINCOUNT']} times" if "GOMP_SPINCOUNT" in os.environ else "for good"
+    print(f"CPU threads: {torch.get_num_threads()}, which look {spins} for work before they sleep; GPU: {device}")
     for kind in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         _print_backends(torch.device(kind))
     missing = [package for package, module in EXTRAS.items() if not _imports(module)]

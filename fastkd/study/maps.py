@@ -94,7 +94,7 @@ def sensitivity(context: PriorContext) -> list[Tensor]:
 def _decision_gradients(context: PriorContext) -> list[Tensor]:
     taps = [teacher for _, teacher in context.distiller._matched()]
     caught = [(tap.output, tap.calls, tap.version) for tap in taps]
-    with torch.enable_grad():
+    with torch.enable_grad(), context.distiller._teacher.as_given():
         outputs = context.teacher(context.images.detach().requires_grad_())
         features = [tap.feature() for tap in taps]
         total = torch.stack([_projected(x, context.teacher.anchors.shape[1]) for x in outputs]).sum()
