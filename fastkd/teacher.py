@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastkd.adapters import same_random_state
 from fastkd.hooks import FeatureHook, is_compiled, unwrapped, without_ddp
 
 EXACT = 1e-4  # largest difference of a feature in float32, of its largest value
@@ -65,7 +66,9 @@ class Teacher:
         """
         looks = bool(self._hooks) and not self._plain and not torch.compiler.is_compiling()
         if looks and self._seen != self._state():
-            self._make_ready(images)
+            device = next((x.device for store in self._stores for x in store.values() if x is not None), "cpu")
+            with same_random_state(torch.device(device)):
+                self._make_ready(images)
             self._seen = self._state()
         self._left = self._calls if looks and not whole else 0
         model = without_ddp(self.given) if self._copy is None else self._copy

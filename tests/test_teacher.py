@@ -186,6 +186,20 @@ def test_what_stands_against_a_copy_is_said(make: Any, said: str) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
+class Noisy(Net):
+    def last(self, x: Tensor) -> Tensor:
+        return x + 0 * torch.rand_like(x)
+
+
+def test_to_make_it_ready_draws_nothing() -> None:
+    distiller, drawn = distiller_of(trained(Noisy())), []
+    for _ in range(2):  # the first time it is made ready
+        torch.manual_seed(3)
+        features(distiller)
+        drawn.append(torch.rand(()))
+    assert drawn[0] == drawn[1]
+
+
 def test_folding_can_be_left_out() -> None:
     teacher = trained(Net())
     distiller = distiller_of(teacher, fold_teacher=False)
