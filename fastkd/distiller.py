@@ -60,14 +60,16 @@ class Distiller(nn.Module):
             bilinearly (as in PKD, Cao et al., 2022); lists are then paired by nearest stride, up to a factor of
             sqrt(2). None: sizes must be equal.
         prior: called as ``prior(teacher_output, sizes)`` without grad, sizes being the (height, width) of each level;
-            returns one (N, height, width) tensor or None per level. One that takes the sizes alone, as of boxes, lets
-            the teacher's forward end after its last level.
+            returns one (N, height, width) tensor or None per level. One that takes the sizes alone, as of boxes, needs
+            no output of the teacher: see ``fold_teacher``.
         preprocess: called on the images before the teacher gets them, where it takes others than the student does:
             another mean or range, a crop. Sizes may differ, if those of the features agree.
         last_forward: whether the student's last forward is meant where it ran more than once since the last loss, with
             gradients, and the last time not on the images given; False: that is an error.
-        fold_teacher: fold the teacher's batch norms into its convolutions, in a copy that has weights of these of its
-            own. The features stay the same within 1e-4 of their largest, or the teacher runs as it was given.
+        fold_teacher: run the teacher in a copy whose batch norms are folded into its convolutions, and end it after its
+            last level where nothing needs its output; for teachers whose weights stay as they are and whose forward
+            leaves nothing behind that others read. The first time, features and output must agree within 1e-4 of their
+            largest, else the teacher runs as it was given, with a warning.
         criterion: a ``DistillLoss`` made beforehand; or
         **loss_options: arguments of ``DistillLoss``: ``info_map``, ``weights``, ``warmup_steps``, ...
 
@@ -95,7 +97,7 @@ class Distiller(nn.Module):
         prior: Prior | None = None,
         preprocess: Callable[[Any], Any] | None = None,
         last_forward: bool = False,
-        fold_teacher: bool = True,
+        fold_teacher: bool = False,
         criterion: DistillLoss | None = None,
         **loss_options: Any,
     ) -> None:
@@ -385,6 +387,7 @@ class Distiller(nn.Module):
         for hook in self._feature_hooks:
             hook.detach()
         self._feature_hooks, self._groups = [], []
+        self._teacher.forget()
 
     def __deepcopy__(self, memo: Any) -> Distiller:
         raise TypeError(

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_leaves
 
 from fastkd.adapters import same_random_state
 from fastkd.hooks import FeatureHook, is_compiled, unwrapped, without_ddp
@@ -34,7 +35,7 @@ class Teacher:
 
     Args:
         given: the teacher, maybe wrapped.
-        fold: whether to fold at all.
+        fold: whether to do so; else it runs as it was given, and to its end.
     """
 
     def __init__(self, given: nn.Module, fold: bool) -> None:
@@ -50,6 +51,14 @@ class Teacher:
         self._seen: list[int] | None = None  # the model's state that it was made ready with
         self._calls = 0  # of all levels in a forward; 0: it may not be ended before
         self._left = 0
+        self._ended = False
+
+    def forget(self) -> None:
+        """Its levels and its copy."""
+        self._use(None)
+        for hook in self._hooks:
+            hook.detach()
+        self._hooks, self._of_copy, self._calls = [], {}, 0
 
     def listen(self, hooks: Sequence[FeatureHook]) -> None:
         """The levels, once they are matched."""
@@ -64,7 +73,7 @@ class Teacher:
             images: what it takes.
             whole: whether its output is needed.
         """
-        looks = bool(self._hooks) and not self._plain and not torch.compiler.is_compiling()
+        looks = self.fold and bool(self._hooks) and not self._plain and not torch.compiler.is_compiling()
         if looks and self._seen != self._state():
             device = next((x.device for store in self._stores for x in store.values() if x is not None), "cpu")
             with same_random_state(torch.device(device)):
@@ -72,12 +81,17 @@ class Teacher:
             self._seen = self._state()
         self._left = self._calls if looks and not whole else 0
         model = without_ddp(self.given) if self._copy is None else self._copy
+        self._ended = False
         try:
-            return model(images)
+            output = model(images)
         except _Enough:
             return None
         finally:
             self._left = 0
+        if self._ended:  # the model has caught what was to end it, and gone on in another way
+            self._calls = 0
+            output = model(images)
+        return output
 
     @contextmanager
     def as_given(self) -> Iterator[None]:
@@ -97,13 +111,15 @@ class Teacher:
         for store in self._stores:
             for x in store.values():
                 if x is not None:
-                    found += x.data_ptr(), 0 if x.is_inference() else x._version
+                    address = x.data_ptr() if x.layout == torch.strided else id(x)
+                    found += address, 0 if x.is_inference() else x._version
         return found
 
     def _heard(self) -> None:
         if self._left:
             self._left -= 1
             if not self._left:
+                self._ended = True
                 raise _Enough
 
     def _make_ready(self, images: Any) -> None:
@@ -113,30 +129,35 @@ class Teacher:
         if against:
             self.how = f"as it was given, and to its end: {against}"
             return
-        pairs = _follow_each_other(self.given, images, {hook.module for hook in self._hooks})
+        pairs, output = _follow_each_other(self.given, images, {hook.module for hook in self._hooks})
         if all(hook.calls for hook in self._hooks):  # else the loss says so
             changed = any(hook.was_changed for hook in self._hooks)  # by what comes after a level
             self._calls = 0 if changed else sum(hook.calls for hook in self._hooks)
-        if self.fold and pairs:
-            self._fold(pairs, images)
-        else:
-            self.how = "nothing to fold" if self.fold else "not folded, as asked"
+        if any(not isinstance(hook.output, Tensor) or hook.output.is_inference() for hook in self._hooks):
+            self._calls = 0  # whether a later module changes these can't be seen
+        self.how = "nothing to fold"
+        if pairs:
+            self._fold(pairs, output, images)
         self.how += "; ends after its last level" if self._calls else "; runs to its end"
 
-    def _fold(self, pairs: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]], images: Any) -> None:
+    def _fold(self, pairs: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]], output: Any, images: Any) -> None:
         exact = [hook.feature().clone() for hook in self._hooks]
         try:
             folded, self._of_copy = _folded(unwrapped(self.given), pairs)
-        except Exception as error:  # a module may forbid copies by whatever it likes
-            self.how = f"not folded, as it can't be copied ({type(error).__name__}: {error})"
+            self._use(folded)
+            again = folded(images)
+            far = [str(hook) for hook, y in zip(self._hooks, exact, strict=True) if not _is_near(hook.feature(), y)]
+        except Exception as error:  # a copy may fail by whatever its modules like
+            self._use(None)
+            self.how = f"not folded, as its copy fails ({type(error).__name__}: {error})"
             return
-        self._use(folded)
-        folded(images)
-        far = [str(hook) for hook, y in zip(self._hooks, exact, strict=True) if not _is_near(hook.feature(), y)]
+        tensors = _tensors(again), _tensors(output)
+        if len(tensors[0]) != len(tensors[1]) or not all(map(_is_near, *tensors)):
+            far.append("its output")
         self.how = f"{len(pairs)} batch norms folded into convolutions"
         if far:
             self._use(None)
-            self.how = f"not folded, as its features differed then: {', '.join(far)}"
+            self.how = f"not folded, as these would differ: {', '.join(far)}"
             warnings.warn(f"Distiller: the teacher runs as it was given; {self.how}", stacklevel=2)
 
     def _use(self, folded: nn.Module | None) -> None:
@@ -173,9 +194,11 @@ def _what_stands_against(model: nn.Module) -> str:
     return "" if hooked is None else f"{hooked or 'the model'!r} has hooks of others"
 
 
-def _follow_each_other(model: nn.Module, images: Any, levels: set[nn.Module]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Convolutions and the batch norms that get what they return, in one forward of the model; no convolution of
-    ``levels``, whose own output is to be heard."""
+def _follow_each_other(
+    model: nn.Module, images: Any, levels: set[nn.Module]
+) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], Any]:
+    """Convolutions and the batch norms that get what they return, in one forward of the model, and its output; no
+    convolution of ``levels``, whose own output is to be heard."""
     root = unwrapped(model)
     made: dict[int, tuple[nn.Conv2d, weakref.ref[Tensor]]] = {}  # by the tensor's id, which others get later
     found: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
@@ -194,11 +217,11 @@ def _follow_each_other(model: nn.Module, images: Any, levels: set[nn.Module]) ->
     watched += [m for m in levels if type(m) is nn.BatchNorm2d and _is_plain(m)]
     handles = [module.register_forward_hook(note) for module in watched]
     try:
-        root(images)
+        output = root(images)
     finally:
         for handle in handles:
             handle.remove()
-    return [pair for pair in found if all(ran.count(module) == 1 for module in pair)]
+    return [pair for pair in found if all(ran.count(module) == 1 for module in pair)], output
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -226,7 +249,13 @@ def _folded(
     return copied, {given: instead.get(mine, mine) for given, mine in of_copy.items()}
 
 
+def _tensors(output: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
 def _is_near(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape:
+        return False
     difference = (x - y).abs()
     if y.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(y.device.type):
         return bool(difference.amax() <= EXACT * y.abs().amax()) if y.numel() else True

@@ -130,7 +130,8 @@ class DistillationTrainer:
         if auto:
             ours, theirs = find_levels("student", student, images), find_levels("teacher", teacher, images)
             named.update({group: (ours[group], theirs[group]) for group in auto})
-        return Distiller(student, teacher, **named, **self.options).prepare(images).to(images.device)
+        options = {"fold_teacher": True, **self.options}
+        return Distiller(student, teacher, **named, **options).prepare(images).to(images.device)
 
 
 def find_levels(role: str, model: nn.Module, images: Tensor) -> dict[str, list[str]]:

@@ -144,7 +144,7 @@ class Objective(nn.Module):
             backbone=(list(student.backbone_levels), list(teacher.backbone_levels)),
             neck=(list(student.neck_levels), list(teacher.neck_levels)),
             weight=distill_weight,
-            **loss_options,
+            **{"fold_teacher": True, **loss_options},
         )
         self._teacher = (teacher,)  # in a tuple it is not registered as a submodule
 
