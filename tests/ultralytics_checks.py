@@ -424,7 +424,9 @@ def test_checkpoint_and_ema_are_the_students_alone(run: Any, tiny: str) -> None:
         assert model.state_dict().keys() == plain
         assert not taps(model)
         assert model.criterion is None
-    assert b"fastkd" not in run.last.read_bytes()
+    saved = torch.load(run.last, weights_only=False)
+    del saved["git"]  # of the folder that the test runs in, with the message of its last commit
+    assert b"fastkd" not in pickle.dumps(saved)
     assert sorted(p.name for p in run.wdir.iterdir()) == ["best.pt", "last.pt"]
 
 
