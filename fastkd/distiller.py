@@ -108,6 +108,7 @@ class Distiller(nn.Module):
         _require_kind((Callable, NoneType), "a function", prior=prior, preprocess=preprocess)
         _require_kind((DistillLoss, NoneType), "a DistillLoss", criterion=criterion)
         require_bool("last_forward", last_forward)
+        require_bool("fold_teacher", fold_teacher)
         _refuse_shared_weights(student, teacher)
         if align not in (None, "interpolate"):
             raise ValueError(f'align: expected None or "interpolate", got {align!r}')

@@ -205,6 +205,8 @@ def test_it_runs_as_it_was_given_unless_asked() -> None:
     for x, y in zip(features(distiller), expected(teacher, ["stage", "norm"]), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
     assert how(distiller) == "as it was given, and to its end"
+    with pytest.raises(TypeError, match="fold_teacher: expected True or False, got 'False'"):
+        distiller_of(teacher, fold_teacher="False")
 
 
 # ---- its end
