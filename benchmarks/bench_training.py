@@ -67,7 +67,7 @@ def options_of(provider: str) -> dict[str, Any]:
     return {"info_map": "graded_iou", "calibration_batches": 1, "backend": backend}
 
 
-def make_objective(provider: str, images: Tensor, width: float = 1.0) -> Objective:
+def make_objective(provider: str, images: Tensor, width: float = 1.0, **options: Any) -> Objective:
     """What the trainer minimises, with its defaults; the rivals compute the feature term in plain PyTorch."""
     torch.manual_seed(0)
     student = YOLOv3Tiny(num_classes=80, width=width)
@@ -76,7 +76,7 @@ def make_objective(provider: str, images: Tensor, width: float = 1.0) -> Objecti
     teacher = YOLOv3(num_classes=80, width=width)
     # who writes a step in plain PyTorch runs the teacher as it is
     fold = {"fold_teacher": provider == "fastkd"}
-    objective = Objective(student, teacher, prior="graded_iou", **options_of(provider), **fold)
+    objective = Objective(student, teacher, prior="graded_iou", **options_of(provider), **fold, **options)
     assert objective.distiller is not None
     objective.distiller.prepare(images.cpu())  # the adapters' widths, before they get another layout
     for module in (objective, teacher):

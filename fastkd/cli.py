@@ -189,6 +189,9 @@ def _add_train(commands: Any) -> None:
     )
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
     add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
+    add(kd, "--teacher-every", "the teacher runs in one of so many steps: cheaper (default: 1)", type=int)
+    part = "part of a batch's pictures that it sees, 0.5 say: cheaper (default: 1)"
+    add(kd, "--teacher-images", part, type=float)
     add(kd, "--distill-decay", "fall to zero until then (default: no decay)", choices=DECAYS[1:])
 
     how = parser.add_argument_group("optimisation")

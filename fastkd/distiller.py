@@ -25,6 +25,7 @@ from fastkd.loss import DistillLoss
 from fastkd.modes import eval_mode
 from fastkd.ops.arguments import kind_of, require_bool, require_weights
 from fastkd.ops.levels import warn_if_nothing_learns
+from fastkd.passes import ALL, Passes
 from fastkd.ranks import world_size
 from fastkd.teacher import Teacher
 
@@ -70,11 +71,16 @@ class Distiller(nn.Module):
             last level where nothing needs its output; for teachers whose weights stay as they are and whose forward
             leaves nothing behind that others read. The first time, features and output must agree within 1e-4 of their
             largest, else the teacher runs as it was given, with a warning.
+        teacher_every: the teacher runs in the first of every so many training steps; in the others the loss is 0, and
+            in that one it is multiplied by this number, so that the mean over steps stays.
+        teacher_images: 1, 1/2, 1/3, ...: the part of a training batch's images that the teacher sees and the loss is
+            of; the next pass has the next part. Images must be a tensor or a list, a level's output one row an image.
         criterion: a ``DistillLoss`` made beforehand; or
         **loss_options: arguments of ``DistillLoss``: ``info_map``, ``weights``, ``warmup_steps``, ...
 
     Attributes:
         criterion: the ``DistillLoss``. Adapters get their widths in ``prepare``, or on the first batch.
+        taught: which images of the batch the teacher saw last, a slice.
 
     Raises:
         ValueError: unknown module (lists near names), no level at all, models that share weights, options beside a
@@ -98,6 +104,8 @@ class Distiller(nn.Module):
         preprocess: Callable[[Any], Any] | None = None,
         last_forward: bool = False,
         fold_teacher: bool = False,
+        teacher_every: int = 1,
+        teacher_images: float = 1.0,
         criterion: DistillLoss | None = None,
         **loss_options: Any,
     ) -> None:
@@ -109,6 +117,8 @@ class Distiller(nn.Module):
         _require_kind((DistillLoss, NoneType), "a DistillLoss", criterion=criterion)
         require_bool("last_forward", last_forward)
         require_bool("fold_teacher", fold_teacher)
+        self._passes, self.taught = Passes(teacher_every, teacher_images), ALL
+        self.register_load_state_dict_post_hook(lambda loaded, _: loaded._passes.forget())
         _refuse_shared_weights(student, teacher)
         if align not in (None, "interpolate"):
             raise ValueError(f'align: expected None or "interpolate", got {align!r}')
@@ -195,7 +205,8 @@ class Distiller(nn.Module):
             task_loss: the trainer's own loss, a scalar; ``weight="auto"`` needs it. Nothing flows into it.
 
         Returns:
-            A float32 scalar; (L,) with ``reduction="none"``. From ``stop_step`` on zero, and the teacher does not run.
+            A float32 scalar; (L,) with ``reduction="none"``. From ``stop_step`` on zero, and the teacher does not run;
+            so in the steps that ``teacher_every`` leaves out.
 
         Raises:
             RuntimeError: a hook has not fired since the last call, ``remove()`` was called, or lists of modules were
@@ -214,12 +225,18 @@ class Distiller(nn.Module):
             if self.training and self.criterion.loss_weight.stopped:
                 outputs = [hook.output for hook in self._feature_hooks if hook.role == "student"]
                 return self.criterion.zero_loss([x for x in outputs if isinstance(x, Tensor)])
-            student, teacher, q, output = self._features(images, prior)
+            learns = self.training and torch.is_grad_enabled()
+            taught, factor = ALL, 1.0
+            if learns and not self._passes.all:
+                taught, factor = self._passes.images_of_step(self.criterion.loss_weight.step, images)
+            if not factor:
+                return self.criterion.skip_step(self._student_features(images))
+            student, teacher, q, output = self._features(images, prior, taught)
             warn_if_nothing_learns(student)
             donated = _held_by_hooks_alone(teacher)
             del output  # until here it kept what else holds a teacher's feature
             loss: Tensor = self.criterion(student, teacher, q, task_loss, donated=donated)
-            return loss
+            return loss if factor == 1 else loss * factor
         finally:
             self._clear()
 
@@ -372,7 +389,7 @@ class Distiller(nn.Module):
         checks = [
             health.check_trained(self.teacher, teacher_fingerprint, ran),
             frozen,
-            Check("teacher runs", True, self._teacher.how),
+            Check("teacher runs", True, f"{self._teacher.how}{self._passes}"),
             hooks,
             gradient,
             weight,
@@ -409,28 +426,38 @@ class Distiller(nn.Module):
         if levels != have:
             raise ValueError(f"criterion: expected {levels} levels, as there are pairs of modules, got {have}")
 
+    def _student_features(self, images: Any) -> list[Tensor]:
+        """Of the student's last forward, which must have been on these images."""
+        self._require_hooks()
+        hooks = [hook for hook in self._feature_hooks if hook.role == "student"]
+        features = [hook.feature() for hook in hooks]
+        for hook in hooks:
+            if hook.several and not self.last_forward:
+                _require_images(hook, images)
+        return features
+
     def _features(
-        self, images: Any, prior: Prior | None = None
+        self, images: Any, prior: Prior | None = None, taught: slice = ALL
     ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None, Any]:
         """Features of both models, level by level, the prior, and the teacher's output; runs the teacher."""
-        self._require_hooks()
-        for hook in self._feature_hooks:
-            if hook.role == "student":
-                hook.feature()  # before the teacher runs for nothing
-                if hook.several and not self.last_forward:
-                    _require_images(hook, images)
+        self._student_features(images)  # before the teacher runs for nothing
+        self.taught = taught
         prior = self.prior if prior is None else prior
         whole = prior is not None and takes_output(prior)
-        output = self._run_teacher(images, whole=whole)
+        output = self._run_teacher(images if taught == ALL else images[taught], whole=whole)
         pairs = self._matched()
         teacher = [t.feature() for _, t in pairs]
-        student = [self._aligned(s, t, s.feature(), y) for (s, t), y in zip(pairs, teacher, strict=True)]
+        student = [s.feature() if taught == ALL else _rows(s, images, taught) for s, _ in pairs]
+        student = [self._aligned(s, t, x, y) for (s, t), x, y in zip(pairs, student, teacher, strict=True)]
         self._move_criterion(teacher)
         if prior is None:
             return student, teacher, None, output
         sizes = [(x.shape[2], x.shape[3]) for x in teacher]
         with torch.no_grad():
-            return student, teacher, prior(output, sizes) if whole else prior(sizes), output
+            q = prior(output, sizes) if whole else prior(sizes)
+        if taught != ALL:  # what is made of boxes has all images
+            q = [x[taught] if isinstance(x, Tensor) and len(x) == len(images) else x for x in q]
+        return student, teacher, q, output
 
     def _aligned(self, s: FeatureHook, t: FeatureHook, x: Tensor, teacher: Tensor) -> Tensor:
         """The student's feature ``x`` in the teacher's height and width."""
@@ -652,6 +679,17 @@ def takes_output(prior: Prior) -> bool:
         return True
     positional = [kind for kind in kinds if kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     return len(positional) != 1 or Parameter.VAR_POSITIONAL in kinds
+
+
+def _rows(hook: FeatureHook, images: Sequence[Any], taught: slice) -> Tensor:
+    """A level's feature, of some of the images."""
+    feature = hook.feature()
+    if len(feature) != len(images):
+        raise ValueError(
+            f"{hook}: expected {len(images)} rows, one an image, as teacher_images takes some of them; got "
+            f"{tuple(feature.shape)}"
+        )
+    return feature[taught]
 
 
 def _require_names(hooks: Sequence[FeatureHook], **to_maps: ToMaps) -> None:

@@ -247,12 +247,22 @@ class DistillLoss(nn.Module):
         """(mean, rstd) of each level's teacher, two (C,) vectors: ``distill_loss``'s ``standardize``."""
         return [x.moments() for x in self.statistics] if self.standardize else None  # type: ignore[operator]
 
+    def skip_step(self, student_feats: Sequence[Tensor]) -> Tensor:
+        """The loss of a training step in which the teacher does not run: 0; counted, but in no average."""
+        losses, loss = self.level_losses, self.zero_loss(student_feats)
+        self.level_losses = losses  # still those of the last forward
+        self.loss_weight.skip()
+        return loss
+
     def zero_loss(self, student_feats: Sequence[Tensor] = ()) -> Tensor:
-        """What ``forward`` is once the loss has stopped: features and adapters are part of it, as DDP expects."""
+        """What ``forward`` is once the loss has stopped: adapters are part of it, features where DDP expects that."""
         self.level_losses = torch.zeros(len(self.adapters), device=self.loss_weight.step.device)
         learning = [p for p in self.adapters.parameters() if not isinstance(p, UninitializedParameter)]
         # of what may not be finite, an empty part
-        zero: Tensor = self.level_losses + sum(x.flatten()[:0].sum() for x in (*learning, *student_feats))
+        # a gradient of zeros for each feature costs a step some percent
+        features = student_feats if world_size() > 1 or not learning else ()
+        empty = [*(p.flatten()[:0] for p in learning), *(x[:0] for x in features)]
+        zero: Tensor = self.level_losses + sum(x.sum() for x in empty)
         return zero.sum() if self.options.reduction == "sum" else zero
 
     def _require_levels(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:

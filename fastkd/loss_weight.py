@@ -115,6 +115,12 @@ class LossWeight(KeepsPrecision):
             self._steps += 1
         self._has_average = self.is_auto
 
+    def skip(self) -> None:
+        """Count a training step that had no losses."""
+        self._update(self.factor, self.averages, self.step, None, None, advance=1)
+        if not torch.compiler.is_compiling():
+            self._steps += 1
+
     def full(self) -> LossWeight:
         """One without schedule and memory, for a look at the loss as it is at its full weight, by one process."""
         return LossWeight(self.weight, self.share).to(self.step.device).eval()

@@ -39,6 +39,7 @@ def _rank(rank: int, folder: str) -> None:
         _train(rank, folder, calibrating)
     _calibrate_with_an_empty_batch(rank)
     _join_uneven_ranks(rank)
+    _see_a_part_of_the_batch(rank)
     torch.distributed.destroy_process_group()
 
 
@@ -125,6 +126,19 @@ def _join_uneven_ranks(rank: int) -> None:
     with Join([whole]):
         for step in range(1 + rank):
             whole(batch(step, rank)).backward()
+
+
+def _see_a_part_of_the_batch(rank: int) -> None:
+    """The ranks' teachers run in the same steps, and in the others DDP finds all that it waits for."""
+    whole = DistributedDataParallel(StudentAndLoss(weight="auto", teacher_every=2, teacher_images=0.5))
+    distiller = whole.module.distiller
+    for step in range(4):
+        whole(batch(step, rank)).backward()
+        taught = [distiller.taught.start, distiller.criterion.loss_weight.factor.item()]
+        gathered = [torch.zeros(2) for _ in range(2)]
+        torch.distributed.all_gather(gathered, torch.tensor(taught, dtype=torch.float32))
+        assert gathered[0].equal(gathered[1])
+        assert taught[0] == step // 2
 
 
 @pytest.fixture(scope="module")

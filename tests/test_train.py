@@ -100,8 +100,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # ---- resumption
 
 
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(config, teacher, tmp_path, monkeypatch):
-    config = replace(config, teacher=str(teacher), distill_warmup=4)
+@pytest.mark.parametrize("passes", [{}, {"teacher_every": 2, "teacher_images": 0.5}])
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(config, teacher, tmp_path, monkeypatch, passes):
+    config = replace(config, teacher=str(teacher), distill_warmup=4, **passes)
     whole = train(replace(config, out=str(tmp_path / "whole")))
     for step in (2, 5, 8):  # before the first checkpoint, and in the middle of two epochs
         kill_at(monkeypatch, step)
@@ -471,6 +472,8 @@ def test_a_teacher_of_other_classes_is_refused(config, tmp_path):
         ({"lr": -1.0}, "lr: expected a finite number > 0"),
         ({"ema": 1.0}, r"ema: expected a number in \[0, 1\)"),
         ({"distill_stop": 0}, "distill_stop: expected None or an epoch >= 1"),
+        ({"teacher_every": 0}, "teacher_every: expected an integer >= 1, got 0"),
+        ({"teacher_images": 0.7}, "teacher_images: expected 1 or 1 divided by a whole number"),
         ({"val_annotations": "val.json"}, "val_images"),
         ({"mixed_precision": "fp8"}, "mixed_precision: expected one of no, bf16, fp16"),
     ],

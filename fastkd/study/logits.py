@@ -29,6 +29,8 @@ class LogitObjective(Objective):
 
     def __init__(self, *args: Any, logit_weight: float, **options: Any) -> None:
         super().__init__(*args, **options)
+        if options.get("teacher_every", 1) != 1 or options.get("teacher_images", 1) != 1:
+            raise ValueError("teacher_every, teacher_images: expected 1 beside the logit term, got others")
         schedule = {name: options[name] for name in ("warmup_steps", "decay", "stop_step") if name in options}
         self.logit_factor = LossWeight(logit_weight, **schedule)
 

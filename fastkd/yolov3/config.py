@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.ops.presets import resolve
+from fastkd.passes import Passes
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.model import MODELS
 from fastkd.yolov3.objective import PRIORS, usual_prior
@@ -22,7 +23,7 @@ FREE_TO_CHANGE = {
 }
 OF_DISTILLATION = {  # without a teacher they do nothing
     *("teacher_model", "distill_weight", "distill_share", "info_map", "prior", "level_weights"),
-    *("distill_warmup", "distill_stop", "distill_decay"),
+    *("distill_warmup", "distill_stop", "distill_decay", "teacher_every", "teacher_images"),
 }
 PATHS = {"annotations", "images", "teacher", "init", "unlabelled"}
 
@@ -61,6 +62,7 @@ class TrainConfig:
         distill_stop: epoch from which on there is no distillation; None: it lasts to the end.
         distill_decay: ``"linear"`` or ``"cosine"``: fall from the end of the warm-up to zero at ``distill_stop`` (or
             the end); None: stay.
+        teacher_every, teacher_images: see ``fastkd.Distiller``: fewer passes of the teacher.
         steps, epochs: how long; ``steps`` wins where both are given.
         batch: pictures a step, over all processes.
         optimizer: ``"adamw"`` or ``"sgd"`` (momentum 0.9). Biases and batch norms have no weight decay.
@@ -109,6 +111,8 @@ class TrainConfig:
     match_threshold: float = 0.5
     distill_warmup: int = 0
     distill_stop: int | None = None
+    teacher_every: int = 1
+    teacher_images: float = 1.0
     distill_decay: str | None = None
     steps: int | None = None
     epochs: int = 100
@@ -166,6 +170,7 @@ class TrainConfig:
         if self.unlabelled is None and self.unlabelled_batch is not None:
             raise ValueError(f"unlabelled_batch: expected unlabelled beside it, got {self.unlabelled_batch} alone")
         self._require("distill_stop", self.distill_stop is None or self.distill_stop >= 1, "None or an epoch >= 1")
+        Passes(self.teacher_every, self.teacher_images)  # which refuses others
         self._require("steps", self.steps is None or self.steps >= 1, "None or a number >= 1")
         self._require("lr", 0 < self.lr < math.inf, "a finite number > 0")
         for name in ("weight_decay", "clip", "warmup", "distill_warmup", "final_lr"):

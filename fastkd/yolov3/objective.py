@@ -24,7 +24,8 @@ class PriorContext(NamedTuple):
     images: Tensor  # (N, 3, H, W), those without labels last
     labelled: int  # how many of them have labels
     targets: Tensor  # (M, 6) as ``DetectionLoss`` takes them
-    outputs: Sequence[Tensor]  # of the teacher's heads
+    outputs: Sequence[Tensor]  # of the teacher's heads, on the images that it saw
+    first: int  # of the images that it saw
     sizes: list[tuple[int, int]]  # (height, width) of each level
     teacher: Detector
     distiller: Distiller
@@ -39,8 +40,11 @@ class PriorContext(NamedTuple):
         labels = torch.cat([self.targets[:, :1], self.targets[:, 2:]], 1)  # a list as index would wait for the device
         if self.labelled == len(self.images):
             return labels
-        found = likely_boxes([x[self.labelled :] for x in self.outputs], self.teacher)
-        found[:, 0] += self.labelled
+        known = max(self.labelled - self.first, 0)  # images with labels among those that the teacher saw
+        if known >= len(self.outputs[0]):
+            return labels
+        found = likely_boxes([x[known:] for x in self.outputs], self.teacher)
+        found[:, 0] += self.first + known
         return torch.cat([labels, found.to(labels)])
 
     def anchors(self) -> list[Tensor]:
@@ -195,7 +199,8 @@ class Objective(nn.Module):
         assert distiller is not None
 
         def prior(outputs: Sequence[Tensor], sizes: list[tuple[int, int]]) -> LevelPriors:
-            return PRIORS[self.prior](PriorContext(images, known, targets, outputs, sizes, teacher, distiller))
+            first = distiller.taught.start or 0
+            return PRIORS[self.prior](PriorContext(images, known, targets, outputs, first, sizes, teacher, distiller))
 
         # of labels alone: the teacher need not run to its end
         return partial(prior, ()) if self.prior in OF_BOXES and known == len(images) else prior

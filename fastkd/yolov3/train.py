@@ -152,6 +152,8 @@ def _loss_options(config: TrainConfig, data: DetectionDataset, ranks: int) -> di
         "warmup_steps": config.distill_warmup,
         "decay": config.distill_decay,
         "stop_step": stop,
+        "teacher_every": config.teacher_every,
+        "teacher_images": config.teacher_images,
     }
     if ranks > 1 and resolve(config.info_map).divisor == "map":
         options["divisor"] = "map_all_ranks"  # DDP's averaged gradient is then that of one process
