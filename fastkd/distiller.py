@@ -118,7 +118,7 @@ class Distiller(nn.Module):
         require_bool("last_forward", last_forward)
         require_bool("fold_teacher", fold_teacher)
         self._passes, self.taught = Passes(teacher_every, teacher_images), ALL
-        self.register_load_state_dict_post_hook(lambda loaded, _: loaded._passes.forget())
+        self.register_load_state_dict_post_hook(lambda loaded, _: loaded._passes.forget())  # type: ignore[no-untyped-call]
         _refuse_shared_weights(student, teacher)
         if align not in (None, "interpolate"):
             raise ValueError(f'align: expected None or "interpolate", got {align!r}')
