@@ -68,6 +68,7 @@ def make_adapters(
     teacher_channels: Sequence[int] | None,
     levels: int | None,
     adapters: Sequence[nn.Module] | None,
+    bias: bool = True,
 ) -> list[nn.Module]:
     """The modules given, or a 1x1 convolution per level, of the widths given or of those of the first batch."""
     adapters = list(adapters) if isinstance(adapters, nn.ModuleList) else adapters
@@ -85,9 +86,9 @@ def make_adapters(
         return list(adapters)
     if student_channels is not None and teacher_channels is not None:
         with same_random_state(torch.get_default_device()):
-            return [Adapter(s, t, 1) for s, t in zip(student_channels, teacher_channels, strict=True)]
+            return [Adapter(s, t, 1, bias=bias) for s, t in zip(student_channels, teacher_channels, strict=True)]
     if student_channels is not None or teacher_channels is not None:
         raise ValueError("DistillLoss: expected both student_channels and teacher_channels, or neither; got one")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls lazy modules new; what we use of them is old
-        return [LazyAdapter(0, 1) for _ in range(counts.pop())]
+        return [LazyAdapter(0, 1, bias=bias) for _ in range(counts.pop())]

@@ -22,6 +22,7 @@ import fastkd
 from fastkd.loss_weight import weight_of
 from fastkd.ops.backends import choose
 from fastkd.ops.factor import DECAYS
+from fastkd.ops.presets import CWD, PENALTIES
 
 if TYPE_CHECKING:
     from fastkd.health import Report
@@ -178,8 +179,10 @@ def _add_train(commands: Any) -> None:
     add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=weight_of, metavar="N")
     add(kd, "--distill-share", "auto: hold it at so many times the detection loss (default: 1.0)", type=float)
     add(kd, "--info-map", "where in the features to look (default: graded_iou)", metavar="NAME")
-    priors = "confidence, iou_mask, graded_iou, box_balance or none"
+    priors = "score, confidence, iou_mask, graded_iou, box_balance or none"
     add(kd, "--prior", f"what weighs the cells beside the map: {priors} (default: as the map)", metavar="NAME")
+    penalties = (*PENALTIES, CWD)
+    add(kd, "--penalty", "of the difference of the features (default: l2)", choices=penalties)
     add(
         kd,
         "--level-weights",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.hooks import FeatureHook
-from fastkd.loss import DistillLoss
+from fastkd.loss import DistillLoss, standardized
 from fastkd.ops import reference
 from fastkd.ops.arguments import require_number
 from fastkd.ops.levels import check, require_features
@@ -19,10 +19,10 @@ from fastkd.ops.presets import InfoMap, resolve
 
 def info_map(
     teacher_feats: Sequence[Tensor],
-    info_map: str | InfoMap = "self_information",
+    info_map: str | InfoMap = "energy",
     *,
     prior: Sequence[Tensor | None] | None = None,
-    standardize: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    standardize: Sequence[tuple[Tensor, Tensor] | None] | str | bool | None = None,
 ) -> list[Tensor]:
     """The maps themselves, w_p of every level, for looking at (``fastkd.viz`` draws them).
 
@@ -39,7 +39,8 @@ def info_map(
     info = replace(resolve(info_map), needs_prior="")
     options = options_of_call(info, None, "l2", 1.0, None, "none", "reference")
     teacher = [t.detach() for t in require_features("teacher_feats", teacher_feats)]
-    checked = check(teacher, teacher, options, prior=prior, standardize=standardize)
+    _, moments = standardized(teacher, teacher, info, standardize)
+    checked = check(teacher, teacher, options, prior=prior, standardize=moments)
     return [
         reference.information_map(t, info, q, mean, rstd).float()
         for t, q, mean, rstd in zip(teacher, checked.prior, checked.mean, checked.rstd, strict=True)
@@ -137,13 +138,14 @@ def measure(
     """The maps of features that belong to the pairs; by the reference, which talks to no other process."""
     options = criterion.active_options
     info = options.info_map
-    given = check(criterion.adapted(student), teacher, options, prior=prior, standardize=criterion.moments())
+    adapted, moments = criterion.standardized(criterion.adapted(student), teacher)
+    given = check(adapted, teacher, options, prior=prior, standardize=moments)
     found = []
     for i, (s, t) in enumerate(pairs):
         feature, target = given.student[i].to(given.plan.dtype), given.teacher[i].to(given.plan.dtype)
         information = reference.information_map(target, info, given.prior[i], given.mean[i], given.rstd[i])
-        difference = feature - reference.standardize(target, given.mean[i], given.rstd[i])
-        penalty = reference.penalty_sum(difference, options.penalty, options.beta)
+        standardized = reference.standardize(target, given.mean[i], given.rstd[i])
+        penalty = reference.penalty_sum(feature, standardized, options.penalty, options.beta)
         z = reference.z_of(feature, information.sum(), options.divisor)
         loss = given.plan.weights[i] * (information * penalty).sum() / z
         channels = feature.shape[1]

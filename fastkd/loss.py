@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from torch.nn.parameter import UninitializedParameter
 
 from fastkd.adapters import Adapter, LazyAdapter, adapted, bias_of, make_adapters, same_random_state, without_bias
 from fastkd.loss_weight import LossWeight
-from fastkd.ops.arguments import kind_of, require_bool, require_int, require_sequence, require_state, require_weights
+from fastkd.ops import reference
+from fastkd.ops.arguments import kind_of, require_int, require_sequence, require_state, require_weights
 from fastkd.ops.backends import is_dense_like
 from fastkd.ops.levels import LevelTensors, check, require_features, warn_if_nothing_learns
 from fastkd.ops.options import LossOptions, make_options, options_of_call
-from fastkd.ops.presets import InfoMap
+from fastkd.ops.presets import OWN_BATCH, InfoMap, require_standardize
 from fastkd.ops.run import run
 from fastkd.ranks import world_size
 from fastkd.statistics import ChannelStatistics
@@ -27,9 +28,9 @@ def distill_loss(
     student_feats: Sequence[Tensor],
     teacher_feats: Sequence[Tensor],
     *,
-    info_map: str | InfoMap = "self_information",
+    info_map: str | InfoMap = "energy",
     prior: Sequence[Tensor | None] | None = None,
-    standardize: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    standardize: Sequence[tuple[Tensor, Tensor] | None] | str | bool | None = None,
     weights: Sequence[float] | None = None,
     penalty: str = "l2",
     beta: float = 1.0,
@@ -53,10 +54,15 @@ def distill_loss(
         teacher_feats: the teacher's, of the same shapes, from a frozen teacher; the dtype may differ.
         info_map: a preset (``fastkd.PRESETS``) or an ``InfoMap``.
         prior: per level an (N, H, W) tensor q >= 0 that multiplies the map, or None.
-        standardize: per level (mean, rstd), two (C,) vectors: t' = (t - mean) * rstd; or None for t' = t.
+        standardize: per level (mean, rstd), two (C,) vectors: t' = (t - mean) * rstd; False or None for t' = t. Maps
+            of the standardised teacher (``self_information``, ``graded_iou``, ``uniform_standardized``) need these
+            vectors, which ``DistillLoss`` calibrates. ``"batch"``, as the map ``pkd`` has it: student and teacher are
+            both standardised by the moments of their own batch, the gradient included.
         weights: one finite number per level; all 1 by default.
-        penalty: rho: ``"l2"`` x^2; ``"l1"`` abs(x); ``"smooth_l1"`` as ``torch.nn.SmoothL1Loss``.
-        beta: > 0, where ``smooth_l1`` turns from quadratic to linear.
+        penalty: rho: ``"l2"`` x^2; ``"l1"`` abs(x); ``"smooth_l1"`` as ``torch.nn.SmoothL1Loss``. Or ``"cwd"``, the
+            channel-wise distillation of Shu et al. (2021, arXiv:2011.13256) in PyTorch's own operations: beta^2 KL(P ||
+            Q), P and Q being the softmax over cells of each channel of t' / beta and s / beta; its Z is N C.
+        beta: > 0, where ``smooth_l1`` turns from quadratic to linear; the temperature of ``cwd``.
         divisor: Z: ``"elements"`` N C H W; ``"map"`` C sum(w), over the batch; ``"map_all_ranks"`` the same over
             the batches of all ranks, divided by their number, so that averaged gradients (DDP) are those of one
             process with the whole batch; ``"batch"`` N. By default the one that goes with the map.
@@ -75,10 +81,36 @@ def distill_loss(
             a compiled backend (the reference has both, and works under ``torch.func``).
     """
     options = options_of_call(info_map, weights, penalty, beta, divisor, reduction, backend)
-    levels = check(student_feats, teacher_feats, options, prior=prior, standardize=standardize)
+    student, moments = standardized(student_feats, teacher_feats, options.info_map, standardize)
+    levels = check(student, teacher_feats, options, prior=prior, standardize=moments)
     warn_if_nothing_learns(levels.student)
     loss, _ = run(levels, options)
     return loss
+
+
+Moments: TypeAlias = Sequence[tuple[Tensor, Tensor] | None] | None
+
+
+def standardized(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], info: InfoMap, standardize: Moments | str | bool
+) -> tuple[Sequence[Tensor], Moments]:
+    """The student's features and the teacher's moments, as a call of ``distill_loss`` means them."""
+    kind: Moments | str | bool = info.standardize if standardize is None else standardize
+    if isinstance(kind, str):
+        require_standardize(kind)
+        features = [require_features(*x) for x in (("student_feats", student), ("teacher_feats", teacher))]
+        with torch.no_grad():
+            moments = [reference.batch_moments(x) for x in features[1]]
+        return [reference.by_own_batch(x) for x in features[0]], moments
+    if not isinstance(kind, bool):
+        return student, kind
+    if kind:
+        raise ValueError(
+            "standardize: expected (mean, rstd) per level, as this info_map is one of the standardised teacher, got "
+            f"{standardize}; DistillLoss calibrates them. For the features as they are: standardize=False, or "
+            "info_map='energy' or 'uniform'"
+        )
+    return student, None
 
 
 class DistillLoss(nn.Module):
@@ -92,7 +124,8 @@ class DistillLoss(nn.Module):
             convolution a level. None: adapters take their widths from the first batch (``levels`` says how many).
         levels: number of levels, where no channels and no adapters are given.
         adapters: one module per level instead (``nn.Identity()`` for none), student feature to teacher's shape.
-        standardize: imitate the teacher standardised per channel; None: as the preset of ``info_map`` says.
+        standardize: imitate the teacher standardised per channel; ``"batch"``: student and teacher by the moments of
+            their own batch (adapters then have no bias); None: as ``info_map`` says.
         calibration_batches: the teacher's statistics are taken from so many first training batches, each of all ranks
             together, then fixed; what is not finite is left out. Before the first one, in eval mode, the teacher is
             not standardised.
@@ -128,7 +161,7 @@ class DistillLoss(nn.Module):
         levels: int | None = None,
         adapters: Sequence[nn.Module] | None = None,
         info_map: str | InfoMap = "self_information",
-        standardize: bool | None = None,
+        standardize: bool | str | None = None,
         calibration_batches: int = 8,
         weights: Sequence[float] | None = None,
         penalty: str = "l2",
@@ -146,15 +179,17 @@ class DistillLoss(nn.Module):
         self._set_options(make_options(info_map, weights, penalty, beta, divisor, reduction, backend))
         self.standardize = self.options.info_map.standardize
         if standardize is not None:
-            self.standardize = require_bool("standardize", standardize)
+            self.standardize = require_standardize(standardize)
         _check_levels(student_channels, teacher_channels, levels, adapters)
-        self.adapters = nn.ModuleList(make_adapters(student_channels, teacher_channels, levels, adapters))
+        self.adapters = nn.ModuleList(
+            make_adapters(student_channels, teacher_channels, levels, adapters, self.standardize != OWN_BATCH)
+        )
         count = len(self.adapters)
         if weights is not None:
             require_weights(weights, count)
         self.statistics = nn.ModuleList(ChannelStatistics() for _ in range(count))
         self.calibration_batches = require_int("calibration_batches", calibration_batches, 1)
-        self.calibrated = not self.standardize
+        self.calibrated = self.standardize is not True
         self.loss_weight = LossWeight(weight, share, warmup_steps, decay, stop_step)
         self._seen_shapes: Any = None  # of the last features, for which nothing is left to check or to prepare
         self._batches_seen = 0
@@ -209,8 +244,8 @@ class DistillLoss(nn.Module):
         adapters = list(self.adapters)
         student = [without_bias(adapter, s) for adapter, s in zip(adapters, student_feats, strict=True)]
         bias = [bias_of(adapter) for adapter in adapters] if any(isinstance(x, Adapter) for x in adapters) else None
-        moments = self.moments()
-        return check(student, teacher_feats, self.active_options, prior=prior, standardize=moments, bias=bias)
+        compared, moments = self.standardized(student, teacher_feats)
+        return check(compared, teacher_feats, self.active_options, prior=prior, standardize=moments, bias=bias)
 
     def _weighted(self, levels: LevelTensors, task: Tensor | None, learns: bool) -> tuple[Tensor, Tensor]:
         """The loss times its factor, and the levels' losses without; only a training step waits for other ranks."""
@@ -243,25 +278,33 @@ class DistillLoss(nn.Module):
         """The student's features at the teacher's widths."""
         return [adapted(adapter, s) for adapter, s in zip(self.adapters, student_feats, strict=True)]
 
+    def standardized(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Sequence[Tensor], Moments]:
+        """The student's adapted features and the teacher's moments, with which they are compared."""
+        if self.standardize == OWN_BATCH:
+            return standardized(student, teacher, self.options.info_map, OWN_BATCH)
+        return student, self.moments()
+
     def moments(self) -> list[tuple[Tensor, Tensor] | None] | None:
         """(mean, rstd) of each level's teacher, two (C,) vectors: ``distill_loss``'s ``standardize``."""
-        return [x.moments() for x in self.statistics] if self.standardize else None  # type: ignore[operator]
+        if self.standardize is not True:
+            return None
+        return [x.moments() for x in self.statistics]  # type: ignore[operator]
 
     def skip_step(self, student_feats: Sequence[Tensor]) -> Tensor:
         """The loss of a training step in which the teacher does not run: 0; counted, but in no average."""
-        losses, loss = self.level_losses, self.zero_loss(student_feats)
+        alone = world_size() == 1 and next(self.adapters.parameters(), None) is not None
+        # a gradient of zeros for each feature would cost a step some percent
+        losses, loss = self.level_losses, self.zero_loss(() if alone else student_feats)
         self.level_losses = losses  # still those of the last forward
         self.loss_weight.skip()
         return loss
 
     def zero_loss(self, student_feats: Sequence[Tensor] = ()) -> Tensor:
-        """What ``forward`` is once the loss has stopped: adapters are part of it, features where DDP expects that."""
+        """What ``forward`` is once the loss has stopped: features and adapters are part of it, as DDP expects."""
         self.level_losses = torch.zeros(len(self.adapters), device=self.loss_weight.step.device)
         learning = [p for p in self.adapters.parameters() if not isinstance(p, UninitializedParameter)]
         # of what may not be finite, an empty part
-        # a gradient of zeros for each feature costs a step some percent
-        features = student_feats if world_size() > 1 or not learning else ()
-        empty = [*(p.flatten()[:0] for p in learning), *(x[:0] for x in features)]
+        empty = [*(p.flatten()[:0] for p in learning), *(x[:0] for x in student_feats)]
         zero: Tensor = self.level_losses + sum(x.sum() for x in empty)
         return zero.sum() if self.options.reduction == "sum" else zero
 
@@ -310,7 +353,7 @@ class DistillLoss(nn.Module):
         if (
             self._pooled
             or self._standalone
-            or not self.standardize
+            or self.standardize is not True
             or world_size() == 1
             or torch.compiler.is_compiling()
         ):
@@ -357,7 +400,7 @@ class DistillLoss(nn.Module):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         (self._batches_seen,) = require_state("DistillLoss", state, "batches_seen")
-        self.calibrated = not self.standardize or self._batches_seen >= self.calibration_batches
+        self.calibrated = self.standardize is not True or self._batches_seen >= self.calibration_batches
 
 
 def _check_levels(student_channels: Any, teacher_channels: Any, levels: Any, adapters: Any) -> None:

@@ -24,6 +24,33 @@ from fastkd.ops.prior_ops import prior_maps
 
 
 @torch.no_grad()
+def score(
+    class_logits: Sequence[Tensor], sizes: Sequence[tuple[int, int]], *, objectness: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """The teacher's score of a cell: the largest over anchors and classes, of the head that belongs to the level.
+
+    q = max sigmoid(class), as FRS (Du et al., 2021) and Ultralytics' distillation have it, without a floor; of heads
+    with an objectness max sigmoid(objectness) * sigmoid(class).
+
+    Args:
+        class_logits: one (N, A, K, H, W) tensor of logits per level; A is 1 where the head has no anchors.
+        sizes: (height, width) of each level; a head of another size is resized as in ``confidence``.
+        objectness: one (N, A, H, W) tensor of logits per level, of heads that have it.
+
+    Returns:
+        One (N, height, width) float32 tensor per level.
+
+    Raises:
+        TypeError, ValueError: as in ``confidence``; other numbers of heads than of sizes.
+    """
+    _check_sizes(sizes)
+    heads = _head_scores(objectness, class_logits)
+    if len(heads) != len(sizes):
+        raise ValueError(f"sizes: expected one per head, as each level has its own, {len(heads)}; got {len(sizes)}")
+    return [at_size([head], size) for head, size in zip(heads, sizes, strict=True)]
+
+
+@torch.no_grad()
 def confidence(
     objectness: Sequence[Tensor],
     class_logits: Sequence[Tensor],
@@ -53,34 +80,43 @@ def confidence(
     """
     floor = require_number("floor", floor, "a number in [0, 1]", 0, 1)
     _check_sizes(sizes)
-    heads = []
-    for i, (o, k) in enumerate(_checked_heads(objectness, class_logits)):
-        if o.ndim != 4 or k.ndim != 5 or k.shape[:2] + k.shape[3:] != o.shape:
-            raise ValueError(
-                f"class_logits[{i}]: expected (N, A, K, H, W) for objectness {tuple(o.shape)}, got {tuple(k.shape)}"
-            )
-        if o.shape[0] != objectness[0].shape[0] or not k.numel():
-            raise ValueError(
-                f"objectness[{i}]: expected the batch of the other heads, at least one anchor and class, "
-                f"got {tuple(o.shape)} and classes {tuple(k.shape)}"
-            )
-        heads.append((o.float().sigmoid() * k.float().amax(2).sigmoid()).amax(1, keepdim=True))
+    heads = _head_scores(require_sequence("objectness", objectness, per="head"), class_logits)
     return [floor + (1 - floor) * at_size(heads, size).sqrt() for size in sizes]
 
 
-def _checked_heads(objectness: Any, class_logits: Any) -> list[tuple[Tensor, Tensor]]:
-    given = {"objectness": objectness, "class_logits": class_logits}
-    lists = [require_sequence(name, x, per="head") for name, x in given.items()]
-    if len(lists[0]) != len(lists[1]) or not lists[0]:
+def _head_scores(objectness: Any, class_logits: Any) -> list[Tensor]:
+    """(N, 1, H, W) of each head: the largest over anchors and classes."""
+    classes = require_sequence("class_logits", class_logits, per="head")
+    of_objects = [None] * len(classes) if objectness is None else require_sequence("objectness", objectness, per="head")
+    if len(of_objects) != len(classes) or not classes:
         raise ValueError(
-            f"class_logits: expected one entry per head of objectness, got {len(lists[1])} for {len(lists[0])}"
+            f"class_logits: expected one entry per head of objectness, got {len(classes)} for {len(of_objects)}"
         )
-    for name, logits in zip(given, lists, strict=True):
-        for i, x in enumerate(logits):
-            _check_tensor(f"{name}[{i}]", x, "(N, A, H, W)" if name == "objectness" else "(N, A, K, H, W)")
-            require_floating(f"{name}[{i}]", x)
-            _check_device(f"{name}[{i}]", x, "objectness[0]", lists[0][0])
-    return list(zip(*lists, strict=True))
+    for i, (o, k) in enumerate(zip(of_objects, classes, strict=True)):
+        _check_logits(f"class_logits[{i}]", k, "(N, A, K, H, W)", 5, "class_logits[0]", classes[0])
+        if o is not None or objectness is not None:
+            _check_logits(f"objectness[{i}]", o, "(N, A, H, W)", 4, "class_logits[0]", classes[0])
+            if k.shape[:2] + k.shape[3:] != o.shape:
+                raise ValueError(
+                    f"class_logits[{i}]: expected (N, A, K, H, W) for objectness {tuple(o.shape)}, got {tuple(k.shape)}"
+                )
+        if k.shape[0] != classes[0].shape[0] or not k.numel():
+            raise ValueError(
+                f"class_logits[{i}]: expected the batch of the other heads, at least one anchor and class, got "
+                f"{tuple(k.shape)}"
+            )
+    best = [k.float().amax(2).sigmoid() for k in classes]
+    if objectness is not None:
+        best = [o.float().sigmoid() * k for o, k in zip(of_objects, best, strict=True)]
+    return [x.amax(1, keepdim=True) for x in best]
+
+
+def _check_logits(name: str, x: Any, shape: str, ndim: int, other: str, y: Any) -> None:
+    _check_tensor(name, x, shape)
+    if x.ndim != ndim:
+        raise ValueError(f"{name}: expected {shape}, got {tuple(x.shape)}")
+    require_floating(name, x)
+    _check_device(name, x, other, y)
 
 
 def at_size(heads: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

@@ -108,9 +108,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "weight that float32 cannot hold": ({"weights": [1.0, 1e39]}, ValueError, r"weights\[1\]: .*float32 can hold"),
     "weight is NaN": ({"weights": [float("nan"), 1]}, ValueError, r"weights\[0\]"),
-    "unknown map": ({"info_map": "energi"}, ValueError, "info_map: .*'self_information'.*'uniform'; got 'energi'"),
+    "unknown map": ({"info_map": "energi"}, ValueError, "info_map: .*'self_information'.*'uniform'.*; got 'energi'"),
     "not a map": ({"info_map": 3}, TypeError, "info_map: .*name or an InfoMap, got int"),
-    "unknown penalty": ({"penalty": "huber"}, ValueError, "penalty: .*'l2', 'l1', 'smooth_l1'; got 'huber'"),
+    "unknown penalty": ({"penalty": "huber"}, ValueError, "penalty: .*'l2', 'l1', 'smooth_l1', 'cwd'; got 'huber'"),
     "unknown Z": ({"divisor": "mean"}, ValueError, "divisor: .*'elements'.*got 'mean'"),
     "unknown reduction": ({"reduction": "mean"}, ValueError, "reduction: .*'sum', 'none'; got 'mean'"),
     "unknown backend": ({"backend": "cuda"}, ValueError, "backend: .*'cpp'.*'triton'.*'reference'.*got 'cuda'"),
@@ -160,7 +160,7 @@ def test_a_map_that_is_rounding_or_of_another_type_is_a_clear_error() -> None:
     with pytest.raises(ValueError, match=r"temperature: expected at most 100 for the score 'entropy'.*, got 101"):
         fastkd.InfoMap("entropy", temperature=101)
     text: Any = "False"
-    with pytest.raises(TypeError, match="standardize: expected True or False, got 'False'"):
+    with pytest.raises(TypeError, match="standardize: expected True, False or 'batch', got 'False'"):
         fastkd.InfoMap(standardize=text)
     with pytest.raises(TypeError, match=r"needs_prior: expected text .*, got True"):
         fastkd.InfoMap(needs_prior=True)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def test_a_map_that_is_rounding_or_of_another_type_is_a_clear_error() -> None:
         ({"preprocess": 255}, "preprocess: expected a function, got a int"),
         ({"last_forward": "False"}, "last_forward: expected True or False, got 'False'"),
         ({"criterion": nn.MSELoss()}, "criterion: expected a DistillLoss, got a MSELoss"),
-        ({"standardize": "no"}, "standardize: expected True or False, got 'no'"),
+        ({"standardize": "no"}, "standardize: expected True, False or 'batch', got 'no'"),
     ],
 )
 def test_arguments_of_a_distiller_of_another_type_are_a_clear_error(bad: dict[str, Any], message: str) -> None:

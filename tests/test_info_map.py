@@ -131,11 +131,23 @@ def test_the_map_shown_is_the_map_used() -> None:
     (s,), (t,) = features()
     prior = [torch.rand(2, 4, 5)]
     for name in PRESETS:
-        (w,) = fastkd.info_map([t], name, prior=prior)
+        options = {"prior": prior, "standardize": False}
+        (w,) = fastkd.info_map([t], name, **options)
         expected = (w[:, None] * (s - t) ** 2).mean()
-        torch.testing.assert_close(
-            distill_loss([s], [t], info_map=name, prior=prior, divisor="elements"), expected
-        )  # fmt: skip
+        torch.testing.assert_close(distill_loss([s], [t], info_map=name, divisor="elements", **options), expected)
+
+
+@pytest.mark.parametrize("name", ["self_information", "graded_iou", "uniform_standardized"])
+def test_a_map_of_the_standardised_teacher_needs_its_moments(name: str) -> None:
+    """One name has one meaning, in the function as in the module."""
+    (s,), (t,) = features()
+    options = {"info_map": name, "prior": [torch.rand(2, 4, 5)]}
+    for call in (lambda: distill_loss([s], [t], **options), lambda: fastkd.info_map([t], **options)):
+        with pytest.raises(ValueError, match=r"standardize: expected \(mean, rstd\) per level"):
+            call()
+    module = fastkd.DistillLoss(adapters=[torch.nn.Identity()], info_map=name, calibration_batches=1)
+    loss = module([s], [t], options["prior"])
+    torch.testing.assert_close(loss, distill_loss([s], [t], standardize=module.moments(), **options))
 
 
 @pytest.mark.parametrize("backend", [*TARGETS, "reference-cpu"], indirect=True)

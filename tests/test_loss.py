@@ -202,7 +202,7 @@ def test_bad_options_are_a_clear_error(options: dict[str, object], message: str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"levels": 1, "standardize": "False"}, "standardize: expected True or False, got 'False'"),
+        ({"levels": 1, "standardize": "False"}, "standardize: expected True, False or 'batch', got 'False'"),
         (
             {"adapters": [nn.Identity(), None]},
             r"adapters\[1\]: expected a module \(nn.Identity.*got None",
@@ -314,7 +314,7 @@ def _rank(rank: int, folder: str) -> None:
     for info_map in MAPS_OF_RANKS:
         student = [x[half].clone().requires_grad_() for x in feats(seed=1, n=4)]
         with Dispatched() as dispatched:
-            options = {"info_map": info_map, "divisor": "map_all_ranks", "prior": prior(half)}
+            options = {"info_map": info_map, "divisor": "map_all_ranks", "prior": prior(half), "standardize": False}
             loss = distill_loss(student, [x[half] for x in feats(n=4)], **options)
             gradients = torch.autograd.grad(loss, student)
         found[info_map] = loss.detach(), gradients, any("one_pass" in name for name in dispatched.names)
@@ -340,7 +340,8 @@ MAPS_OF_RANKS = {"attention": False, "graded_iou": True}  # and whether one pass
 @pytest.mark.parametrize("info_map", MAPS_OF_RANKS)
 def test_map_all_ranks_averages_to_the_whole_batch(info_map: str, of_ranks: list[dict[str, Any]]) -> None:
     student = [x.requires_grad_() for x in feats(seed=1, n=4)]
-    whole = distill_loss(student, feats(n=4), info_map=info_map, divisor="map", prior=prior(slice(4)))
+    options = {"info_map": info_map, "divisor": "map", "standardize": False}
+    whole = distill_loss(student, feats(n=4), prior=prior(slice(4)), **options)
     expected = torch.autograd.grad(whole, student)
     (loss0, gradients0, one_pass), (loss1, gradients1, _) = (found[info_map] for found in of_ranks)
     assert one_pass == MAPS_OF_RANKS[info_map]

@@ -58,12 +58,12 @@ def test_a_side_that_shrinks_keeps_its_maxima_while_the_other_grows() -> None:
         ([torch.zeros(1, 2, 4, 4)], [], 0.1, "class_logits: expected one entry per head"),
         ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 3, 5, 4, 4)], 0.1, r"class_logits\[0\]: .*\(1, 3, 5, 4, 4\)"),
         ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 5, 4, 4)], 1.5, "floor: "),
-        ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 0, 4, 4)], 0.1, r"objectness\[0\]: .*at least one anchor"),
+        ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 0, 4, 4)], 0.1, r"class_logits\[0\]: .*at least one anchor"),
         (
             [torch.zeros(1, 2, 4, 4), torch.zeros(3, 2, 2, 2)],
             [torch.zeros(1, 2, 5, 4, 4), torch.zeros(3, 2, 5, 2, 2)],
             0.1,
-            r"objectness\[1\]: expected the batch of the other heads",
+            r"class_logits\[1\]: expected the batch of the other heads",
         ),
     ],
 )

@@ -152,7 +152,15 @@ def test_rows_are_paired_and_controls_have_their_own_teachers(planned):
     best = "graded IoU"
     assert list(equal) == ["none", "uniform", best, "logit", f"{best}, twice as long", "none, twice as long"]
     assert equal[f"{best}, twice as long"][0].run.config["steps"] == 2 * equal[best][0].run.config["steps"]
-    assert {*equal, "self_information", "energy", "attention", "score", "fgfi", f"{best} + logit"} < few.keys()
+    assert {
+        *equal,
+        "self_information",
+        "energy",
+        "attention",
+        "confidence alone",
+        "fgfi",
+        f"{best} + logit",
+    } < few.keys()
     assert {f"{best}, {place}" for place in ("backbone only", "neck only", "without stride 8")} < few.keys()
     assert all(row.keys() == set(TINY.seeds) for rows in (few, equal) for row in rows.values())
     for seed in TINY.seeds:  # one seed's students begin alike and see the same scenes
@@ -369,7 +377,7 @@ def real_runs(root, bench):
     """A teacher and three students."""
     data = labelled(root, 0, 8) | {"size": 96, "batch": 4, "width": 0.125, "steps": 4}
     (teacher,) = bench.teachers([Run("teachers", "t", 0, "test", data | {"model": "yolov3"})])
-    config = data | {"info_map": "uniform", "prior": prior_name("sensitivity"), "zoom": [0.8, 1.2]}
+    config = data | {"info_map": "uniform_standardized", "prior": prior_name("sensitivity"), "zoom": [0.8, 1.2]}
     config |= {"level_weights": [1, 1, 1, 0, 0], "unlabelled": unlabelled(root, 8, 4)}
     return bench.results([Run("few", "x", seed, "val", config, teacher) for seed in range(3)])
 

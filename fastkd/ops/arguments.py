@@ -44,11 +44,15 @@ def require_int(name: str, value: int, least: int) -> int:
     return int(value)
 
 
-def require_bool(name: str, value: Any) -> bool:
-    """The value; ``TypeError`` unless it is True or False, as text such as "False" would be taken for True."""
+def require_bool(name: str, value: Any, *others: str) -> bool:
+    """The value; ``TypeError`` unless it is True or False, as text such as "False" would be taken for True.
+
+    What else the argument may be, ``others``, stands in the message.
+    """
     of_numpy = getattr(value, "ndim", None) == 0 and str(getattr(value, "dtype", "")) == "bool"
     if not isinstance(value, bool) and not of_numpy:
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+        known = " or ".join([*("True, False" if others else "True or False",), *map(repr, others)])
+        raise TypeError(f"{name}: expected {known}, got {value!r}")
     return bool(value)
 
 

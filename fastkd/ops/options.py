@@ -11,7 +11,7 @@ import torch
 
 from fastkd.ops.arguments import require_known, require_positive, require_weights
 from fastkd.ops.backends import require_backend
-from fastkd.ops.presets import DIVISORS, MAP_NORMS, PENALTIES, SCORES, InfoMap, resolve
+from fastkd.ops.presets import CHANNELS, CWD, DIVISORS, MAP_NORMS, PENALTIES, SCORES, InfoMap, resolve
 
 REDUCTIONS = ("sum", "none")
 
@@ -32,9 +32,10 @@ class LossOptions:
     def codes(self) -> tuple[int, int, float, int, float, int]:
         """Score, map norm, temperature, penalty, beta and divisor as the ops take them."""
         info = self.info_map
+        codes = (0, 0) if self.penalty == CWD else (PENALTIES.index(self.penalty), DIVISORS.index(self.divisor))
         return (
             *(SCORES.index(info.score), MAP_NORMS.index(info.map_norm), info.temperature),
-            *(PENALTIES.index(self.penalty), self.beta, DIVISORS.index(self.divisor)),
+            *(codes[0], self.beta, codes[1]),
         )
 
 
@@ -53,12 +54,17 @@ def make_options(
         ValueError, TypeError: as documented there.
     """
     info = resolve(info_map)
-    divisor = info.divisor if divisor is None else divisor
-    require_known("divisor", divisor, DIVISORS)
-    require_known("penalty", penalty, PENALTIES)
+    require_known("penalty", penalty, (*PENALTIES, CWD))
+    require_known("divisor", divisor, (None, *DIVISORS))
     require_known("reduction", reduction, REDUCTIONS)
     if backend is not None:
         require_backend(backend)
+    if penalty == CWD:
+        for name, value, only in (("divisor", divisor, None), ("backend", backend, "reference")):
+            if value not in (None, only):
+                raise ValueError(f"{name}: expected None beside penalty='cwd', which has its own, got {value!r}")
+        divisor, backend = CHANNELS, "reference"
+    divisor = info.divisor if divisor is None else divisor
     numbers = None if weights is None else require_weights(weights)
     return LossOptions(info, numbers, penalty, require_positive("beta", beta), divisor, reduction, backend)
 

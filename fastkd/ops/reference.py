@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.ops.presets import InfoMap
+from fastkd.ops.presets import CHANNELS, CWD, InfoMap
 
 EPS = 1e-9  # of min-max and of Z = "map"
+BATCH_EPS = 1e-10  # of a variance
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -70,8 +71,34 @@ def information_map(teacher: Tensor, info: InfoMap, prior: Tensor, mean: Tensor,
     return w * prior if prior.numel() else w
 
 
-def penalty_sum(difference: Tensor, penalty: str, beta: float) -> Tensor:
-    """D_p, (N, H, W): the penalty of s - t' summed over channels."""
+def by_own_batch(x: Tensor) -> Tensor:
+    """(x - mean_c) / std_c of an (N, C, H, W) batch, differentiable; std with N H W - 1, as in PKD's published code."""
+    n, c, h, w = x.shape
+    if n * h * w < 2:
+        return x - x
+    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    scale = torch.full((c,), math.sqrt(1 - 1 / (n * h * w)), dtype=dtype, device=x.device)
+    return F.batch_norm(x, None, None, scale, training=True, eps=BATCH_EPS)
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, rstd), two (C,) vectors, with which ``standardize`` does what ``by_own_batch`` does."""
+    cells = x.numel() // max(x.shape[1], 1)
+    variance, mean = torch.var_mean(x.to(accumulator(x)), (0, 2, 3), correction=0)
+    return mean, (variance + BATCH_EPS).rsqrt() * math.sqrt(max(1 - 1 / max(cells, 1), 0.0))
+
+
+def penalty_sum(student: Tensor, teacher: Tensor, penalty: str, beta: float) -> Tensor:
+    """D_p, (N, H, W): the penalty of s - t' summed over channels.
+
+    ``"cwd"``: beta^2 times the cell's part of KL(P || Q), P and Q being the softmax over cells of a channel of
+    t' / beta and s / beta (CWD, Shu et al., 2021): P log(P / Q) - P + Q, which is never below 0; over a channel's cells
+    - P + Q sums to 0.
+    """
+    if penalty == CWD:
+        q, p = (x.flatten(2).div(beta).log_softmax(2).view_as(x) for x in (student, teacher))
+        return beta**2 * (p.exp() * (p - q) - p.exp() + q.exp()).sum(1)
+    difference = student - teacher
     zero = torch.zeros_like(difference)
     if penalty == "l2":
         return difference.square().sum(1)
@@ -87,6 +114,8 @@ def z_of(student: Tensor, mass: Tensor, divisor: str) -> Tensor | float:
         return max(n * c * h * w, 1)
     if divisor == "batch":
         return max(n, 1)
+    if divisor == CHANNELS:
+        return max(n * c, 1)
     return c * mass + EPS if divisor == "map" else 1.0
 
 
@@ -110,8 +139,7 @@ def level_losses(
         t = t.detach().to(dtype)
         w = information_map(t, info, q, mu, r)
         mass = w.sum()
-        difference = add_bias(s.to(dtype), b) - standardize(t, mu, r)
-        total = (w * penalty_sum(difference, penalty, beta)).sum()
+        total = (w * penalty_sum(add_bias(s.to(dtype), b), standardize(t, mu, r), penalty, beta)).sum()
         losses.append(weight * total / z_of(s, mass, divisor))
         masses.append(mass)
     return torch.stack(losses), torch.stack(masses)

@@ -83,7 +83,7 @@ class Protocol:
     blank_steps: int = 50
 
 
-UNIFORM: Config = {"info_map": "uniform", "prior": "none"}
+UNIFORM: Config = {"info_map": "uniform_standardized", "prior": "none"}
 LOGIT_ALONE: Config = {"distill_weight": 0.0}
 
 # the library's presets as their papers have them, with the priors that they need; the last two are ours
@@ -91,7 +91,7 @@ PRESETS: dict[str, Config] = {
     "self_information": {"info_map": "self_information", "prior": "none"},
     "energy": {"info_map": "energy", "prior": "none"},
     "attention": {"info_map": "attention", "prior": "none"},
-    "score": {"info_map": "score", "prior": "confidence"},
+    "confidence alone": {"info_map": "score", "prior": "confidence"},
     "fgfi": {"info_map": "fgfi", "prior": "iou_mask"},
     "self_information, confidence prior": {"info_map": "self_information", "prior": "confidence"},
     "graded_iou preset": {"info_map": "graded_iou", "prior": "graded_iou"},
@@ -108,4 +108,4 @@ PLACES: dict[str, Config] = {
 def of_map(name: str) -> Config:
     """``"uniform"``, a preset, or a map of ``fastkd.study.maps``."""
     named = {"uniform": UNIFORM} | PRESETS
-    return named[name] if name in named else {"info_map": "uniform", "prior": prior_name(name)}
+    return named[name] if name in named else UNIFORM | {"prior": prior_name(name)}

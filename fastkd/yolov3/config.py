@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastkd.ops.presets import resolve
+from fastkd.ops.presets import CWD, PENALTIES, resolve
 from fastkd.passes import Passes
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.model import MODELS
@@ -22,7 +22,7 @@ FREE_TO_CHANGE = {
     *("val_annotations", "val_images", "strict"),
 }
 OF_DISTILLATION = {  # without a teacher they do nothing
-    *("teacher_model", "distill_weight", "distill_share", "info_map", "prior", "level_weights"),
+    *("teacher_model", "distill_weight", "distill_share", "info_map", "prior", "penalty", "level_weights"),
     *("distill_warmup", "distill_stop", "distill_decay", "teacher_every", "teacher_images"),
 }
 PATHS = {"annotations", "images", "teacher", "init", "unlabelled"}
@@ -53,8 +53,9 @@ class TrainConfig:
         unlabelled_batch: how many of these a step has, over all processes; None: as many as ``batch``.
         match_threshold: IoU of sizes above which a box trains an anchor; 1: the best anchor alone, as in the paper.
         distill_weight, info_map: see ``Objective`` and ``fastkd.DistillLoss``.
-        prior: as in ``Objective``; None: the one that goes with the map, ``"confidence"`` for ``"score"``,
+        prior: as in ``Objective``; None: the one that goes with the map, ``"score"`` for that map,
             ``"iou_mask"`` for ``"fgfi"``, ``"graded_iou"`` for that map, else none.
+        penalty: as in ``fastkd.DistillLoss``.
         level_weights: a factor for each level of the feature loss, backbone first; 0 leaves a level out; None: all 1.
         distill_share: where ``distill_weight`` is ``"auto"``: the distillation loss is held at so many times the
             detection loss.
@@ -107,6 +108,7 @@ class TrainConfig:
     distill_share: float = 1.0
     info_map: str = "graded_iou"
     prior: str | None = None
+    penalty: str = "l2"
     level_weights: tuple[float, ...] | None = None
     match_threshold: float = 0.5
     distill_warmup: int = 0
@@ -146,6 +148,7 @@ class TrainConfig:
             "teacher_model": (None, *MODELS),
             "anchors": (None, "data", "default"),
             "optimizer": OPTIMIZERS,
+            "penalty": (*PENALTIES, CWD),
             "mixed_precision": ("no", "bf16", "fp16"),
         }
         for name, choices in known.items():

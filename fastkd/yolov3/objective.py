@@ -47,23 +47,38 @@ class PriorContext(NamedTuple):
         found[:, 0] += self.first + known
         return torch.cat([labels, found.to(labels)])
 
+    @property
+    def own_heads(self) -> list[int]:
+        """Which head of the teacher is nearest to each level in stride."""
+        return [_nearest(self.teacher.strides, self.image_size[0] / height) for height, _ in self.sizes]
+
+    @property
     def anchors(self) -> list[Tensor]:
-        """The teacher's, of the head that is nearest to each level in stride."""
-        strides = [self.image_size[0] / height for height, _ in self.sizes]
-        return [self.teacher.anchors[_nearest(self.teacher.strides, stride)] for stride in strides]
+        """The teacher's, of each level's own head."""
+        return [self.teacher.anchors[head] for head in self.own_heads]
+
+    @property
+    def logits(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the teacher's heads: objectness, (n, A, H, W) each, and classes, (n, A, K, H, W)."""
+        anchors = self.teacher.anchors.shape[1]
+        heads = [x.view(len(x), anchors, -1, *x.shape[2:]) for x in self.outputs]
+        return [x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads]
 
 
 LevelPriors: TypeAlias = Sequence[Tensor | None]
 
 
 def _confidence(context: PriorContext) -> LevelPriors:
-    anchors = context.teacher.anchors.shape[1]
-    heads = [x.view(len(x), anchors, -1, *x.shape[2:]) for x in context.outputs]
-    return priors.confidence([x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads], context.sizes)
+    return priors.confidence(*context.logits, context.sizes)
+
+
+def _score(context: PriorContext) -> LevelPriors:
+    objectness, classes = ([of_head[i] for i in context.own_heads] for of_head in context.logits)
+    return priors.score(classes, context.sizes, objectness=objectness)
 
 
 def _iou_mask(context: PriorContext, graded: bool = False) -> LevelPriors:
-    boxes, anchors, count = context.boxes, context.anchors(), len(context.images)
+    boxes, anchors, count = context.boxes, context.anchors, len(context.images)
     return priors.iou_mask(boxes, anchors, context.sizes, context.image_size, count, graded=graded)
 
 
@@ -81,6 +96,7 @@ def _none(context: PriorContext) -> LevelPriors:
 
 # the trainer's priors by name, see ``fastkd.priors``
 PRIORS: dict[str, Callable[[PriorContext], LevelPriors]] = {
+    "score": _score,
     "confidence": _confidence,
     "iou_mask": _iou_mask,
     "graded_iou": _graded_iou,
@@ -92,7 +108,7 @@ PRIORS: dict[str, Callable[[PriorContext], LevelPriors]] = {
 OF_BOXES = {"iou_mask", "graded_iou", "box_balance", "none"}  # which look at no output of the teacher beside them
 
 # of the maps that are nothing without one
-_USUAL = {"score": "confidence", "fgfi": "iou_mask", "graded_iou": "graded_iou"}
+_USUAL = {"score": "score", "fgfi": "iou_mask", "graded_iou": "graded_iou"}
 
 
 def usual_prior(info_map: str) -> str:
@@ -108,7 +124,8 @@ class Objective(nn.Module):
         teacher: frozen; None to train without distillation.
         distill_weight: factor of the feature term, or ``"auto"``: see ``fastkd.DistillLoss``, ``weight``.
         match_threshold: see ``DetectionLoss``.
-        prior: what also weighs the cells, one of ``PRIORS``: ``"confidence"``, the teacher's own; ``"iou_mask"``,
+        prior: what also weighs the cells, one of ``PRIORS``: the teacher's ``"score"`` of its head for the level, or
+            ``"confidence"``, the root of that of all heads with a floor; ``"iou_mask"``,
             ``"graded_iou"`` or ``"box_balance"``, of the boxes (and the teacher's anchors), which in images without
             labels are those that the teacher finds; ``"none"``.
         **loss_options: of ``fastkd.DistillLoss``: ``info_map``, ``penalty``, ``warmup_steps``, ...

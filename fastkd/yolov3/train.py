@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastkd.distiller import Distiller
 from fastkd.files import alone_in, replacing, save
 from fastkd.health import Check, Report, fingerprint
-from fastkd.ops.presets import resolve
+from fastkd.ops.presets import CWD, resolve
 from fastkd.yolov3.anchors import dataset_anchors
 from fastkd.yolov3.checkpoint import Trained, load_detector, read_dictionary, save_detector
 from fastkd.yolov3.config import TrainConfig, read_config, require_same_run
@@ -147,6 +147,7 @@ def _loss_options(config: TrainConfig, data: DetectionDataset, ranks: int) -> di
         stop = total_steps(config, data)
     options = {
         "info_map": config.info_map,
+        "penalty": config.penalty,
         "weights": config.level_weights,
         "share": config.distill_share,
         "warmup_steps": config.distill_warmup,
@@ -155,7 +156,7 @@ def _loss_options(config: TrainConfig, data: DetectionDataset, ranks: int) -> di
         "teacher_every": config.teacher_every,
         "teacher_images": config.teacher_images,
     }
-    if ranks > 1 and resolve(config.info_map).divisor == "map":
+    if ranks > 1 and config.penalty != CWD and resolve(config.info_map).divisor == "map":
         options["divisor"] = "map_all_ranks"  # DDP's averaged gradient is then that of one process
     return options
 
