@@ -266,7 +266,7 @@ def objective():
     torch.manual_seed(0)
     student, teacher = YOLOv3Tiny(num_classes=3, width=0.125), YOLOv3(num_classes=3, width=0.125)
     teacher.train()(torch.rand(8, 3, 64, 64))  # batch norms get statistics
-    made = Objective(student, teacher.eval(), info_map="uniform", prior="none")
+    made = Objective(student, teacher.eval(), info_map="uniform_standardized", prior="none")
     made.distiller.prepare(torch.rand(1, 3, 64, 64))
     made.distiller.calibrate([torch.rand(4, 3, 64, 64)])
     return made
