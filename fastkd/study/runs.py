@@ -29,7 +29,7 @@ from fastkd.health import fingerprint
 from fastkd.study import maps  # noqa: F401  # the priors that only the study knows
 from fastkd.study.logits import LogitObjective
 from fastkd.study.memo import remember
-from fastkd.study.scenes import scene_files
+from fastkd.study.scenes import scene_files, set_files
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import PATHS, TrainConfig
@@ -54,7 +54,9 @@ class Run:
         row: what is distilled, as the tables name it; of a teacher, what it has learnt from.
         seed: of the initial weights, the order, the augmentation, and of which scenes are labelled.
         scored_on: ``"val"`` while something is chosen, ``"test"`` for the tables.
-        config: what ``TrainConfig`` gets, but for ``out`` and ``teacher``; paths are relative to the study's folder.
+        config: what ``TrainConfig`` gets, but for ``out`` and ``teacher``; paths are relative to the study's folder. Of
+            the augmentation there are ``zoom``, ``flip`` (digits must not be mirrored) and ``mosaic``; ``set`` is the
+            folder of another set than the digits scenes.
         teacher: key of the teacher's run and the fingerprint of its weights, so that no two teachers are mixed.
     """
 
@@ -83,6 +85,7 @@ class Result:
     seconds: float  # of the training steps
     machine: str
     versions: dict[str, str]
+    per_class: dict[str, float | None] | None = None  # mAP; of the digits there is none
 
 
 class Ledger:
@@ -149,8 +152,9 @@ class Bench:
     """
 
     def __init__(self, root: Path, ledger: Ledger, workers: int) -> None:
-        self.root, self.ledger = root, ledger
-        threads = max(1, (os.cpu_count() or 1) // workers)
+        self.root, self.ledger, self.workers = root, ledger, workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // workers)
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(workers, spawn, initializer=_become_worker, initargs=(threads, os.getpid()))
 
@@ -221,21 +225,28 @@ def _train_and_score(run: Run, root: Path, keep: bool) -> Result:
     with contextlib.redirect_stderr(io.StringIO()):  # the bars of several runs at a time
         memory = partial(remember, folder=root / MEMO / str(run.teacher and run.teacher[1]))
         result = train(config, on_teacher=memory, make_objective=objective)
-    scenes = DetectionDataset(*scene_files(root, run.scored_on), config.size)
-    metrics = evaluate(result.model, scenes)
+    own = run.config.get("set")
+    files = scene_files(root, run.scored_on) if own is None else set_files(root / own, run.scored_on)
+    metrics = evaluate(result.model, DetectionDataset(*files, config.size))
     if keep:
         with replacing(model_file(root, run.key)) as part:
             shutil.copyfile(result.model_file, part)
     shutil.rmtree(out)
     percent = {name: round(100 * getattr(metrics, name), 3) for name in SCORES}
-    return Result(run, **percent, seconds=round(result.seconds, 1), machine=_machine(), versions=versions())
+    seconds = round(result.seconds, 1)
+    per_class = None if own is None else {x: v and round(100 * v, 2) for x, v in metrics.per_class.items()}
+    return Result(run, **percent, seconds=seconds, machine=_machine(), versions=versions(), per_class=per_class)
 
 
 def train_config(run: Run, root: Path) -> TrainConfig:
-    """The run's configuration, with paths as they are here; digits must not be mirrored, the scenes fit in memory."""
+    """The run's configuration, with paths as they are here; the images fit in memory."""
     values: dict[str, Any] = {name: str(root / x) if name in PATHS else x for name, x in run.config.items()}
-    zoom, _ = values.pop("zoom", None), values.pop("logit_weight", None)  # the latter is the objective's
-    values["augmentation"] = Augmentation(flip=0.0) if zoom is None else Augmentation(flip=0.0, zoom=tuple(zoom))
+    for name in ("logit_weight", "set"):  # of the objective, and of the score
+        values.pop(name, None)
+    changes = {name: values.pop(name) for name in ("zoom", "flip", "mosaic") if name in values}
+    if "zoom" in changes:
+        changes["zoom"] = tuple(changes["zoom"])
+    values["augmentation"] = Augmentation(**changes)
     if run.teacher is not None:
         values["teacher"] = str(model_file(root, run.teacher[0]))
     config = TrainConfig(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from fastkd.files import replacing
 from fastkd.yolov3.digits import write_digits
+from fastkd.yolov3.formats import find_set, read_set
 
 
 def write_scenes(root: Path, *, train: int, val: int, test: int, size: int) -> None:
@@ -18,6 +22,58 @@ def write_scenes(root: Path, *, train: int, val: int, test: int, size: int) -> N
 def scene_files(root: Path, split: str) -> tuple[Path, Path]:
     """Annotations and pictures of ``"val"`` or ``"test"``."""
     return root / f"digits/annotations/{split}.json", root / f"digits/images/{split}"
+
+
+def set_files(folder: Path, split: str) -> tuple[Path, Path]:
+    """Annotations and images of a split of a set that ``write_set`` has written."""
+    return folder / f"annotations/{split}.json", folder / "images"
+
+
+def write_set(source: str | os.PathLike[str], folder: Path) -> None:
+    """A set in any format as COCO JSON, with links to its images; what is there stays.
+
+    Raises:
+        ValueError, FileNotFoundError: it has no train, val and test.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    for split in ("train", "val", "test"):
+        file, _ = set_files(folder, split)
+        if file.is_file():
+            continue
+        found = read_set(*find_set(source, split))
+        names = [f"{split}-{Path(name).name}" for name in found.file_names]
+        for row, name in enumerate(names):
+            link = folder / "images" / name
+            if not link.is_symlink():
+                link.symlink_to(found.path(row).resolve())
+        with replacing(file) as part:
+            part.write_text(json.dumps(dataclasses.replace(found, file_names=names).coco()), encoding="utf-8")
+
+
+def part_of_set(root: Path, name: str, share: float, seed: int) -> dict[str, str]:
+    """A share of a set's training images with labels, drawn by the seed, and the others without, relative to ``root``.
+
+    As ``TrainConfig`` takes them: ``annotations``, ``images`` and, unless the share is 1, ``unlabelled``.
+    """
+    images = f"{name}/images"
+    if share == 1:
+        return {"annotations": f"{name}/annotations/train.json", "images": images}
+    part, pictures = f"{name}/annotations/train-{share:g}-{seed}.json", f"{name}/unlabelled-{share:g}-{seed}"
+    content = json.loads((root / name / "annotations/train.json").read_text(encoding="utf-8"))
+    order = np.random.default_rng(seed).permutation(len(content["images"]))
+    chosen = set(order[: round(share * len(order))].tolist())
+    kept = [image for i, image in enumerate(content["images"]) if i in chosen]
+    ids = {image["id"] for image in kept}
+    boxes = [x for x in content["annotations"] if x["image_id"] in ids]
+    with replacing(root / part) as file:
+        file.write_text(json.dumps(content | {"images": kept, "annotations": boxes}), encoding="utf-8")
+    (root / pictures).mkdir(exist_ok=True)
+    for image in content["images"]:
+        link = root / pictures / image["file_name"]
+        if image["id"] not in ids and not link.is_symlink():
+            link.symlink_to((root / images / image["file_name"]).resolve())
+    return {"annotations": part, "images": images, "unlabelled": pictures}
 
 
 def labelled(root: Path, first: int, count: int) -> dict[str, str]:

@@ -1,0 +1,193 @@
+"""What distillation is worth on real images: YOLOv3 teaches YOLOv3-tiny, with paired seeds::
+
+    python benchmarks/real_study.py neu-det --data path/to/neu-det --out runs/real
+
+The teacher has the labels of all training images; students have a share of them, and the other images without labels.
+Settings are chosen on the validation set, the tables are of the test set. Killed and started again, it goes on where it
+was; ``--minutes`` ends it in time. ``--report`` prints the tables of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fastkd.study.report import Row, gain
+from fastkd.study.runs import Bench, Ledger, Result, Run, read_results
+from fastkd.study.scenes import part_of_set, write_set
+
+Config = dict[str, Any]
+ALONE, LONGER = "student alone", "student alone, equal time"
+GRADED = {"info_map": "graded_iou"}
+# the name of a row, and what it changes; the first ones of all seeds come first
+ROWS: dict[str, Config] = {
+    "graded_iou": GRADED,
+    "uniform": {"info_map": "uniform_standardized"},
+    "PKD": {"info_map": "pkd"},
+    "CWD": {"info_map": "uniform", "penalty": "cwd"},
+    "score": {"info_map": "score"},
+    "self_information": {"info_map": "self_information"},
+    "FGD, focal": {"info_map": "attention", "prior": "box_balance"},
+    "graded_iou, backbone only": GRADED | {"level_weights": [1, 1, 1, 0, 0]},
+    "graded_iou, neck only": GRADED | {"level_weights": [0, 0, 0, 1, 1]},
+    "graded_iou, shuffled": {"info_map": "uniform_standardized", "prior": "study: shuffled graded IoU"},
+}
+MAIN = ("graded_iou", "uniform")
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How many of the training images a student has labels for.
+
+    Args:
+        share: of the training images.
+        steps: of the distilled student, and of the one alone at equal steps.
+        cost: a distilled step, in steps of the student alone, which trains for so many times the steps at equal time.
+        alone, distilled: settings that the validation set chose.
+    """
+
+    share: float
+    steps: int
+    cost: float
+    alone: Config
+    distilled: Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A set, its models and its regimes.
+
+    Args:
+        usual: settings of all students.
+        teacher: of the teacher.
+    """
+
+    usual: Config
+    teacher: Config
+    regimes: dict[str, Regime]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seed: int = 9
+    tried: dict[str, list[Config]] = field(default_factory=dict)  # of each regime's student alone, on val
+
+
+def _plans() -> dict[str, Plan]:
+    neu = {"size": 160, "width": 0.25, "flip": 0.5}
+    return {
+        "neu-det": Plan(
+            usual=neu | {"model": "yolov3-tiny", "batch": 8},
+            teacher=neu
+            | {"model": "yolov3", "batch": 16, "match_threshold": 0.3, "epochs": 60, "lr": 1e-2, "weight_decay": 0.05},
+            regimes={
+                "10 % of the labels": Regime(0.1, 1200, 4.2, {"lr": 1e-2}, {"lr": 1e-2, "distill_share": 4.0}),
+            },
+            tried={
+                "10 % of the labels": [
+                    {"lr": lr, "weight_decay": decay, "steps": steps}
+                    for lr, decay, steps in (
+                        *((1e-2, 0.05, 1200), (3e-2, 0.05, 1200), (3e-3, 0.05, 1200)),
+                        *((1e-2, 0.2, 1200), (1e-2, 0.05, 5040), (1e-2, 0.2, 5040)),
+                    )
+                ],
+            },
+        ),
+    }
+
+
+PLANS = _plans()
+
+
+class Study:
+    """The runs of one set; those that the results file has already take no time."""
+
+    def __init__(self, name: str, root: Path, bench: Bench, until: float) -> None:
+        self.name, self.plan, self.root, self.bench, self.until = name, PLANS[name], root, bench, until
+
+    def run(self) -> None:
+        teacher = self._run("teacher", "all labels", 0, "test", 1.0, self.plan.teacher, None)
+        (found,) = self.bench.teachers([teacher])
+        for regime in self.plan.regimes:
+            self._go([self._tuning(regime, config) for config in self.plan.tried.get(regime, [])])
+        for names in (MAIN, [x for x in ROWS if x not in MAIN]):
+            for regime, r in self.plan.regimes.items():
+                for seed in self.plan.seeds:
+                    self._go(self._rows(regime, r, seed, found, names))
+                    self.bench.forget()
+
+    def _rows(self, regime: str, r: Regime, seed: int, teacher: tuple[str, str], names: Any) -> list[Run]:
+        longer = {"steps": round(r.cost * r.steps)}
+        rows = {ALONE: r.alone | {"steps": r.steps}, LONGER: r.alone | longer} if tuple(names) == MAIN else {}
+        runs = [self._run(regime, row, seed, "test", r.share, self.plan.usual | c, None) for row, c in rows.items()]
+        taught = {name: self.plan.usual | r.distilled | {"steps": r.steps} | ROWS[name] for name in names}
+        return runs + [self._run(regime, row, seed, "test", r.share, c, teacher) for row, c in taught.items()]
+
+    def _tuning(self, regime: str, config: Config) -> Run:
+        share = self.plan.regimes[regime].share
+        return self._run(regime, "tuning, alone", self.plan.tuning_seed, "val", share, self.plan.usual | config, None)
+
+    def _run(self, regime: str, row: str, seed: int, scored_on: str, share: float, config: Config, teacher: Any) -> Run:
+        part = part_of_set(self.root, self.name, share, seed)
+        if teacher is None:
+            part.pop("unlabelled", None)
+        return Run(f"{self.name}: {regime}", row, seed, scored_on, {"set": self.name} | part | config, teacher)
+
+    def _go(self, runs: list[Run]) -> None:
+        """As many at a time as there are workers, until the time is over."""
+        left = [run for run in runs if run.key not in self.bench.ledger.results]
+        for first in range(0, len(left), self.bench.workers):
+            if time.monotonic() > self.until:
+                raise TimeoutError
+            self.bench.results(left[first : first + self.bench.workers])
+
+
+def table(results: list[Result]) -> str:
+    """By regime: means over the seeds on the test set, and paired gains with their 95 % intervals."""
+    lines = []
+    for regime in dict.fromkeys(x.run.regime for x in results):
+        rows: dict[str, Row] = {}
+        for result in results:
+            if result.run.regime == regime and result.run.scored_on == "test":
+                rows.setdefault(result.run.row, {})[result.run.seed] = result
+        lines += ["", f"**{regime}**", "", "| | seeds | mAP | AP50 | AP75 | over alone | over alone, equal time |"]
+        lines.append("|---|---|---|---|---|---|---|")
+        for row, found in rows.items():
+            means = [f"{fmean(getattr(x, metric) for x in found.values()):.1f}" for metric in ("mAP", "AP50", "AP75")]
+            over = [
+                str(gain(found, rows[other])) if rows.get(other, {}).keys() & found.keys() and other != row else ""
+                for other in (ALONE, LONGER)
+            ]
+            lines.append(f"| {' | '.join([row, str(len(found)), *means, *over])} |")
+    return "\n".join(lines[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=PLANS)
+    parser.add_argument("--data", type=Path, help="folder of the set as it comes")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"), help="folder of models and links")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/real_study.jsonl")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no run after so many")
+    parser.add_argument("--report", action="store_true", help="print the tables alone")
+    options = parser.parse_args()
+    if not options.report:
+        if options.data is None:
+            parser.error("--data: expected the folder of the set; docs/real_data.md says where it is to be had")
+        write_set(options.data, options.out / options.name)
+        ledger = Ledger(options.results)
+        bench = Bench(options.out, ledger, options.workers)
+        try:
+            Study(options.name, options.out, bench, time.monotonic() + 60 * options.minutes).run()
+        except TimeoutError:
+            print("the time is over; the same command goes on from here")
+        finally:
+            bench.close()
+            ledger.close()
+    print(table(read_results(options.results)))
+
+
+if __name__ == "__main__":
+    main()
