@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,14 +47,15 @@ class Regime:
         share: of the training images.
         steps: of the distilled student, and of the one alone at equal steps.
         cost: a distilled step, in steps of the student alone, which trains for so many times the steps at equal time.
-        alone, distilled: settings that the validation set chose.
+        alone, longer, distilled: settings of each to choose from, on the validation set with a seed of its own.
     """
 
     share: float
     steps: int
     cost: float
-    alone: Config
-    distilled: Config
+    alone: tuple[Config, ...]
+    longer: tuple[Config, ...]
+    distilled: tuple[Config, ...]
 
 
 @dataclass(frozen=True)
@@ -71,33 +72,27 @@ class Plan:
     regimes: dict[str, Regime]
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 9
-    tried: dict[str, list[Config]] = field(default_factory=dict)  # of each regime's student alone, on val
 
 
-def _plans() -> dict[str, Plan]:
-    neu = {"size": 160, "width": 0.25, "flip": 0.5}
-    return {
-        "neu-det": Plan(
-            usual=neu | {"model": "yolov3-tiny", "batch": 8},
-            teacher=neu
-            | {"model": "yolov3", "batch": 16, "match_threshold": 0.3, "epochs": 60, "lr": 1e-2, "weight_decay": 0.05},
-            regimes={
-                "10 % of the labels": Regime(0.1, 1200, 4.2, {"lr": 1e-2}, {"lr": 1e-2, "distill_share": 4.0}),
-            },
-            tried={
-                "10 % of the labels": [
-                    {"lr": lr, "weight_decay": decay, "steps": steps}
-                    for lr, decay, steps in (
-                        *((1e-2, 0.05, 1200), (3e-2, 0.05, 1200), (3e-3, 0.05, 1200)),
-                        *((1e-2, 0.2, 1200), (1e-2, 0.05, 5040), (1e-2, 0.2, 5040)),
-                    )
-                ],
-            },
-        ),
-    }
-
-
-PLANS = _plans()
+SMALL = {"width": 0.25, "flip": 0.5}
+PLANS = {
+    "neu-det": Plan(
+        usual=SMALL | {"size": 160, "model": "yolov3-tiny", "batch": 8, "weight_decay": 0.05},
+        teacher=SMALL
+        | {"size": 160, "model": "yolov3", "batch": 16, "match_threshold": 0.3, "epochs": 60}
+        | {"lr": 1e-2, "weight_decay": 0.05},
+        regimes={
+            "10 % of the labels": Regime(
+                share=0.1,
+                steps=1200,
+                cost=4.2,
+                alone=({"lr": 1e-2}, {"lr": 3e-2}),
+                longer=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
+                distilled=({"lr": 1e-2, "distill_share": 4.0}, {"lr": 1e-2, "distill_share": 1.0}),
+            ),
+        },
+    ),
+}
 
 
 class Study:
@@ -109,24 +104,39 @@ class Study:
     def run(self) -> None:
         teacher = self._run("teacher", "all labels", 0, "test", 1.0, self.plan.teacher, None)
         (found,) = self.bench.teachers([teacher])
-        for regime in self.plan.regimes:
-            self._go([self._tuning(regime, config) for config in self.plan.tried.get(regime, [])])
-        for names in (MAIN, [x for x in ROWS if x not in MAIN]):
+        chosen = {regime: self._choose(regime, r, found) for regime, r in self.plan.regimes.items()}
+        for names in (MAIN, tuple(x for x in ROWS if x not in MAIN)):
             for regime, r in self.plan.regimes.items():
                 for seed in self.plan.seeds:
-                    self._go(self._rows(regime, r, seed, found, names))
+                    rows = {x: ROWS[x] | chosen[regime][MAIN[0]] for x in names}
+                    if names == MAIN:
+                        rows = {x: chosen[regime][x] for x in (ALONE, LONGER)} | rows
+                    self._go([self._student(regime, r, row, seed, "test", c, found) for row, c in rows.items()])
                     self.bench.forget()
 
-    def _rows(self, regime: str, r: Regime, seed: int, teacher: tuple[str, str], names: Any) -> list[Run]:
+    def _choose(self, regime: str, r: Regime, teacher: tuple[str, str]) -> dict[str, Config]:
+        """The settings of each kind of student with the best mAP on the validation set."""
         longer = {"steps": round(r.cost * r.steps)}
-        rows = {ALONE: r.alone | {"steps": r.steps}, LONGER: r.alone | longer} if tuple(names) == MAIN else {}
-        runs = [self._run(regime, row, seed, "test", r.share, self.plan.usual | c, None) for row, c in rows.items()]
-        taught = {name: self.plan.usual | r.distilled | {"steps": r.steps} | ROWS[name] for name in names}
-        return runs + [self._run(regime, row, seed, "test", r.share, c, teacher) for row, c in taught.items()]
+        tried = {
+            ALONE: [x | {"steps": r.steps} for x in r.alone],
+            LONGER: [x | longer for x in r.longer],
+            MAIN[0]: [x | {"steps": r.steps} for x in r.distilled],
+        }
+        chosen = {}
+        for row, configs in tried.items():
+            with_map = [x | ROWS.get(row, {}) for x in configs]
+            runs = [self._student(regime, r, row, self.plan.tuning_seed, "val", c, teacher) for c in with_map]
+            self._go(runs)
+            found = [self.bench.ledger.results[run.key].mAP for run in runs]
+            chosen[row] = configs[found.index(max(found))]
+        self.bench.forget()
+        return chosen
 
-    def _tuning(self, regime: str, config: Config) -> Run:
-        share = self.plan.regimes[regime].share
-        return self._run(regime, "tuning, alone", self.plan.tuning_seed, "val", share, self.plan.usual | config, None)
+    def _student(
+        self, regime: str, r: Regime, row: str, seed: int, scored_on: str, config: Config, teacher: tuple[str, str]
+    ) -> Run:
+        alone = row in (ALONE, LONGER)
+        return self._run(regime, row, seed, scored_on, r.share, self.plan.usual | config, None if alone else teacher)
 
     def _run(self, regime: str, row: str, seed: int, scored_on: str, share: float, config: Config, teacher: Any) -> Run:
         part = part_of_set(self.root, self.name, share, seed)

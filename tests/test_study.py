@@ -21,9 +21,10 @@ from fastkd.study.maps import MAPS, SHUFFLED, prior_name
 from fastkd.study.memo import remember
 from fastkd.study.protocol import Protocol, Regime
 from fastkd.study.report import draw_maps, gain, interval, rows_of, write_report
-from fastkd.study.runs import Bench, Ledger, Result, Run, read_results
-from fastkd.study.scenes import labelled, unlabelled, write_scenes
+from fastkd.study.runs import Bench, Ledger, Result, Run, _train_and_score, read_results
+from fastkd.study.scenes import labelled, part_of_set, unlabelled, write_scenes, write_set
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
+from fastkd.yolov3.digits import write_digits
 from fastkd.yolov3.objective import Objective
 
 TINY = Protocol(
@@ -444,3 +445,30 @@ def test_the_seeds_scenes_are_the_named_ones(tmp_path):
     assert sorted(x.name for x in folder.iterdir()) == ["000005.png", "000006.png"]
     with pytest.raises(ValueError, match="count: expected scenes of the 6, got 4 to 7"):
         labelled(tmp_path, 4, 4)
+
+
+def test_another_set_is_studied_with_a_share_of_its_labels(tmp_path):
+    source = write_digits(tmp_path / "digits", train=8, val=2, test=3, size=96)
+    write_set(source, tmp_path / "mine")
+    parts = [part_of_set(tmp_path, "mine", 0.25, seed) for seed in (0, 0, 1)]
+    names = [{x["file_name"] for x in json.loads((tmp_path / x["annotations"]).read_text())["images"]} for x in parts]
+    assert [len(x) for x in names] == [2, 2, 2]
+    assert names[0] == names[1] != names[2]  # by the seed
+    pictures = {x.name for x in (tmp_path / parts[0]["unlabelled"]).iterdir()}
+    assert len(pictures) == 6
+    assert not pictures & names[0]  # whoever has a label is not among those without
+    assert "unlabelled" not in part_of_set(tmp_path, "mine", 1.0, 0)
+    usual = {"set": "mine", "size": 64, "batch": 2, "width": 0.125, "steps": 2, "flip": 0.5, "anchors": "default"}
+    first, again = (
+        _train_and_score(Run("mine: 25 %", "alone", 0, "test", usual | part_of(part)), tmp_path, keep=False)
+        for part in parts[:2]
+    )
+    assert first.mAP == again.mAP
+    assert len(first.per_class) == 10
+    with pytest.raises(FileNotFoundError, match="set 'train'"):
+        write_set(tmp_path / "digits/images", tmp_path / "other")
+
+
+def part_of(part):
+    """For a student that trains alone."""
+    return {name: part[name] for name in ("annotations", "images")}
