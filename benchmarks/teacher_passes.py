@@ -34,24 +34,25 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 STEPS = {"few": 1280, "some": 1280, "equal": 1920}  # of the student alone
 EQUAL_STEPS = "some"  # the regime that compares them at equal steps too
 ALONE = "student alone"
+MAIN = (ALONE, "every step, equal time", "every 2nd step, equal time")
 P = Protocol()
 
 
-def runs(root: Path, teachers: dict[int, tuple[str, str]]) -> list[Run]:
-    """Seed by seed, so that what is not finished has whole pairs."""
+def runs(root: Path, teachers: dict[int, tuple[str, str]], seed: int, *, main: bool) -> list[Run]:
+    """Of one seed: the rows of ``MAIN``, or the others."""
     found = []
-    for seed in P.seeds:
-        for regime in P.regimes:
-            alone, distilled = SETTINGS[regime.name]
-            steps = STEPS[regime.name]
-            rows: dict[str, dict[str, Any]] = {ALONE: alone | {"steps": steps}}
-            for name, (passes, cost) in PASSES.items():
-                rows[f"{name}, equal time"] = MAP | distilled | passes | {"steps": round(steps / cost)}
-                if regime.name == EQUAL_STEPS:
-                    rows[f"{name}, equal steps"] = MAP | distilled | passes | {"steps": steps // 2}
-            first = seed * regime.labelled if (seed + 1) * regime.labelled <= regime.taught else 0
-            for row, config in rows.items():
-                teacher = None if row == ALONE else teachers[regime.taught]
+    for regime in P.regimes:
+        alone, distilled = SETTINGS[regime.name]
+        steps = STEPS[regime.name]
+        rows: dict[str, dict[str, Any]] = {ALONE: alone | {"steps": steps}}
+        for name, (passes, cost) in PASSES.items():
+            rows[f"{name}, equal time"] = MAP | distilled | passes | {"steps": round(steps / cost)}
+            if regime.name == EQUAL_STEPS:
+                rows[f"{name}, equal steps"] = MAP | distilled | passes | {"steps": steps // 2}
+        first = seed * regime.labelled if (seed + 1) * regime.labelled <= regime.taught else 0
+        for row, config in rows.items():
+            teacher = None if row == ALONE else teachers[regime.taught]
+            if (row in MAIN) == main:
                 found.append(_run(root, regime.name, row, seed, (first, regime.labelled), config, teacher))
     return found
 
@@ -73,9 +74,10 @@ def train_all(root: Path, results: Path, workers: int) -> None:
         config |= {"steps": P.teacher_steps, "lr": P.teacher_lr}
         of_teachers = [_run(root, "teachers", f"{count} scenes", 0, (0, count), config, None) for count in counts]
         teachers = dict(zip(counts, bench.teachers(of_teachers), strict=True))
-        for seed in P.seeds:
-            bench.results([run for run in runs(root, teachers) if run.seed == seed])
-            bench.forget()
+        for main in (True, False):
+            for seed in P.seeds:
+                bench.results(runs(root, teachers, seed, main=main))
+                bench.forget()
     finally:
         bench.close()
         ledger.close()
