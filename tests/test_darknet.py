@@ -277,8 +277,15 @@ def test_names_are_kept_beside_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.pt", "x.weights"])
 def test_another_number_of_names_than_of_classes_is_refused(name: str, tmp_path: Path) -> None:
     save_detector(tiny(), tmp_path / name, ("a", "b", "c"))
-    with pytest.raises(ValueError, match=rf"class_names: expected 3, one for each class of .*{name}, got 2"):
+    with pytest.raises(ValueError, match=rf"class_names: expected 3 names, one for each class of .*{name}, got 2"):
         load_detector(tmp_path / name, class_names=("a", "b"))
+
+
+def test_names_beside_the_weights_that_do_not_fit_are_refused_by_their_file(tmp_path: Path) -> None:
+    save_detector(tiny(), tmp_path / "x.weights", ("a", "b", "c"))
+    (tmp_path / "x.names").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"x\.names: expected 3 names, one for each class of .*x\.weights, got 2"):
+        load_detector(tmp_path / "x.weights")
 
 
 @pytest.mark.parametrize(

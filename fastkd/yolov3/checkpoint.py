@@ -116,13 +116,14 @@ def load_detector(
 def _named(found: Trained, path: Path, names: Sequence[str] | None) -> Trained:
     """With these class names; None: those that go with a ``.weights`` file."""
     beside, classes, notes = path.with_suffix(".names"), found.model.num_classes, found.notes
+    source = "class_names"
     if names is None and beside.is_file():
-        names = read_names(beside)
+        names, source = read_names(beside), os.fspath(beside)
     elif names is None and classes == len(COCO_NAMES):
         names = COCO_NAMES
         notes = (*notes, f"{path.name}: its 80 classes are taken to be COCO's, as there is no {beside.name} beside it")
     if names and len(names) != classes:
-        raise ValueError(f"class_names: expected {classes}, one for each class of {path}, got {len(names)}")
+        raise ValueError(f"{source}: expected {classes} names, one for each class of {path}, got {len(names)}")
     return found._replace(class_names=tuple(names or ()), notes=notes)
 
 
