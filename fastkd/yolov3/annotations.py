@@ -124,7 +124,7 @@ class Annotations:
         ``problems`` tells how many, and where.
         """
         finite: Array = np.logical_and.reduce(np.isfinite(self.boxes), axis=1)
-        boxes = np.where(finite[:, None], self.boxes, 0)
+        boxes = self.boxes if finite.all() else np.where(finite[:, None], self.boxes, 0)
         limit = self.sizes[self.rows].astype(np.float64)
         low, high = boxes[:, :2].clip(0, limit), (boxes[:, :2] + boxes[:, 2:]).clip(0, limit)
         kept: Array = finite & (high > low).all(1)
@@ -141,8 +141,8 @@ class Annotations:
         }
         problems = self.problems | {what: self.names_of(which) for what, which in found.items() if which.any()}
         areas = np.where(np.isfinite(self.areas), self.areas, boxes[:, 2] * boxes[:, 3])
-        found_clean = replace(self, boxes=boxes, areas=areas, problems=problems)
-        return found_clean if kept.all() else found_clean._keeping(kept)
+        cleaned = replace(self, boxes=boxes, areas=areas, problems=problems)
+        return cleaned if kept.all() else cleaned._keeping(kept)
 
     def as_given(self) -> Annotations:
         """Boxes as in the files, also where they reach outside their image: for evaluation.
