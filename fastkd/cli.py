@@ -63,6 +63,7 @@ Train a detector; with --teacher, distil that teacher into it.
 
 The folder of --out gets model.pt (the detector alone), model.weights (Darknet's format), checkpoint.pt (to go on from,
 with --resume), metrics.jsonl and TensorBoard curves (tensorboard --logdir runs).
+Few images of your own? Begin with trained weights: --init yolov3-tiny.weights, whatever their classes.
 Several GPUs: torchrun --nproc-per-node 4 -m fastkd train ...
 """
 
@@ -157,8 +158,10 @@ def _add_train(commands: Any) -> None:
     names = ("yolov3", "yolov3-tiny")
     add(model, "--model", "what to train (default: yolov3-tiny)", choices=names)
     add(model, "--width", "multiplier of its channels (default: 1.0)", type=float)
-    add(model, "--init", ".pt or .weights file to start from (default: random weights)")
-    anchors = "found on the data, or those of the model or of --init (default: those of --init, else of the data)"
+    init = ".pt or .weights file to start from; of other classes, all but its heads' last layers"
+    add(model, "--init", f"{init} (default: random weights)")
+    kept = "those of --init if it has the data's classes, else of the data"
+    anchors = f"found on the data, or those of --init or of the model (default: {kept})"
     add(model, "--anchors", anchors, choices=("data", "default"))
 
     match = (
@@ -168,7 +171,7 @@ def _add_train(commands: Any) -> None:
 
     kd = parser.add_argument_group("distillation")
     add(kd, "--teacher", "model.pt of a trained teacher, or Darknet .weights (default: no distillation)")
-    add(kd, "--teacher-model", "what a .weights teacher is (default: as its .cfg says, or yolov3)", choices=names)
+    add(kd, "--teacher-model", "what a .weights teacher is (default: as its .cfg or its size says)", choices=names)
     add(
         kd,
         "--unlabelled",
@@ -193,7 +196,7 @@ def _add_train(commands: Any) -> None:
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
     add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
     add(kd, "--teacher-every", "the teacher runs in one of so many steps: cheaper (default: 1)", type=int)
-    part = "part of a batch's pictures that it sees, 0.5 say: cheaper (default: 1)"
+    part = "part of a batch's pictures that it sees, 0.5 say: cheaper (default: 1.0)"
     add(kd, "--teacher-images", part, type=float)
     add(kd, "--distill-decay", "fall to zero until then (default: no decay)", choices=DECAYS[1:])
 
@@ -223,11 +226,17 @@ def _add_train(commands: Any) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model.pt of a run, or Darknet .weights")
     described = parser.add_argument_group("what a .weights file does not say (default: as the .cfg beside it does)")
-    described.add_argument("--arch", choices=("yolov3", "yolov3-tiny"), help="(else: yolov3)")
-    described.add_argument("--classes", type=int, metavar="N", help="(else: 80)")
+    described.add_argument("--arch", choices=("yolov3", "yolov3-tiny"), help="(else: by the file's size)")
+    described.add_argument("--classes", type=int, metavar="N", help="(else: by the file's size)")
     described.add_argument("--width", type=float, metavar="N", help="(else: 1.0)")
-    described.add_argument("--anchors", type=_sizes, metavar="W,H,...", help="(else: the model's own)")
+    described.add_argument("--anchors", type=_sizes, metavar="W,H,...", help="(else: as published, or the model's own)")
     described.add_argument("--size", type=int, metavar="N", help="input side in pixels (default: the model's, or 416)")
+    described.add_argument(
+        "--names",
+        metavar="FILE",
+        help="class names: coco, or a file with one a line (default: those of MODEL or of the .names file beside it; "
+        "without any, COCO's for 80 classes)",
+    )
 
 
 def _count(text: str, least: int = 1) -> int:
@@ -256,7 +265,12 @@ def _sizes(text: str) -> list[tuple[float, float]]:
 
 
 def _add_eval(commands: Any) -> None:
-    text = "Score a detector with COCO's metrics.\n\n  fastkd eval runs/student/model.pt --data runs/digits --set test"
+    text = """\
+Score a detector with COCO's metrics.
+
+  fastkd eval runs/student/model.pt --data runs/digits --set test
+  fastkd eval yolov3-tiny.weights --data coco --set val2017
+"""
     parser = _command(commands, "eval", _eval, "score a detector with COCO's metrics", text)
     _add_model(parser)
     parser.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
@@ -272,11 +286,17 @@ def _add_eval(commands: Any) -> None:
 
 
 def _add_predict(commands: Any) -> None:
-    text = "Draw what a detector finds.\n\n  fastkd predict runs/student/model.pt photo.jpg holiday/ --out runs/found"
+    text = """\
+Draw what a detector finds.
+
+  fastkd predict runs/student/model.pt photo.jpg holiday/ --out runs/found
+  fastkd predict yolov3-tiny.weights photo.jpg
+"""
     parser = _command(commands, "predict", _predict, "draw what a detector finds on pictures", text)
     _add_model(parser)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, or folders of pictures")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures with boxes")
+    out = "folder for the pictures with boxes (default: runs/predict, or predict-2 and so on)"
+    parser.add_argument("--out", metavar="DIR", help=out)
     parser.add_argument("--score", type=float, default=0.3, metavar="N", help="least score of a box (default: 0.3)")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
 
@@ -400,6 +420,7 @@ def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig])
 def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
     """The detector of the command line, on the device to use, and its input size."""
     from fastkd.yolov3.checkpoint import load_detector
+    from fastkd.yolov3.class_names import read_names
 
     found = load_detector(
         arguments.model,
@@ -407,7 +428,10 @@ def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
         num_classes=arguments.classes,
         width=arguments.width,
         anchors=arguments.anchors,
+        class_names=None if arguments.names is None else read_names(arguments.names),
     )
+    for note in found.notes:
+        print(note, file=sys.stderr)
     found.model.to("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     return found, arguments.size or found.size or 416
 
@@ -442,19 +466,21 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    from fastkd.files import new_folder
     from fastkd.yolov3.predict import predict
 
     found, size = _load(arguments)
+    out = arguments.out or new_folder("runs/predict")
     written = predict(
         found.model,
         arguments.pictures,
-        arguments.out,
+        out,
         size=size,
         class_names=found.class_names,
         score_threshold=arguments.score,
         progress=True,
     )
-    print(f"{len(written)} images in {arguments.out}")
+    print(f"{len(written)} images in {out}")
     return 0
 
 

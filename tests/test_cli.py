@@ -109,7 +109,8 @@ def test_defaults_in_the_help_of_train_are_those_of_the_configuration():
             continue
         default = fields[action.dest]
         in_words = {"None": {"all", "no distillation", "random weights", "none", "as --batch", "never", "no decay"}}
-        in_words["None"] |= {"as the map", "all 1", "those of --init, else of the data", "as its .cfg says, or yolov3"}
+        in_words["None"] |= {"as the map", "all 1", "as its .cfg or its size says"}
+        in_words["None"] |= {"those of --init if it has the data's classes, else of the data"}
         assert stated[1] in in_words.get(str(default), {str(default)}), action.dest
         compared += 1
     assert compared >= 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from torch import nn
 
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, load_weights, save_weights
 from fastkd.yolov3.checkpoint import load_detector, save_detector
+from fastkd.yolov3.class_names import read_names
 from fastkd.yolov3.darknet import weights_size
 from fastkd.yolov3.darknet_cfg import read_cfg, write_cfg
-from fastkd.yolov3.model import Detector
+from fastkd.yolov3.model import Detector, name_of
 
 
 def scrambled(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -230,6 +232,79 @@ def test_a_cfg_of_another_network_is_refused(old: str, new: str, said: str, tmp_
     (tmp_path / "x.cfg").write_text(write_cfg(YOLOv3Tiny()).replace(old, new))
     with pytest.raises(ValueError, match=said):
         read_cfg(tmp_path / "x.cfg")
+
+
+# ---- without a .cfg
+
+
+@pytest.mark.filterwarnings("ignore:.*the model's own anchors are taken")
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        (YOLOv3Tiny(80, 0.125), {"width": 0.125}),
+        (YOLOv3(7, 0.125), {"width": 0.125}),
+        (YOLOv3Tiny(1), {}),
+        (YOLOv3Tiny(3, 0.25, [[9, 9]] * 4), {"width": 0.25, "anchors": [[9, 9]] * 4}),
+    ],
+)
+def test_the_size_of_a_file_says_model_and_classes(model: Detector, given: dict[str, Any], tmp_path: Path) -> None:
+    save_weights(model, tmp_path / "x.weights")
+    found = load_detector(tmp_path / "x.weights", **given)
+    assert type(found.model) is type(model)
+    assert (found.model.num_classes, found.model.width) == (model.num_classes, model.width)
+    assert same_weights(found.model, model)
+    assert any(f"a {name_of(model)} of {model.num_classes} classes" in note for note in found.notes)
+    assert (len(found.class_names), found.size) == ((80, 416) if model.num_classes == 80 else (0, None))
+
+
+def test_a_size_that_no_number_of_classes_has_is_refused(tmp_path: Path) -> None:
+    save_weights(tiny(), tmp_path / "x.weights")
+    (tmp_path / "x.weights").write_bytes((tmp_path / "x.weights").read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"check model \(--arch\), num_classes \(--classes\), width"):
+        load_detector(tmp_path / "x.weights")
+
+
+# ---- class names
+
+
+def test_names_are_kept_beside_the_weights(tmp_path: Path) -> None:
+    save_detector(tiny(), tmp_path / "x.weights", ("a b", "c", "é"))
+    assert (tmp_path / "x.names").read_text(encoding="utf-8") == "a b\nc\né\n"
+    assert load_detector(tmp_path / "x.weights").class_names == ("a b", "c", "é")
+    assert load_detector(tmp_path / "x.weights", class_names=("1", "2", "3")).class_names == ("1", "2", "3")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.weights"])
+def test_another_number_of_names_than_of_classes_is_refused(name: str, tmp_path: Path) -> None:
+    save_detector(tiny(), tmp_path / name, ("a", "b", "c"))
+    with pytest.raises(ValueError, match=rf"class_names: expected 3 names, one for each class of .*{name}, got 2"):
+        load_detector(tmp_path / name, class_names=("a", "b"))
+
+
+def test_names_beside_the_weights_that_do_not_fit_are_refused_by_their_file(tmp_path: Path) -> None:
+    save_detector(tiny(), tmp_path / "x.weights", ("a", "b", "c"))
+    (tmp_path / "x.names").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"x\.names: expected 3 names, one for each class of .*x\.weights, got 2"):
+        load_detector(tmp_path / "x.weights")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "got no name in"),
+        (b"a\n\nb\n", "got an empty line 2 in"),
+        (b"\xff\xfe\x00", "expected UTF-8 text"),
+    ],
+)
+def test_a_file_that_lists_no_names_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.names").write_bytes(content)
+    with pytest.raises(ValueError, match=f"names: .*{said}"):
+        read_names(tmp_path / "x.names")
+    with pytest.raises(FileNotFoundError, match="names: expected coco, or a file"):
+        read_names(tmp_path / "y.names")
+
+
+# ---- anchors
 
 
 def test_weights_bring_the_anchors_that_they_were_trained_with(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from fastkd.yolov3 import YOLOv3Tiny
@@ -111,14 +113,14 @@ def test_sizes_without_boxes_are_none_not_minus_one(dataset):
 
 
 def test_crowds_do_not_count_against_the_detector(dataset):
-    plain, found = dataset.annotations, detect_all(FakeDetector(), dataset)
+    plain, found = dataset.truth, detect_all(FakeDetector(), dataset)
     crowd = {"boxes": [[0, 0, 60, 60]], "rows": [0], "classes": [0], "crowd": [True], "areas": [3600.0]}
-    dataset.annotations = replace(
+    dataset.truth = replace(
         plain, **{name: np.concatenate([np.array(value), getattr(plain, name)]) for name, value in crowd.items()}
     )
     inside = {"image_id": 1, "category_id": 7, "bbox": [5, 5, 40, 40], "score": 1.0}
     assert score([inside, *found], dataset).mAP == pytest.approx(1)
-    dataset.annotations = plain
+    dataset.truth = plain
     assert score([inside, *found], dataset).mAP < 0.8
 
 
@@ -138,9 +140,9 @@ def test_modes_come_back_after_an_error(dataset):
 
 
 def test_scoring_leaves_the_data_set_as_it_was(dataset):
-    before = json.dumps(dataset.annotations.coco())
+    before = json.dumps(dataset.truth.coco())
     assert evaluate(FakeDetector(), dataset) == evaluate(FakeDetector(), dataset)
-    assert json.dumps(dataset.annotations.coco()) == before
+    assert json.dumps(dataset.truth.coco()) == before
 
 
 def test_nothing_is_printed(dataset, capfd):
@@ -177,16 +179,14 @@ def test_augmented_data_set_is_refused(dataset):
 
 
 def test_set_without_boxes_is_refused(dataset):
-    dataset.annotations = dataset.annotations._keeping(np.zeros(2, dtype=bool))
+    dataset.truth = dataset.truth._keeping(np.zeros(2, dtype=bool))
     with pytest.raises(ValueError, match="no box to find"):
         evaluate(FakeDetector(), dataset)
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")
 def test_a_set_of_which_no_image_with_a_box_could_be_read_is_refused(dataset):
-    dataset.annotations = replace(
-        dataset.annotations._keeping(np.array([True, False])), unread=dataset.annotations.unread
-    )
+    dataset.truth = replace(dataset.truth._keeping(np.array([True, False])), unread=dataset.truth.unread)
     dataset.annotations.path(0).write_bytes(b"no image")
     with pytest.raises(ValueError, match="no image that could be read has a box"):
         evaluate(FakeDetector(), dataset)
@@ -195,3 +195,78 @@ def test_a_set_of_which_no_image_with_a_box_could_be_read_is_refused(dataset):
 def test_wrapped_model_is_refused(dataset):
     with pytest.raises(ValueError, match="model: expected a detector with anchors, got Sequential; unwrap it"):
         evaluate(nn.Sequential(FakeDetector()), dataset)
+
+
+# ---- the labels of pycocotools
+
+
+def pycocotools_on_the_file(path, detections):
+    """The six AP and AR of pycocotools on the raw file: mAP, AP50, AP75, of small, medium and large; and AR100."""
+    truth = COCO(str(path))
+    evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return [*evaluation.stats[:6], evaluation.stats[8]]
+
+
+def raw_set(tmp_path, count=12):
+    """A COCO file with boxes inside, at the edges, 18 pixels outside and wholly outside their images; and crowds."""
+    rng = np.random.default_rng(0)
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((120, 160, 3), dtype=np.uint8))
+    images = [{"id": 3 * i + 5, "file_name": f"{i}.png", "width": 160, "height": 120} for i in range(count)]
+    annotations, detections = [], []
+    for image in images:
+        (tmp_path / image["file_name"]).write_bytes((tmp_path / "a.png").read_bytes())
+        boxes = [[130, 20, 48, 40], [-18, 5, 40, 50], [10, 100, 60, 38], [170, 10, 20, 20], [20.5, 30.25, 90, 70]]
+        for box in boxes:
+            x, y, w, h = box
+            entry = {"image_id": image["id"], "category_id": int(rng.integers(1, 4))}
+            number = len(annotations) + 1
+            crowd = int(rng.random() < 0.1)
+            annotations.append({**entry, "id": number, "bbox": box, "area": 0.7 * w * h, "iscrowd": crowd})
+            x1, y1, x2, y2 = (np.array([x, y, x + w, y + h]) + rng.normal(0, 1, 4)).clip(0, [160, 120, 160, 120])
+            seen = [float(x1), float(y1), float(max(x2 - x1, 1)), float(max(y2 - y1, 1))]
+            detections.append({**entry, "bbox": seen, "score": float(rng.random())})
+    categories = [{"id": i, "name": f"c{i}"} for i in (1, 2, 3)]
+    path = tmp_path / "raw.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path, detections
+
+
+@pytest.mark.filterwarnings("ignore:.*clipped to their image")
+def test_figures_are_those_of_pycocotools_on_the_raw_file(tmp_path):
+    path, detections = raw_set(tmp_path)
+    data = DetectionDataset(path, tmp_path, 96)
+    expected = pycocotools_on_the_file(path, detections)
+    found = score(detections, data)
+    names = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+    assert [getattr(found, name) for name in names if getattr(found, name) is not None] == pytest.approx(
+        [x for x in expected if x >= 0]
+    )
+    assert 0.1 < found.mAP < 0.9
+
+
+@pytest.mark.filterwarnings("ignore:.*clipped to their image")
+def test_a_box_outside_its_image_is_clipped_for_training_and_whole_for_evaluation(tmp_path):
+    """Of the box of 48 pixels 30 are in the image: IoU 0.625 with what can be seen of it."""
+    path, _ = raw_set(tmp_path, 1)
+    content = json.loads(path.read_text())
+    content["annotations"] = [{**content["annotations"][0], "iscrowd": 0}]
+    path.write_text(json.dumps(content))
+    data = DetectionDataset(path, tmp_path, 160)
+    assert data[0].targets[0, 1:].tolist() == [130, 40, 160, 80]
+    seen = [{"image_id": 5, "category_id": content["annotations"][0]["category_id"], "bbox": [130, 20, 30, 40]}]
+    assert score([seen[0] | {"score": 1.0}], data).mAP == pytest.approx(0.3)
+
+
+def test_boxes_without_width_are_no_misses(tmp_path):
+    path, _ = raw_set(tmp_path, 1)
+    content = json.loads(path.read_text())
+    inside = {**content["annotations"][4], "iscrowd": 0}
+    content["annotations"] = [inside, {**inside, "id": 9, "bbox": [40, 40, 0, 20]}]
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="1 boxes without area"):
+        data = DetectionDataset(path, tmp_path, 160)
+    found = {"image_id": 5, "category_id": inside["category_id"], "bbox": inside["bbox"], "score": 1.0}
+    assert score([found], data).mAP == pytest.approx(1)

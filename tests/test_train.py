@@ -388,6 +388,79 @@ def test_a_trained_file_is_a_start_for_another_run(config, tmp_path):
         train(replace(again, width=0.25))
 
 
+def convolutions_kept(config, file):
+    """The student that a run from this file begins with, what is new in it, and what is said of it."""
+    said = []
+    student = build_objective(replace(config, init=str(file)), training_set(config), on_init=said.append).student
+    theirs = load_detector(file).model.state_dict()
+    ours = student.state_dict()
+    new = [k for k, x in theirs.items() if x.shape != ours[k].shape or not torch.equal(x, ours[k])]
+    return student, new, " ".join(said)
+
+
+HEADS = ["head32.weight", "head32.bias", "head16.weight", "head16.bias"]
+
+
+@pytest.mark.parametrize("suffix", ["pt", "weights"])
+@pytest.mark.parametrize("names", [("a", "b", "c"), CLASS_NAMES[::-1]])
+def test_a_start_of_other_classes_has_new_heads_alone_and_anchors_of_the_data(config, tmp_path, names, suffix):
+    torch.manual_seed(3)
+    file = tmp_path / f"other.{suffix}"
+    trained = YOLOv3Tiny(len(names), 0.125, [[50.0, 60]] * 6)
+    for parameter in trained.parameters():
+        parameter.detach().add_(0.01)
+    save_detector(trained, file, names, 64)
+    student, new, said = convolutions_kept(config, file)
+    assert new == ["anchors", *HEADS]
+    assert student.num_classes == 10
+    assert torch.equal(student.anchors, build_objective(config, training_set(config)).student.anchors)
+    assert said.startswith(f"init: kept 11 of 13 convolutions of {file} (")
+    assert said.endswith("; new: the last ones of the 2 heads, for 10 classes; anchors: of the data")
+    student, new, said = convolutions_kept(replace(config, anchors="default"), file)
+    assert new == HEADS
+    assert said.endswith("anchors: those of the file")
+
+
+def test_a_start_of_the_same_classes_is_kept_whole(config, tmp_path):
+    save_detector(YOLOv3Tiny(10, 0.125), tmp_path / "same.pt", CLASS_NAMES, 64)
+    _, new, said = convolutions_kept(config, tmp_path / "same.pt")
+    assert new == []
+    assert said == f"init: kept all 13 convolutions of {tmp_path / 'same.pt'}"
+
+
+@pytest.mark.filterwarnings("ignore:anchors. those of")
+@pytest.mark.parametrize("anchors", [None, "data", "default"])
+@pytest.mark.parametrize("names", [("a", "b", "c"), CLASS_NAMES])
+def test_a_start_may_have_another_number_of_anchors(config, tmp_path, names, anchors):
+    save_detector(YOLOv3Tiny(len(names), 0.125, [[20.0, 30]] * 4), tmp_path / "two.pt", names, 64)
+    result = train(replace(config, init=str(tmp_path / "two.pt"), anchors=anchors, steps=1))
+    assert result.model.anchors.shape == (2, 2, 2)
+
+
+def test_a_start_that_does_not_fit_is_refused_by_what_differs(config, tmp_path):
+    save_detector(YOLOv3Tiny(3, 0.25), tmp_path / "wide.weights", ("a", "b", "c"))
+    with pytest.raises(ValueError, match=r"width: expected 0\.25, as .*wide\.cfg says, got 0\.125"):
+        train(replace(config, init=str(tmp_path / "wide.weights")))
+    save_detector(YOLOv3(3, 0.125), tmp_path / "large.pt", ("a", "b", "c"))
+    with pytest.raises(ValueError, match=r"init: expected a yolov3-tiny of width 0\.125, got .* with YOLOv3 of"):
+        train(replace(config, init=str(tmp_path / "large.pt")))
+
+
+def test_a_run_says_once_what_it_begins_with(config, tmp_path, capsys):
+    save_detector(YOLOv3Tiny(3, 0.125), tmp_path / "other.pt", ("a", "b", "c"), 64)
+    config = replace(config, init=str(tmp_path / "other.pt"), steps=1)
+    train(config)
+    assert capsys.readouterr().out.count("init: kept 11 of 13 convolutions") == 1
+    train(replace(config, resume=True))
+    assert "init:" not in capsys.readouterr().out
+
+
+def test_a_teacher_of_other_classes_is_refused_by_name(config, tmp_path):
+    save_detector(YOLOv3Tiny(3, 0.125), tmp_path / "other.weights", ("a", "b", "c"))
+    with pytest.raises(ValueError, match=r"teacher: expected the data set's 10 classes .*, got 3: a, b, c"):
+        train(replace(config, teacher=str(tmp_path / "other.weights")))
+
+
 def test_configuration_can_be_read_back(config, tmp_path):
     train(replace(config, steps=1))
     assert read_config(tmp_path / "run") == replace(config, steps=1)

@@ -27,7 +27,8 @@ class Annotations:
         sizes: (P, 2) int64, width and height in pixels; 0 where the picture could not be read.
         class_names: one a class, in the order of the class indices.
         category_ids: one a class, as in the file, or 1, 2, ... where it has none.
-        boxes: (M, 4) float64 x, y, width, height in pixels of the picture; picture by picture in ``rows``' order.
+        boxes: (M, 4) float64 x, y, width, height in pixels of the picture, as in the files, or as ``clean`` left them;
+            picture by picture in ``rows``' order.
         rows: (M,) int64, ascending: the picture of each box.
         classes: (M,) int64.
         crowd: (M,) bool: not a training target, and neither a hit nor a miss in evaluation.
@@ -118,9 +119,12 @@ class Annotations:
         return replace(self, boxes=boxes, rows=rows, classes=classes, crowd=crowd, areas=areas)
 
     def clean(self) -> Annotations:
-        """Boxes clipped to their pictures; those without area there, or not finite, left out; ``problems`` told."""
+        """For training: boxes clipped to their pictures; those without area there, or not finite, left out.
+
+        ``problems`` tells how many, and where.
+        """
         finite: Array = np.logical_and.reduce(np.isfinite(self.boxes), axis=1)
-        boxes = np.where(finite[:, None], self.boxes, 0)
+        boxes = self.boxes if finite.all() else np.where(finite[:, None], self.boxes, 0)
         limit = self.sizes[self.rows].astype(np.float64)
         low, high = boxes[:, :2].clip(0, limit), (boxes[:, :2] + boxes[:, 2:]).clip(0, limit)
         kept: Array = finite & (high > low).all(1)
@@ -128,7 +132,8 @@ class Annotations:
         outside = np.maximum(low - boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - high).max(1, initial=0) > 0.5
         # a box inside keeps its own numbers: x + width - x rounds
         changed = (low != boxes[:, :2]) | (high != boxes[:, :2] + boxes[:, 2:])
-        boxes = np.where(changed.any(1)[:, None], np.concatenate([low, high - low], 1), boxes)
+        if changed.any():
+            boxes = np.where(changed.any(1)[:, None], np.concatenate([low, high - low], 1), boxes)
         found = {
             "boxes that are not finite dropped": ~finite,
             "boxes without area in their image dropped": finite & ~kept,
@@ -136,7 +141,21 @@ class Annotations:
         }
         problems = self.problems | {what: self.names_of(which) for what, which in found.items() if which.any()}
         areas = np.where(np.isfinite(self.areas), self.areas, boxes[:, 2] * boxes[:, 3])
-        return replace(self, boxes=boxes, areas=areas, problems=problems)._keeping(kept)
+        cleaned = replace(self, boxes=boxes, areas=areas, problems=problems)
+        return cleaned if kept.all() else cleaned._keeping(kept)
+
+    def as_given(self) -> Annotations:
+        """Boxes as in the files, also where they reach outside their image: for evaluation.
+
+        Left out are those that are not finite or have no width or height, which no detection can match. Areas that the
+        files do not give are those of the boxes.
+        """
+        has_area = self.boxes[:, 2:].min(1, initial=np.inf) > 0
+        kept: Array = np.logical_and.reduce(np.isfinite(self.boxes), axis=1) & has_area
+        with np.errstate(invalid="ignore"):
+            areas = np.where(np.isfinite(self.areas), self.areas, self.boxes[:, 2] * self.boxes[:, 3])
+        found = replace(self, areas=areas)
+        return found if kept.all() else found._keeping(kept)
 
     def names_of(self, boxes: Array) -> list[str]:
         """The image's name of each of these boxes, given as (M,) bool."""

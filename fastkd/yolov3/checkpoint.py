@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastkd.files import replacing, save
-from fastkd.yolov3.darknet import load_weights, save_weights
+from fastkd.yolov3.class_names import COCO_NAMES, read_names
+from fastkd.yolov3.darknet import described_by_size, load_weights, save_weights
 from fastkd.yolov3.darknet_cfg import PUBLISHED, read_cfg, write_cfg
 from fastkd.yolov3.model import AnchorSizes, Detector, build_detector, name_of
 
@@ -23,8 +24,9 @@ class Trained(NamedTuple):
     """A detector from a file, in eval mode on the CPU."""
 
     model: Detector
-    class_names: tuple[str, ...]  # one per class; empty where the file does not say (.weights)
+    class_names: tuple[str, ...]  # one per class; empty where nothing says them (.weights)
     size: int | None  # side in pixels of the square input that it was trained on; None where the file does not say
+    notes: tuple[str, ...] = ()  # what was taken for granted; each a sentence that names the file
 
 
 def save_detector(
@@ -35,7 +37,8 @@ def save_detector(
     Args:
         model: what to save.
         path: ``.pt``: a dictionary that ``torch.load(path, weights_only=True)`` reads; ``.weights``: Darknet's format,
-            with a ``.cfg`` of the same name beside it that has layers, classes, anchors and size. Replaced if there.
+            with a ``.cfg`` of the same name beside it that has layers, classes, anchors and size, and a ``.names``
+            that has the class names. Replaced if there.
         class_names: one per class.
         size: side in pixels of the network's input.
 
@@ -49,6 +52,9 @@ def save_detector(
         save_weights(model, path)
         with replacing(path.with_suffix(".cfg")) as part:
             part.write_text(write_cfg(model, size), encoding="utf-8")
+        if class_names:
+            with replacing(path.with_suffix(".names")) as part:
+                part.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
         return
     content = {
         "format": _FORMAT,
@@ -70,25 +76,30 @@ def load_detector(
     num_classes: int | None = None,
     width: float | None = None,
     anchors: AnchorSizes | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Trained:
     """Read a detector that ``save_detector`` or Darknet wrote.
 
     Args:
         path: a ``.pt`` or ``.weights`` file.
         model, num_classes, width, anchors: what a ``.weights`` file does not say; not looked at for ``.pt``. None: as
-            the ``.cfg`` beside it says; without one ``"yolov3"``, 80, 1.0 and the model's own, as published.
+            the ``.cfg`` beside it says; without one width 1.0, the model and the number of classes that have a file of
+            this size, and the anchors of ``load_weights``.
+        class_names: one per class, in place of those that the file has. None: those of a ``.pt``, or of the ``.names``
+            file beside a ``.weights``; without that COCO's for 80 classes (then ``notes`` says so), else none.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a detector's file, another suffix, a ``.cfg`` that says something else or is none, or weights
-            that do not fit the model or are not finite.
+        ValueError: not a detector's file, another suffix, a ``.cfg`` that says something else or is none, weights that
+            do not fit the model or are not finite, or another number of names than of classes.
     """
     path = Path(path)
     suffix = _suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; train a detector first (fastkd train) or give another path")
     if suffix == ".weights":
-        return _load_weights(path, {"model": model, "num_classes": num_classes, "width": width}, anchors)
+        found = _load_weights(path, {"model": model, "num_classes": num_classes, "width": width}, anchors)
+        return _named(found, path, class_names)
     content = read_dictionary(path, "a detector's file, model.pt", _KEYS)
     if content["format"] != _FORMAT:
         raise ValueError(f"{path}: expected a file of format {_FORMAT!r}, got {content['format']!r}")
@@ -98,7 +109,22 @@ def load_detector(
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: its weights do not fit the {content['model']} that it names: {error}") from error
     _require_finite(detector, path)
-    return Trained(detector.eval(), tuple(content["class_names"]), content["size"])
+    names = content["class_names"] if class_names is None else class_names
+    return _named(Trained(detector.eval(), (), content["size"]), path, names)
+
+
+def _named(found: Trained, path: Path, names: Sequence[str] | None) -> Trained:
+    """With these class names; None: those that go with a ``.weights`` file."""
+    beside, classes, notes = path.with_suffix(".names"), found.model.num_classes, found.notes
+    source = "class_names"
+    if names is None and beside.is_file():
+        names, source = read_names(beside), os.fspath(beside)
+    elif names is None and classes == len(COCO_NAMES):
+        names = COCO_NAMES
+        notes = (*notes, f"{path.name}: its 80 classes are taken to be COCO's, as there is no {beside.name} beside it")
+    if names and len(names) != classes:
+        raise ValueError(f"{source}: expected {classes} names, one for each class of {path}, got {len(names)}")
+    return found._replace(class_names=tuple(names or ()), notes=notes)
 
 
 def _load_weights(path: Path, given: dict[str, Any], anchors: AnchorSizes | None) -> Trained:
@@ -108,7 +134,10 @@ def _load_weights(path: Path, given: dict[str, Any], anchors: AnchorSizes | None
     for name, value in options.items():
         if said is not None and getattr(said, name) != value:
             raise ValueError(f"{name}: expected {getattr(said, name)!r}, as {cfg} says, got {value!r}")
-    known = said or PUBLISHED
+    by_size = None
+    if said is None and not {"model", "num_classes"} <= options.keys():
+        by_size = described_by_size(path.stat().st_size, given["model"], given["width"], anchors)
+    known = said or by_size or PUBLISHED
     detector = build_detector(
         options.get("model", known.model),
         options.get("num_classes", known.num_classes),
@@ -120,7 +149,8 @@ def _load_weights(path: Path, given: dict[str, Any], anchors: AnchorSizes | None
     if anchors is not None:
         detector.anchors.copy_(given_anchors)
     _require_finite(detector, path)
-    return Trained(detector.eval(), (), known.size)
+    what = f"{path.name}: by its size a {name_of(detector)} of {detector.num_classes} classes"
+    return Trained(detector.eval(), (), known.size, (what,) if by_size else ())
 
 
 def read_dictionary(path: Path, what: str, keys: Sequence[str]) -> dict[str, Any]:

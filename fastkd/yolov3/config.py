@@ -44,11 +44,13 @@ class TrainConfig:
         model: ``"yolov3-tiny"`` or ``"yolov3"``.
         width: multiplier of the model's channels.
         size: side of the square network input in pixels, a multiple of 32.
-        init: ``.pt`` or ``.weights`` file of the same model to start from; None: random weights.
-        anchors: ``"data"``: k-means on the training set; ``"default"``: the model's own, or those of ``init``; None:
-            those of ``init`` if it is given, else of the data.
+        init: ``.pt`` or ``.weights`` file of the same model and width to start from; None: random weights. Where its
+            classes are not those of the data, the heads' last 1x1 convolutions are new, and all else is kept.
+        anchors: ``"data"``: k-means on the training set, as many a head as ``init`` has, or 3; ``"default"``: those of
+            ``init``, or the model's own; None: those of ``init`` if its heads are kept, else of the data, as new heads
+            have to learn any.
         teacher: ``.pt`` or ``.weights`` file of the teacher; None: train without distillation.
-        teacher_model: what a ``.weights`` teacher is; None: as the ``.cfg`` beside it says, else ``"yolov3"``.
+        teacher_model: what a ``.weights`` teacher is; None: as the ``.cfg`` beside it says, else by the file's size.
         unlabelled: folder of pictures, with its sub-folders, that only the teacher explains; None: none.
         unlabelled_batch: how many of these a step has, over all processes; None: as many as ``batch``.
         match_threshold: IoU of sizes above which a box trains an anchor; 1: the best anchor alone, as in the paper.

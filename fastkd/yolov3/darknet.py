@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.files import replacing
-from fastkd.yolov3.darknet_cfg import read_cfg
-from fastkd.yolov3.model import Detector, YOLOv3, YOLOv3Tiny, name_of
+from fastkd.yolov3.darknet_cfg import PUBLISHED_CLASSES, PUBLISHED_SIZE, Described, read_cfg
+from fastkd.yolov3.model import MODELS, AnchorSizes, Detector, YOLOv3, YOLOv3Tiny, build_detector, name_of
 
 _VERSION = (0, 2, 0)  # as in the files published with the paper
 PUBLISHED_SEEN = 32_013_312  # images that the published files had seen, by their header
@@ -63,7 +63,7 @@ def _known_anchors(model: Detector, path: Path, seen: int) -> Tensor | None:
     """Those that the weights were trained with; None where they are not known, or the model has some of its own."""
     if model.anchors.reshape(-1, 2).tolist() != [list(size) for size in model.default_anchors]:
         return None
-    published = model.num_classes == 80 and seen == PUBLISHED_SEEN
+    published = model.num_classes == PUBLISHED_CLASSES and seen == PUBLISHED_SEEN
     if published and isinstance(model, YOLOv3Tiny):
         return torch.tensor(model.published_anchors).view_as(model.anchors)
     cfg, why = path.with_suffix(".cfg"), "there is no .cfg beside it"
@@ -99,6 +99,35 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], seen: int = 0) 
 def weights_size(model: nn.Module) -> int:
     """Bytes of the model's ``.weights`` file."""
     return _LONG_HEADER.size + 4 * sum(t.numel() for t in _in_file_order(model))
+
+
+def described_by_size(
+    size: int, model: str | None = None, width: float | None = None, anchors: AnchorSizes | None = None
+) -> Described | None:
+    """The detector whose ``.weights`` file has so many bytes: the file's size says the number of classes.
+
+    Args:
+        size: of the file, in bytes.
+        model: ``"yolov3"`` or ``"yolov3-tiny"``; None: either.
+        width: of the model's channels; None: 1.0, as published.
+        anchors: for their number a head; None: three.
+
+    Returns:
+        What the size says, with an input of 416 pixels for 80 classes, as published; None where no number of classes
+        has files of this size.
+    """
+    for name in MODELS if model is None else (model,):
+        try:
+            with torch.device("meta"):
+                one, two = (weights_size(build_detector(name, classes, width or 1.0, anchors)) for classes in (1, 2))
+        except ValueError:  # these anchors are for another number of heads
+            continue
+        for header in (_LONG_HEADER, _SHORT_HEADER):
+            more, rest = divmod(size - header.size - (one - _LONG_HEADER.size), two - one)
+            if more >= 0 and rest == 0:
+                side = PUBLISHED_SIZE if more + 1 == PUBLISHED_CLASSES else None
+                return Described(name, more + 1, width or 1.0, None, side)
+    return None
 
 
 def _in_file_order(model: nn.Module) -> Iterator[Tensor]:

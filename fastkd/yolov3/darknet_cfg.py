@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastkd.yolov3.model import Detector, YOLOv3, YOLOv3Tiny, build_detector, name_of
 
-_SIZE = 416  # of the published files
+PUBLISHED_SIZE = 416  # side of the input in pixels
+PUBLISHED_CLASSES = 80  # those of COCO
 _WIDEST = 1024  # filters of both models' widest layer at width 1
 
 # what makes a layer another one; the last three are of later networks, and in none of these
@@ -53,7 +54,7 @@ class Described(NamedTuple):
     size: int | None  # side of the square input in pixels; None: not known
 
 
-PUBLISHED = Described("yolov3", 80, 1.0, None, None)  # of a .weights file without a .cfg beside it
+PUBLISHED = Described("yolov3", PUBLISHED_CLASSES, 1.0, None, None)  # of a .weights file of which nothing is known
 
 
 def write_cfg(model: Detector, size: int | None = None) -> str:
@@ -63,7 +64,7 @@ def write_cfg(model: Detector, size: int | None = None) -> str:
         model: the detector.
         size: side of its square input in pixels; None: 416.
     """
-    side = str(size or _SIZE)
+    side = str(size or PUBLISHED_SIZE)
     net = ("net", {"batch": "1", "subdivisions": "1", "width": side, "height": side, "channels": "3"})
     text = [f"# {name_of(model)} of fastkd, width {model.width!r}"]
     for kind, options in [net, *_sections(model)]:
@@ -87,7 +88,7 @@ def read_cfg(path: str | os.PathLike[str]) -> Described:
         net, layers = sections[0][1], sections[1:]
         (classes,) = {int(head["classes"]) for head in heads}
         anchors = [_anchors_of(head) for head in reversed(heads)]
-        (size,) = {int(net.get(side, _SIZE)) for side in ("width", "height")}
+        (size,) = {int(net.get(side, PUBLISHED_SIZE)) for side in ("width", "height")}
         said = re.match(r"# \S+ of fastkd, width (\S+)", text)
         filters = max(int(options["filters"]) for kind, options in layers if options.get("batch_normalize") == "1")
         width = float(said[1]) if said else filters / _WIDEST

@@ -89,7 +89,8 @@ class DetectionDataset(Dataset[Sample]):
     - file that is listed twice: one image, with the boxes of both entries;
     - unknown class or image, file name outside the image folder: ValueError at construction;
     - box outside the picture: clipped to it; box without area (also after clipping) or not finite: dropped. One warning
-      gives the counts and names, which stay in `annotations.problems`;
+      gives the counts and names, which stay in `annotations.problems`. `truth`, which evaluation scores against, has
+      the boxes as they are in the files, see `Annotations.as_given`;
     - crowd annotation (`iscrowd`; VOC's `difficult`): not a training target, but part of the evaluation;
     - picture without boxes: kept, as background.
 
@@ -126,7 +127,8 @@ class DetectionDataset(Dataset[Sample]):
         if not isinstance(annotations, Annotations):
             annotations = read_set(annotations, annotations if images is None else images)
         annotations = annotations.first(limit)
-        self.annotations = _readable(annotations, strict).clean()
+        readable = _readable(annotations, strict)
+        self.annotations, self.truth = readable.clean(), readable.as_given()
         if self.annotations.problems:
             told = (f"{len(names)} {what} ({some_of(names)})" for what, names in self.annotations.problems.items())
             warnings.warn(f"{annotations.source}: {', '.join(told)}", stacklevel=2)
@@ -147,7 +149,7 @@ class DetectionDataset(Dataset[Sample]):
     def _share(self) -> None:
         for tensor in (self._epoch, self._unread):
             tensor.share_memory_()  # type: ignore[no-untyped-call]
-        self.annotations.unread = self._unread.numpy()
+        self.annotations.unread = self.truth.unread = self._unread.numpy()
 
     @classmethod
     def of_pictures(cls, folder: str | os.PathLike[str], size: int, **options: Any) -> DetectionDataset:

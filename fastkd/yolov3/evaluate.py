@@ -134,8 +134,20 @@ def detect_all(
 
 
 def score(detections: list[Detection], dataset: DetectionDataset) -> Metrics:
-    """Score COCO results against a data set's annotations; crowds are ignored, as COCO does."""
-    annotations = dataset.annotations
+    """Score COCO results against a data set's boxes, as pycocotools does with its annotation file.
+
+    The boxes are those of the files: one that reaches outside its image is not clipped, though a detection is. Crowds
+    are ignored, as COCO does; boxes without width or height are left out.
+
+    Args:
+        detections: one a box: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels of the original
+            image) and ``score``.
+        dataset: whose ``truth`` they are scored against.
+
+    Raises:
+        ValueError: no image that could be read has a box to find.
+    """
+    annotations = dataset.truth
     if annotations.crowd.all():
         raise ValueError("dataset: it has no box to find, so there is nothing to score")
     if annotations.unread is not None and (annotations.crowd | annotations.unread[annotations.rows]).all():

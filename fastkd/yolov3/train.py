@@ -30,6 +30,7 @@ from fastkd.health import Check, Report, fingerprint
 from fastkd.ops.presets import CWD, resolve
 from fastkd.yolov3.anchors import dataset_anchors
 from fastkd.yolov3.checkpoint import Trained, load_detector, read_dictionary, save_detector
+from fastkd.yolov3.class_names import same_names
 from fastkd.yolov3.config import TrainConfig, read_config, require_same_run
 from fastkd.yolov3.data import Batch, DetectionDataset, Sample, collate
 from fastkd.yolov3.evaluate import Metrics, evaluate
@@ -45,7 +46,10 @@ CHECKPOINT_KEYS = (
     *("config", "step", "seconds", "student", "average", "teacher"),
     *("distiller", "optimizer", "scheduler", "scaler"),
 )
-RUN_FILES = ("checkpoint.pt", "model.pt", "model.weights", "model.cfg", "config.json", "metrics.jsonl")
+RUN_FILES = (
+    *("checkpoint.pt", "model.pt", "model.weights", "model.cfg", "model.names"),
+    *("config.json", "metrics.jsonl"),
+)
 SCORED_IMAGES = 32  # with which `fastkd doctor --run` scores the teacher
 LEAST_AP50 = 0.01
 FIGURE_IMAGES = 2  # pictures whose maps TensorBoard gets at every evaluation
@@ -110,17 +114,22 @@ def build_objective(
     ranks: int = 1,
     on_teacher: Callable[[Detector], None] | None = None,
     make_objective: Callable[..., Objective] = Objective,
+    on_init: Callable[[str], None] | None = None,
 ) -> Objective:
     """Student with the run's initial weights, teacher, adapters and losses, on the CPU; for one of ``ranks`` processes.
 
+    ``on_init`` is called with a line on what is kept of ``init``, and what is new.
+
     Raises:
-        ValueError: ``init`` or teacher do not fit the data set's classes or each other.
+        ValueError: ``init`` is not the run's model and width, or the teacher does not fit the data set's classes.
     """
     torch.manual_seed(config.seed)
-    student = _initial(config, data)
+    student, kept = _initial(config, data)
+    if kept and on_init is not None:
+        on_init(kept)
     teacher = None
     if config.teacher is not None:
-        found = load_detector(config.teacher, model=config.teacher_model, num_classes=data.num_classes)
+        found = load_detector(config.teacher, model=config.teacher_model)
         require_classes("teacher", found, data)
         teacher = found.model
         if on_teacher is not None:
@@ -198,8 +207,9 @@ class _Run:
         self._hold(held)
         saved = self._saved()
 
+        says = print if saved is None and self.accelerator.is_main_process else None
         objective = build_objective(
-            config, self.data, ranks=ranks, on_teacher=on_teacher, make_objective=make_objective
+            config, self.data, ranks=ranks, on_teacher=on_teacher, make_objective=make_objective, on_init=says
         ).to(self.accelerator.device)
         self.student, self.distiller = objective.student, objective.distiller
         if self.distiller is not None:  # the teacher is no submodule
@@ -313,8 +323,8 @@ class _Run:
             if self.val is not None:
                 workers = self.config.workers
                 self.metrics = evaluate(self.average, self.val, batch_size=self.config.batch, workers=workers)
-            save_detector(self.average, self.out / "model.pt", self.data.class_names, self.config.size)
-            save_detector(self.average, self.out / "model.weights", size=self.config.size)
+            for name in ("model.pt", "model.weights"):
+                save_detector(self.average, self.out / name, self.data.class_names, self.config.size)
             if self.distiller is not None:  # alone: its maps ask no other process
                 self.log.figures(self.step, self._figures)
         self.accelerator.wait_for_everyone()
@@ -581,37 +591,66 @@ def _order(size: int, seed: int, epoch: int) -> list[int]:
 # ---- model and optimiser
 
 
-def _initial(config: TrainConfig, data: DetectionDataset) -> Detector:
-    """The model that training starts from; weights follow from the seed alone, whatever is distilled into it."""
-    from_data = config.anchors == "data" or (config.anchors is None and config.init is None)
-    anchors = _anchors(data, MODELS[config.model].strides) if from_data else None
-    if config.init is None:
-        return build_detector(config.model, data.num_classes, config.width, anchors)
-    found = load_detector(config.init, model=config.model, num_classes=data.num_classes, width=config.width)
+def _initial(config: TrainConfig, data: DetectionDataset) -> tuple[Detector, str]:
+    """The model that training starts from, and a line on what of it is ``init``'s, empty without one.
+
+    Weights follow from the seed alone, whatever is distilled into the model.
+    """
+    found = None if config.init is None else _init_of(config)
+    same_heads = found is not None and _has_classes(found, data)
+    anchors = None if found is None else found.model.anchors
+    if config.anchors == "data" or (config.anchors is None and not same_heads):
+        anchors = _anchors(data, MODELS[config.model].strides, 3 if anchors is None else anchors.shape[1])
+    if found is None:
+        return build_detector(config.model, data.num_classes, config.width, anchors), ""
+    if not same_heads:
+        return _with_new_heads(found, config, data, cast(Tensor, anchors))
+    if not torch.allclose(cast(Tensor, anchors), found.model.anchors):
+        warnings.warn(
+            f"anchors: those of {config.init}, {_listed(found.model.anchors)}, are replaced by those of the data, "
+            f"{_listed(cast(Tensor, anchors))}, as asked; its heads have to learn them",
+            stacklevel=2,
+        )
+    found.model.anchors.copy_(cast(Tensor, anchors))
+    count = sum(isinstance(module, nn.Conv2d) for module in found.model.modules())
+    return found.model.train(), f"init: kept all {count} convolutions of {config.init}"
+
+
+def _init_of(config: TrainConfig) -> Trained:
+    """The detector of ``init``, which has to be the run's model and width."""
+    found = load_detector(cast(str, config.init), model=config.model, width=config.width)
     if not isinstance(found.model, MODELS[config.model]) or found.model.width != config.width:
         raise ValueError(
             f"init: expected a {config.model} of width {config.width}, got {config.init} with "
             f"{type(found.model).__name__} of width {found.model.width}"
         )
-    require_classes("init", found, data)
-    if anchors is not None and not torch.allclose(anchors, found.model.anchors):
-        warnings.warn(
-            f"anchors: those of {config.init}, {_listed(found.model.anchors)}, are replaced by those of the data, "
-            f"{_listed(anchors)}, as asked; its heads have to learn them",
-            stacklevel=2,
-        )
-    if anchors is not None:
-        found.model.anchors.copy_(anchors)
-    return found.model.train()
+    return found
+
+
+def _with_new_heads(
+    found: Trained, config: TrainConfig, data: DetectionDataset, anchors: Tensor
+) -> tuple[Detector, str]:
+    """A model with all of ``found`` but the heads' last convolutions, which are for other classes; and a line on it."""
+    model = build_detector(config.model, data.num_classes, config.width, anchors)
+    kept = {name: x for name, x in found.model.state_dict().items() if not name.startswith(("head", "anchors"))}
+    model.load_state_dict(model.state_dict() | kept)
+    count, heads = sum(isinstance(module, nn.Conv2d) for module in model.modules()), len(model.strides)
+    of_file = found.model.num_classes
+    which = f"{of_file} classes" if of_file != data.num_classes else f"other classes: {_shorten(found.class_names)}"
+    origin = "of the data" if config.anchors != "default" else "those of the file"
+    return model, (
+        f"init: kept {count - heads} of {count} convolutions of {config.init} ({which}); "
+        f"new: the last ones of the {heads} heads, for {data.num_classes} classes; anchors: {origin}"
+    )
 
 
 def _listed(anchors: Tensor) -> str:
     return "  ".join(f"{w:.0f},{h:.0f}" for w, h in anchors.flatten(0, 1).tolist())
 
 
-def _anchors(data: DetectionDataset, strides: Sequence[int]) -> Tensor:
+def _anchors(data: DetectionDataset, strides: Sequence[int], per_head: int) -> Tensor:
     try:
-        return dataset_anchors(data.box_sizes(), strides)
+        return dataset_anchors(data.box_sizes(), strides, per_head)
     except ValueError as error:
         raise ValueError(
             f"anchors: too few boxes in the training set to choose them by ({error}); use anchors='default' "
@@ -631,14 +670,22 @@ def _require_scorable(val: DetectionDataset, data: DetectionDataset) -> None:
 
 
 def require_classes(name: str, found: Trained, data: DetectionDataset) -> None:
-    """A detector from a file must name the data set's classes, in their order, or no names at all."""
-    names = list(found.class_names) or data.class_names
-    if found.model.num_classes != data.num_classes or names != data.class_names:
+    """A detector from a file must name the data set's classes, in their order, or no names at all.
+
+    Raises:
+        ValueError: it has others (says what they are, and where they come from).
+    """
+    if not _has_classes(found, data):
         of_file = _shorten(found.class_names) if found.class_names else "the file does not say which"
         raise ValueError(
             f"{name}: expected the data set's {data.num_classes} classes {_shorten(data.class_names)}, "
-            f"got {found.model.num_classes}: {of_file}"
+            f"got {found.model.num_classes}: {'; '.join((of_file, *found.notes))}"
         )
+
+
+def _has_classes(found: Trained, data: DetectionDataset) -> bool:
+    names = found.class_names or data.class_names
+    return found.model.num_classes == data.num_classes and same_names(names, data.class_names)
 
 
 def _shorten(names: Sequence[str]) -> str:
