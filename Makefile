@@ -22,7 +22,7 @@ demo: setup
 
 # hours on two cores; stopped, it goes on
 study: setup
-	$(BIN)/fastkd study --results docs/study/results.jsonl --report docs/study
+	PYTHONPATH=benchmarks $(BIN)/python -m study --results docs/study/results.jsonl --report docs/study
 
 # passive: the threads of two workers share two cores, and must not wait for each other by spinning
 test: setup

@@ -1,4 +1,4 @@
-"""The command ``fastkd``: train, eval, predict, inspect, data, demo, study, doctor.
+"""The command ``fastkd``: train, eval, predict, inspect, data, demo, doctor.
 
 Heavy imports stay inside the commands.
 """
@@ -40,7 +40,6 @@ EXTRAS = {
     "pycocotools": "pycocotools",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
-    "scipy": "scipy",
     "tensorboard": "tensorboard",
     "tqdm": "tqdm",
 }
@@ -116,7 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_data(commands)
     _add_demo(commands)
-    _add_study(commands)
     _add_doctor(commands)
     return parser
 
@@ -362,23 +360,6 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train both students N times (default: 1)")
 
 
-def _add_study(commands: Any) -> None:
-    text = """\
-Train hundreds of students with and without teachers, maps and levels, with several seeds, on digits scenes; and make
-the tables and pictures of docs/study. Hours on two cores, and tens of GB of disk while it runs. Each run is a line of
-the results file: stopped, the same command goes on.
-
-  fastkd study --report docs/study
-  fastkd study --results docs/study/results.jsonl --report docs/study --only-report
-"""
-    parser = _command(commands, "study", _study, "what maps and levels are worth, with seeds and intervals", text)
-    parser.add_argument("--out", default="runs/study", metavar="DIR", help="folder of the study (default: runs/study)")
-    parser.add_argument("--results", metavar="FILE", help="the results file (default: OUT/results.jsonl)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time (default: 2)")
-    parser.add_argument("--report", metavar="DIR", help="folder for the pictures, whose README.md gets the tables")
-    parser.add_argument("--only-report", action="store_true", help="train nothing; the results are there")
-
-
 def _add_doctor(commands: Any) -> None:
     text = "Say what is installed and whether distillation works here; with --run, whether it works in that run."
     parser = _command(commands, "doctor", _doctor, "is everything installed, is distillation really on", text)
@@ -538,23 +519,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _study(arguments: argparse.Namespace) -> int:
-    from fastkd.study.report import draw_maps, write_report
-    from fastkd.study.study import run_study
-
-    results = arguments.results or str(Path(arguments.out) / "results.jsonl")
-    if not arguments.only_report:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        run_study(arguments.out, results=results, workers=arguments.workers)
-    if arguments.report:
-        write_report(results, arguments.report)
-        if not arguments.only_report:
-            draw_maps(results, arguments.out, Path(arguments.report) / "maps.png")
-        print(f"tables and pictures: {arguments.report}")
-    print(f"results: {results}")
-    return 0
-
-
 # ---- doctor
 
 
@@ -620,4 +584,4 @@ def _check_run(folder: str) -> Report:
     return check_distillation(read_config(folder))
 
 
-WAY_ON = {_train: "; the same command with --resume goes on", _study: "; the same command goes on"}  # after a stop
+WAY_ON = {_train: "; the same command with --resume goes on"}  # after a stop

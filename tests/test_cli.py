@@ -23,7 +23,7 @@ from fastkd.yolov3.digits import CLASS_NAMES
 from fastkd.yolov3.formats import find_set
 from fastkd.yolov3.predict import draw, predict
 
-COMMANDS = ("train", "eval", "predict", "inspect", "data", "demo", "study", "doctor")
+COMMANDS = ("train", "eval", "predict", "inspect", "data", "demo", "doctor")
 
 
 @pytest.fixture(scope="session")
@@ -70,13 +70,6 @@ def test_every_command_has_help(command, capsys):
 def test_the_module_runs_as_the_command_and_lists_all_commands():
     done = subprocess.run([sys.executable, "-m", "fastkd", "--help"], capture_output=True, text=True, check=True)
     assert all(command in done.stdout for command in COMMANDS)
-
-
-def test_a_study_reports_results_that_are_there(tmp_path, capsys):
-    assert main(["study", "--out", str(tmp_path), "--only-report", "--report", str(tmp_path)]) == 2
-    assert "expected runs of the study in" in capsys.readouterr().err
-    assert main(["study", "--out", str(tmp_path), "--workers", "0"]) == 2
-    assert "workers: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_help_needs_torch_alone():

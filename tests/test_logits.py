@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.study.logits import LogitObjective, logit_distill_loss
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
+from study.logits import LogitObjective, logit_distill_loss
 
 
 def heads(seed: int, strides: tuple[int, ...], classes: int = 3, images: int = 2) -> list[Tensor]:

@@ -15,18 +15,19 @@ import pytest
 import torch
 
 import fastkd
-from fastkd.study import study
-from fastkd.study.logits import LogitObjective
-from fastkd.study.maps import MAPS, SHUFFLED, prior_name
-from fastkd.study.memo import remember
-from fastkd.study.protocol import Protocol, Regime
-from fastkd.study.report import draw_maps, gain, interval, rows_of, write_report
-from fastkd.study.runs import Bench, Ledger, Result, Run, _train_and_score, read_results
-from fastkd.study.scenes import labelled, part_of_set, unlabelled, write_scenes, write_set
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
 from fastkd.yolov3.digits import write_digits
 from fastkd.yolov3.objective import Objective
+from study import plan as study
+from study.logits import LogitObjective
+from study.maps import MAPS, SHUFFLED, prior_name
+from study.memo import remember
+from study.protocol import Protocol, Regime
+from study.report import draw_maps, gain, interval, rows_of, write_report
+from study.runs import Bench, Ledger, Result, Run, _train_and_score, read_results
+from study.scenes import labelled, part_of_set, unlabelled, write_scenes, write_set
 
+HERE = Path(__file__).parent
 TINY = Protocol(
     regimes=(Regime("few", 4, 12, (2, 3), 2), Regime("equal", 12, 12, (2,), 2)),
     seeds=(0, 1),
@@ -361,8 +362,8 @@ STUDY = """
 import sys
 from pathlib import Path
 from test_study import TINY, real_runs
-from fastkd.study.runs import Bench, Ledger
-from fastkd.study.scenes import write_scenes
+from study.runs import Bench, Ledger
+from study.scenes import write_scenes
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
@@ -413,7 +414,8 @@ def started(script, root):
     """A study in a process of its own, which hears of Ctrl-C, as one in a shell's foreground does."""
     return subprocess.Popen(
         [sys.executable, script, root],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent / "benchmarks"))), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )

@@ -54,7 +54,7 @@ class Settings:
         teacher_width, student_width: of YOLOv3 and YOLOv3-tiny.
         teacher_steps, student_steps, batch: lengths of the trainings.
         teacher_lr: the teacher's learning rate.
-        plain, distilled: what else the configuration of each student has, as the study (``fastkd.study``) chose it for
+        plain, distilled: what else the configuration of each student has, as the study (docs/study) chose it for
             100 labelled scenes.
         teacher_match: the teacher's ``match_threshold``, lower than the student's: more of its heads train on each box,
             so that the coarse levels, which are those that the student has too, know every size.

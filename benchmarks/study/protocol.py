@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastkd.study.maps import MAPS, prior_name
+from study.maps import MAPS, prior_name
 
 Config = dict[str, Any]  # of ``TrainConfig``
 
@@ -42,7 +42,7 @@ class Protocol:
             Regimes after the first try the first two zooms or shares.
         later_factors: of the plain student's weight decay, and of the share of uniform weights and of each of the best
             maps, that regimes after the first then choose from: with more labels all may want less.
-        maps: those that are tried, of ``fastkd.study.maps``.
+        maps: those that are tried, of ``study.maps``.
         map_shares: factors of uniform's share that each of the best maps may choose from.
         finalists: how many maps go on from the trial of all to the tables.
         train, val, test: scenes for teachers and students, to choose on, and for the tables.
@@ -106,6 +106,6 @@ PLACES: dict[str, Config] = {
 
 
 def of_map(name: str) -> Config:
-    """``"uniform"``, a preset, or a map of ``fastkd.study.maps``."""
+    """``"uniform"``, a preset, or a map of ``study.maps``."""
     named = {"uniform": UNIFORM} | PRESETS
     return named[name] if name in named else UNIFORM | {"prior": prior_name(name)}

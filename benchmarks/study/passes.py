@@ -1,6 +1,6 @@
 """What fewer passes of the teacher are worth, at equal time and at equal steps, on digits scenes::
 
-    python benchmarks/teacher_passes.py --out runs/passes
+    PYTHONPATH=benchmarks python -m study.passes --out runs/passes
 
 Data, models, regimes and the settings of the rows are those that the study chose (docs/study). Lengths at equal time
 follow from what a step takes (``step_parts.py``, two cores). Killed and started again, it goes on where it was;
@@ -13,11 +13,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastkd.study import scenes
-from fastkd.study.protocol import Protocol
-from fastkd.study.report import Row, gain, interval
-from fastkd.study.runs import Bench, Ledger, Result, Run, read_results
+from study import scenes
+from study.protocol import Protocol
+from study.report import Row, gain, interval
+from study.runs import Bench, Ledger, Result, Run, read_results
 
+RESULTS = Path(__file__).parent.parent / "results"
 # a step, in steps of the student alone: width 0.25, 96 px, N = 16
 PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "every step": ({}, 1.85),
@@ -110,7 +111,7 @@ def table(results: list[Result]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/passes"), help="folder of scenes and models")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/teacher_passes.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "teacher_passes.jsonl")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="print the tables alone")
     options = parser.parse_args()

@@ -15,14 +15,14 @@ from scipy.stats import t as student_t
 
 from fastkd.files import replacing, require_new
 from fastkd.ops.presets import PRESETS
-from fastkd.study.maps import MAPS, SHUFFLED, prior_name
-from fastkd.study.protocol import Protocol
-from fastkd.study.runs import Result, read_results, train_config
-from fastkd.study.scenes import scene_files
 from fastkd.viz import COLORS, overlay_maps, plot_curves
 from fastkd.yolov3.data import DetectionDataset
 from fastkd.yolov3.overlays import some_batch
 from fastkd.yolov3.train import batches, build_objective, training_set
+from study.maps import MAPS, SHUFFLED, prior_name
+from study.protocol import Protocol
+from study.runs import Result, read_results, train_config
+from study.scenes import scene_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -26,10 +26,6 @@ from tqdm import tqdm
 
 from fastkd.files import hold, replacing
 from fastkd.health import fingerprint
-from fastkd.study import maps  # noqa: F401  # the priors that only the study knows
-from fastkd.study.logits import LogitObjective
-from fastkd.study.memo import remember
-from fastkd.study.scenes import scene_files, set_files
 from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.config import PATHS, TrainConfig
@@ -38,6 +34,10 @@ from fastkd.yolov3.evaluate import evaluate
 from fastkd.yolov3.objective import Objective
 from fastkd.yolov3.run_log import versions
 from fastkd.yolov3.train import epoch_steps, train, training_set
+from study import maps  # noqa: F401  # the priors that only the study knows
+from study.logits import LogitObjective
+from study.memo import remember
+from study.scenes import scene_files, set_files
 
 SCORES = ("mAP", "AP50", "AP75")
 MEMO = "memo"  # folder of what the teachers have said, by their fingerprints

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastkd.study import scenes
-from fastkd.study.maps import SHUFFLED
-from fastkd.study.protocol import LOGIT_ALONE, PLACES, PRESETS, UNIFORM, Config, Protocol, Regime, of_map
-from fastkd.study.runs import Bench, Ledger, Run
+from study import scenes
+from study.maps import SHUFFLED
+from study.protocol import LOGIT_ALONE, PLACES, PRESETS, UNIFORM, Config, Protocol, Regime, of_map
+from study.runs import Bench, Ledger, Run
 
 NO_LR = 1e-12  # changes no weight, while the batch norms get statistics
 PUBLISHED = Protocol()

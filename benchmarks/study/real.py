@@ -1,6 +1,6 @@
 """What distillation is worth on real images: YOLOv3 teaches YOLOv3-tiny, with paired seeds::
 
-    python benchmarks/real_study.py neu-det --data path/to/neu-det --out runs/real
+    PYTHONPATH=benchmarks python -m study.real neu-det --data path/to/neu-det --out runs/real
 
 The teacher has the labels of all training images; students have a share of them, and the other images without labels.
 Settings are chosen on the validation set, the tables are of the test set. Killed and started again, it goes on where it
@@ -16,11 +16,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastkd.study.report import Row, gain
-from fastkd.study.runs import Bench, Ledger, Result, Run, read_results
-from fastkd.study.scenes import part_of_set, write_set
+from study.protocol import Config
+from study.report import Row, gain
+from study.runs import Bench, Ledger, Result, Run, read_results
+from study.scenes import part_of_set, write_set
 
-Config = dict[str, Any]
+RESULTS = Path(__file__).parent.parent / "results"
 ALONE, LONGER = "student alone", "student alone, equal time"
 GRADED = {"info_map": "graded_iou"}
 # the name of a row, and what it changes; the first ones of all seeds come first
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("name", choices=PLANS)
     parser.add_argument("--data", type=Path, help="folder of the set as it comes")
     parser.add_argument("--out", type=Path, default=Path("runs/real"), help="folder of models and links")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/real_study.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "real_study.jsonl")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no run after so many")
     parser.add_argument("--report", action="store_true", help="print the tables alone")
