@@ -16,10 +16,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from fastkd.files import replacing
+from fastkd.yolov3.boxes import Detections
+from fastkd.yolov3.checkpoint import load_detector
+from fastkd.yolov3.data import DetectionDataset
+from fastkd.yolov3.overlays import spread
+from fastkd.yolov3.predict import detect_objects, draw
 from study.protocol import Config
-from study.report import Row, gain
-from study.runs import Bench, Ledger, Result, Run, read_results
-from study.scenes import part_of_set, write_set
+from study.report import Interval, Row, gain, plot_gains
+from study.runs import SCORES, Bench, Ledger, Result, Run, model_file, read_results
+from study.scenes import part_of_set, set_files, write_set
 
 RESULTS = Path(__file__).parent.parent / "results"
 ALONE, LONGER = "student alone", "student alone, equal time"
@@ -112,7 +122,8 @@ class Study:
                     rows = {x: ROWS[x] | chosen[regime][MAIN[0]] for x in names}
                     if names == MAIN:
                         rows = {x: chosen[regime][x] for x in (ALONE, LONGER)} | rows
-                    self._go([self._student(regime, r, row, seed, "test", c, found) for row, c in rows.items()])
+                    runs = [self._student(regime, r, row, seed, "test", c, found) for row, c in rows.items()]
+                    self._go(runs, keep=seed == self.plan.seeds[0] and names == MAIN)
                     self.bench.forget()
 
     def _choose(self, regime: str, r: Regime, teacher: tuple[str, str]) -> dict[str, Config]:
@@ -145,33 +156,98 @@ class Study:
             part.pop("unlabelled", None)
         return Run(f"{self.name}: {regime}", row, seed, scored_on, {"set": self.name} | part | config, teacher)
 
-    def _go(self, runs: list[Run]) -> None:
+    def _go(self, runs: list[Run], *, keep: bool = False) -> None:
         """As many at a time as there are workers, until the time is over."""
         left = [run for run in runs if run.key not in self.bench.ledger.results]
         for first in range(0, len(left), self.bench.workers):
             if time.monotonic() > self.until:
                 raise TimeoutError
-            self.bench.results(left[first : first + self.bench.workers])
+            self.bench.results(left[first : first + self.bench.workers], keep=keep)
+
+
+def by_row(results: list[Result], regime: str) -> dict[str, Row]:
+    """The results on the test set."""
+    rows: dict[str, Row] = {}
+    for result in results:
+        if result.run.regime == regime and result.run.scored_on == "test":
+            rows.setdefault(result.run.row, {})[result.run.seed] = result
+    return rows
+
+
+def regimes_of(results: list[Result]) -> list[str]:
+    return list(dict.fromkeys(x.run.regime for x in results))
+
+
+def gains(rows: dict[str, Row], other: str) -> dict[str, Interval]:
+    """Of each row over another, paired by seed."""
+    over = rows.get(other, {})
+    return {name: gain(row, over) for name, row in rows.items() if name != other and row.keys() & over.keys()}
 
 
 def table(results: list[Result]) -> str:
     """By regime: means over the seeds on the test set, and paired gains with their 95 % intervals."""
     lines = []
-    for regime in dict.fromkeys(x.run.regime for x in results):
-        rows: dict[str, Row] = {}
-        for result in results:
-            if result.run.regime == regime and result.run.scored_on == "test":
-                rows.setdefault(result.run.row, {})[result.run.seed] = result
+    for regime in regimes_of(results):
+        rows = by_row(results, regime)
+        if not rows:
+            continue
+        over = [gains(rows, ALONE), gains(rows, LONGER)]
         lines += ["", f"**{regime}**", "", "| | seeds | mAP | AP50 | AP75 | over alone | over alone, equal time |"]
         lines.append("|---|---|---|---|---|---|---|")
         for row, found in rows.items():
-            means = [f"{fmean(getattr(x, metric) for x in found.values()):.1f}" for metric in ("mAP", "AP50", "AP75")]
-            over = [
-                str(gain(found, rows[other])) if rows.get(other, {}).keys() & found.keys() and other != row else ""
-                for other in (ALONE, LONGER)
-            ]
-            lines.append(f"| {' | '.join([row, str(len(found)), *means, *over])} |")
+            means = [f"{fmean(getattr(x, metric) for x in found.values()):.1f}" for metric in SCORES]
+            lines.append(f"| {' | '.join([row, str(len(found)), *means, *(str(x.get(row, '')) for x in over)])} |")
+        lines += ["", *_classes(rows)]
     return "\n".join(lines[1:])
+
+
+def _classes(rows: dict[str, Row]) -> list[str]:
+    """mAP by class."""
+    names = list(next(iter(next(iter(rows.values())).values())).per_class or ())
+    lines = [f"| mAP of | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for row, found in rows.items():
+        scores = [[(x.per_class or {}).get(name) for x in found.values()] for name in names]
+        cells = [f"{fmean(known):.1f}" if (known := [x for x in each if x is not None]) else "" for each in scores]
+        lines.append(f"| {' | '.join([row, *cells])} |")
+    return lines
+
+
+def draw_gains(results: list[Result], file: Path) -> None:
+    """What each row gains over the student alone, at equal steps and at equal time."""
+    panels: dict[str, dict[str, Interval]] = {}
+    for regime in regimes_of(results):
+        rows = by_row(results, regime)
+        panels |= {f"{regime}: over {other}": found for other in (ALONE, LONGER) if (found := gains(rows, other))}
+    with replacing(file) as part:
+        plot_gains(panels, "mAP gained, 95 % interval").savefig(part, format="png", dpi=150)
+
+
+def draw_predictions(results: list[Result], root: Path, name: str, file: Path, count: int = 4) -> None:
+    """Labels and what teacher and students find in the same test images, as boxes alone: images may not be shown.
+
+    Raises:
+        FileNotFoundError: the models of the first seed are not in ``root``.
+    """
+    runs = {x.run.row: x.run for x in results if x.run.scored_on == "test" and x.run.seed == 0}
+    columns = {"teacher": "all labels", ALONE: ALONE, f"distilled, {MAIN[0]}": MAIN[0]}
+    models = {title: load_detector(model_file(root, runs[row].key)).model for title, row in columns.items()}
+    data = DetectionDataset(*set_files(root / name, "test"), PLANS[name].usual["size"])
+    figure = Figure(figsize=(2.4 * (len(models) + 1), 2.4 * count), dpi=130, layout="constrained")
+    axes = figure.subplots(count, len(models) + 1, squeeze=False)
+    for axis, title in zip(axes[0], ["labels", *models], strict=True):
+        axis.set_title(title, fontsize=8)
+    for cells, index in zip(axes, spread(len(data), count), strict=True):
+        sample = data[index]
+        pixels = sample.image.permute(1, 2, 0).numpy()
+        of_labels = Detections(sample.targets[:, 1:], torch.ones(len(sample.targets)), sample.targets[:, 0].long())
+        found = [of_labels, *(detect_objects(model, pixels, data.size) for model in models.values())]
+        for axis, boxes in zip(cells, found, strict=True):
+            canvas = np.full((3 * data.size, 3 * data.size, 3), 255, np.uint8)
+            enlarged = boxes._replace(boxes=3 * boxes.boxes)
+            axis.imshow(draw(canvas, enlarged, data.class_names, scores=boxes is not of_labels))
+            axis.set(xticks=[], yticks=[])
+    with replacing(file) as part:
+        figure.savefig(part, format="png")
 
 
 def main() -> None:
@@ -183,6 +259,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no run after so many")
     parser.add_argument("--report", action="store_true", help="print the tables alone")
+    parser.add_argument("--figures", type=Path, help="folder for plots of gains and of predictions")
     options = parser.parse_args()
     if not options.report:
         if options.data is None:
@@ -197,7 +274,11 @@ def main() -> None:
         finally:
             bench.close()
             ledger.close()
-    print(table(read_results(options.results)))
+    results = read_results(options.results)
+    print(table(results))
+    if options.figures is not None:
+        draw_gains(results, options.figures / "gains.png")
+        draw_predictions(results, options.out, options.name, options.figures / f"{options.name}.png")
 
 
 if __name__ == "__main__":

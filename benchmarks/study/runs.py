@@ -158,9 +158,9 @@ class Bench:
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(workers, spawn, initializer=_become_worker, initargs=(threads, os.getpid()))
 
-    def results(self, runs: Sequence[Run]) -> list[Result]:
-        """Of these runs, in their order."""
-        self._train([run for run in runs if run.key not in self.ledger.results], keep=False)
+    def results(self, runs: Sequence[Run], *, keep: bool = False) -> list[Result]:
+        """Of these runs, in their order; ``keep``: their models too."""
+        self._train([run for run in runs if run.key not in self.ledger.results], keep=keep)
         return [self.ledger.results[run.key] for run in runs]
 
     def teachers(self, runs: Sequence[Run]) -> list[tuple[str, str]]:
