@@ -5,7 +5,7 @@ SOURCES := setup.py pyproject.toml constraints.txt tests/ultralytics-requirement
 CSRC := $(shell find csrc -type f)
 RESULTS := benchmarks/results
 
-.PHONY: setup demo study test lint docs format bench kernels-report gpu-check clean
+.PHONY: setup demo study test lint docs format bench kernels-report gpu-check gpu-train clean
 
 setup: $(VENV)/installed
 
@@ -53,6 +53,10 @@ kernels-report: setup
 # built before and has code for the card; else nvcc builds it
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
+
+# at full width and 416 pixels: make gpu-train DATA=path/to/neu-det; stopped after 8 minutes, it goes on the next time
+gpu-train:
+	PYTHONPATH=benchmarks $(PYTHON) -m study.real neu-det-gpu --data $(DATA) --minutes 8
 
 format: setup
 	$(BIN)/ruff check --fix

@@ -223,7 +223,8 @@ def _train_and_score(run: Run, root: Path, keep: bool) -> Result:
     weight = run.config.get("logit_weight")
     objective = partial(LogitObjective, logit_weight=weight) if weight else Objective
     with contextlib.redirect_stderr(io.StringIO()):  # the bars of several runs at a time
-        memory = partial(remember, folder=root / MEMO / str(run.teacher and run.teacher[1]))
+        folder = root / MEMO / str(run.teacher and run.teacher[1])
+        memory = partial(remember, folder=folder) if config.cpu else None
         result = train(config, on_teacher=memory, make_objective=objective)
     own = run.config.get("set")
     files = scene_files(root, run.scored_on) if own is None else set_files(root / own, run.scored_on)
@@ -250,8 +251,8 @@ def train_config(run: Run, root: Path) -> TrainConfig:
     if run.teacher is not None:
         values["teacher"] = str(model_file(root, run.teacher[0]))
     config = TrainConfig(
-        out=str(root / "runs" / run.key), seed=run.seed, cache=True, tensorboard=False, cpu=True, eval_every=0,
-        resume=True, **values,
+        out=str(root / "runs" / run.key), seed=run.seed, cache=True, tensorboard=False, eval_every=0, resume=True,
+        **{"cpu": True} | values,
     )  # fmt: skip
     epoch = epoch_steps(config, training_set(config))
     return replace(config, save_every=max(1, round(SAVE_STEPS / epoch)))
