@@ -13,6 +13,7 @@ import platform
 import signal
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,8 +195,8 @@ def _add_train(commands: Any) -> None:
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
     add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
     add(kd, "--teacher-every", "the teacher runs in one of so many steps: cheaper (default: 1)", type=int)
-    part = "part of a batch's pictures that it sees, 0.5 say: cheaper (default: 1.0)"
-    add(kd, "--teacher-images", part, type=float)
+    part = "part of a batch's images that it sees, for example 1/2 or 1/3: cheaper (default: 1.0)"
+    add(kd, "--teacher-images", part, type=_fraction, metavar="N")
     add(kd, "--distill-decay", "fall to zero until then (default: no decay)", choices=DECAYS[1:])
 
     how = parser.add_argument_group("optimisation")
@@ -245,6 +246,14 @@ def _count(text: str, least: int = 1) -> int:
 
 def _count_or_none(text: str) -> int:
     return _count(text, least=0)
+
+
+def _fraction(text: str) -> float:
+    """A number that may be written as a fraction."""
+    try:
+        return float(Fraction(text))
+    except ZeroDivisionError:
+        raise argparse.ArgumentTypeError(f"expected a number or a fraction, got {text!r}") from None
 
 
 def _numbers(text: str) -> tuple[float, ...]:

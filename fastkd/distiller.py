@@ -72,7 +72,8 @@ class Distiller(nn.Module):
             leaves nothing behind that others read. The first time, features and output must agree within 1e-4 of their
             largest, else the teacher runs as it was given, with a warning.
         teacher_every: the teacher runs in the first of every so many training steps; in the others the loss is 0, and
-            in that one it is multiplied by this number, so that the mean over steps stays.
+            in that one it is multiplied by this number, so that the mean over steps stays. Batches that come from two
+            sources in turn want an odd number.
         teacher_images: 1, 1/2, 1/3, ...: the part of a training batch's images that the teacher sees and the loss is
             of; the next pass has the next part. Images must be a tensor or a list, a level's output one row an image.
         criterion: a ``DistillLoss`` made beforehand; or
@@ -118,7 +119,6 @@ class Distiller(nn.Module):
         require_bool("last_forward", last_forward)
         require_bool("fold_teacher", fold_teacher)
         self._passes, self.taught = Passes(teacher_every, teacher_images), ALL
-        self.register_load_state_dict_post_hook(lambda loaded, _: loaded._passes.forget())  # type: ignore[no-untyped-call]
         _refuse_shared_weights(student, teacher)
         if align not in (None, "interpolate"):
             raise ValueError(f'align: expected None or "interpolate", got {align!r}')
@@ -228,14 +228,18 @@ class Distiller(nn.Module):
             learns = self.training and torch.is_grad_enabled()
             taught, factor = ALL, 1.0
             if learns and not self._passes.all:
-                taught, factor = self._passes.images_of_step(self.criterion.loss_weight.step, images)
+                taught, factor = self._passes.images_of_step(self.criterion.loss_weight, images)
             if not factor:
-                return self.criterion.skip_step(self._student_features(images))
+                skipped = self.criterion.skip_step(self._student_features(images))
+                self._passes.count()
+                return skipped
             student, teacher, q, output = self._features(images, prior, taught)
             warn_if_nothing_learns(student)
             donated = _held_by_hooks_alone(teacher)
             del output  # until here it kept what else holds a teacher's feature
             loss: Tensor = self.criterion(student, teacher, q, task_loss, donated=donated)
+            if learns and not self._passes.all:
+                self._passes.count()
             return loss if factor == 1 else loss * factor
         finally:
             self._clear()

@@ -292,9 +292,10 @@ class DistillLoss(nn.Module):
 
     def skip_step(self, student_feats: Sequence[Tensor]) -> Tensor:
         """The loss of a training step in which the teacher does not run: 0; counted, but in no average."""
-        alone = world_size() == 1 and next(self.adapters.parameters(), None) is not None
+        adapters = self.adapters.parameters()
+        learns = any(p.requires_grad and not isinstance(p, UninitializedParameter) for p in adapters)
         # a gradient of zeros for each feature would cost a step some percent
-        losses, loss = self.level_losses, self.zero_loss(() if alone else student_feats)
+        losses, loss = self.level_losses, self.zero_loss(() if learns and world_size() == 1 else student_feats)
         self.level_losses = losses  # still those of the last forward
         self.loss_weight.skip()
         return loss

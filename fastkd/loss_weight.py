@@ -52,6 +52,7 @@ class LossWeight(KeepsPrecision):
         self.stop_step = None if stop_step is None else require_int("stop_step", stop_step, 0)
         self._require_decay()
         self._steps = 0  # what ``step`` is, as far as Python knows without asking the device
+        self.loads = 0  # how often a state was loaded
         self._has_average = False  # whether a step has been averaged: a device's averages are not asked for that
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("averages", torch.zeros(3, dtype=torch.float32))
@@ -158,6 +159,7 @@ class LossWeight(KeepsPrecision):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._steps, self._has_average = require_state("loss_weight", state, "steps", "has_average")
+        self.loads += 1
         # the weight or its schedule may be others than those of the run that was saved
         self._update(self.factor, self.averages, self.step, None, None, advance=0)
 

@@ -86,6 +86,23 @@ def test_a_run_that_goes_on_has_the_teacher_in_the_steps_that_were_to_have_it() 
     assert [step(first, images_of(2)) > 0 for _ in range(2)] == [True, False]
     again.load_state_dict(first.state_dict())
     assert [step(again, images_of(2)) > 0 for _ in range(3)] == [False, True, False]
+    again.criterion.load_state_dict(first.criterion.state_dict())
+    assert [step(again, images_of(2)) > 0 for _ in range(3)] == [False, True, False]
+
+
+def test_a_step_that_failed_is_not_counted() -> None:
+    distiller = distiller_of(teacher_every=2)
+    distiller.student(images_of(2))
+    with pytest.raises(ValueError, match="prior"):
+        distiller.loss(images_of(2), lambda sizes: [torch.ones(1)] * 2)
+    assert [step(distiller, images_of(2)) > 0 for _ in range(3)] == [True, False, True]
+
+
+def test_parts_that_weigh_by_their_own_mass_are_those_of_smaller_batches() -> None:
+    images, whole = images_of(4), distiller_of(divisor="map", teacher_images=0.5)
+    parts = [step(whole, images) for _ in range(2)]
+    small = distiller_of(divisor="map")
+    assert parts == pytest.approx([step(small, images[:2]), step(small, images[2:])], rel=1e-5)
 
 
 def test_validation_is_on_all_images_every_time() -> None:
@@ -103,9 +120,10 @@ def test_validation_is_on_all_images_every_time() -> None:
 
 
 def test_a_loss_without_the_teacher_is_differentiable_also_without_adapters() -> None:
-    distiller = Distiller(net(4), net(4), backbone=[("0", "0")], adapters=[nn.Identity()], teacher_every=2)
-    assert step(distiller, images_of(2)) > 0
-    assert step(distiller, images_of(2)) == 0
+    for adapter in (nn.Identity(), nn.Conv2d(4, 4, 1).requires_grad_(False)):
+        distiller = Distiller(net(4), net(4), backbone=[("0", "0")], adapters=[adapter], teacher_every=2)
+        assert step(distiller, images_of(2)) > 0
+        assert step(distiller, images_of(2)) == 0
 
 
 def test_check_says_how_often_the_teacher_runs() -> None:
@@ -144,6 +162,7 @@ def test_the_trainers_priors_weigh_the_images_that_the_teacher_sees(prior: str) 
         ({"teacher_images": 0}, ValueError, "teacher_images: expected 1 or 1 divided by a whole number"),
         ({"teacher_images": 1.5}, ValueError, "teacher_images: expected 1 or 1 divided by a whole number"),
         ({"teacher_images": 0.7}, ValueError, r"teacher_images: .* \(1 / 2, 1 / 3, ...\), got 0.7"),
+        ({"teacher_images": 0.45}, ValueError, "teacher_images: expected 1 or 1 divided by a whole number"),
         ({"teacher_images": "half"}, ValueError, "teacher_images: expected"),
     ],
 )

@@ -115,8 +115,9 @@ def of_pkd(s: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_pkd(layout: torch.memory_format) -> None:
-    s, t = (x.detach().to(memory_format=layout) for x in features())
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_pkd(layout: torch.memory_format, scale: float) -> None:
+    s, t = (scale * x.detach().to(memory_format=layout) for x in features())
     s.requires_grad_()
     assert_same(fastkd.distill_loss([s], [t], info_map="pkd", weights=[0.5]), of_pkd(s, t), s)
     criterion = fastkd.DistillLoss(adapters=[nn.Identity()], info_map="pkd", weight=0.5)

@@ -96,7 +96,8 @@ def table(results: list[Result]) -> str:
             continue
         steps = next(iter(found.values())).run.config["steps"]
         mean = interval([x.mAP for x in found.values()]).mean
-        over = "" if row == ALONE else str(gain(found, rows[regime, ALONE]))
+        alone = rows.get((regime, ALONE), {})
+        over = str(gain(found, alone)) if row != ALONE and alone.keys() & found.keys() else ""
         lines.append(f"| {labels[regime]} | {row} | {steps:,} | {mean:.1f} | {over} |")
     lines += ["", "| at equal steps | over every step |", "|---|---|"]
     usual = rows.get((EQUAL_STEPS, "every step, equal steps"), {})

@@ -3,7 +3,8 @@
     PYTHONPATH=benchmarks python -m study.real neu-det --data path/to/neu-det --out runs/real
 
 The teacher has the labels of all training images; students have a share of them, and the other images without labels.
-Settings are chosen on the validation set, the tables are of the test set. Killed and started again, it goes on where it
+Settings are chosen on the validation set, those of the distilled students with the map ``graded_iou`` for all maps; the
+tables are of the test set. Killed and started again, it goes on where it
 was; ``--minutes`` ends it in time. ``--report`` prints the tables of what is there.
 """
 
@@ -42,7 +43,7 @@ ROWS: dict[str, Config] = {
     "CWD": {"info_map": "uniform", "penalty": "cwd"},
     "score": {"info_map": "score"},
     "self_information": {"info_map": "self_information"},
-    "FGD, focal": {"info_map": "attention", "prior": "box_balance"},
+    "attention, box_balance": {"info_map": "attention", "prior": "box_balance"},
     "graded_iou, backbone only": GRADED | {"level_weights": [1, 1, 1, 0, 0]},
     "graded_iou, neck only": GRADED | {"level_weights": [0, 0, 0, 1, 1]},
     "graded_iou, shuffled": {"info_map": "uniform_standardized", "prior": "study: shuffled graded IoU"},
@@ -251,10 +252,14 @@ def draw_gains(results: list[Result], file: Path) -> None:
 def draw_predictions(results: list[Result], root: Path, name: str, file: Path, count: int = 4) -> None:
     """Labels and what teacher and students find in the same test images, as boxes alone: images may not be shown.
 
+    Of the first regime, whose models of the first seed must be in ``root``.
+
     Raises:
-        FileNotFoundError: the models of the first seed are not in ``root``.
+        FileNotFoundError: they are not.
     """
-    runs = {x.run.row: x.run for x in results if x.run.scored_on == "test" and x.run.seed == 0}
+    regimes = ("teacher", next(iter(PLANS[name].regimes)))
+    shown = [x.run for x in results if x.run.scored_on == "test" and x.run.seed == 0]
+    runs = {x.row: x for x in shown if x.regime in {f"{name}: {regime}" for regime in regimes}}
     columns = {"teacher": "all labels", ALONE: ALONE, f"distilled, {MAIN[0]}": MAIN[0]}
     models = {title: load_detector(model_file(root, runs[row].key)).model for title, row in columns.items()}
     data = DetectionDataset(*set_files(root / name, "test"), PLANS[name].usual["size"])

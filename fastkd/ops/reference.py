@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastkd.ops.presets import CHANNELS, CWD, InfoMap
 
 EPS = 1e-9  # of min-max and of Z = "map"
-BATCH_EPS = 1e-10  # of a variance
+BATCH_EPS, STD_EPS = 1e-12, 1e-6  # of a variance, of a standard deviation
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -72,20 +72,31 @@ def information_map(teacher: Tensor, info: InfoMap, prior: Tensor, mean: Tensor,
 
 
 def by_own_batch(x: Tensor) -> Tensor:
-    """(x - mean_c) / std_c of an (N, C, H, W) batch, differentiable; std with N H W - 1, as in PKD's published code."""
-    n, c, h, w = x.shape
-    if n * h * w < 2:
+    """(x - mean_c) / (std_c + 1e-6) of an (N, C, H, W) batch, differentiable, as in PKD's published code.
+
+    std is that of N H W - 1; of a single cell there is none, and the result is 0. The gradient takes std + 1e-6 for a
+    multiple of std, which makes it wrong by 1e-6 / std.
+    """
+    if x.numel() < 2 * x.shape[1]:
         return x - x
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    scale = torch.full((c,), math.sqrt(1 - 1 / (n * h * w)), dtype=dtype, device=x.device)
+    with torch.no_grad():
+        std = torch.std(x.to(accumulator(x)), (0, 2, 3), correction=0)
+        scale = (std.square() + BATCH_EPS).sqrt() / (std * _unbiased(x) + STD_EPS)
     return F.batch_norm(x, None, None, scale, training=True, eps=BATCH_EPS)
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, rstd), two (C,) vectors, with which ``standardize`` does what ``by_own_batch`` does."""
-    cells = x.numel() // max(x.shape[1], 1)
-    variance, mean = torch.var_mean(x.to(accumulator(x)), (0, 2, 3), correction=0)
-    return mean, (variance + BATCH_EPS).rsqrt() * math.sqrt(max(1 - 1 / max(cells, 1), 0.0))
+    if x.numel() < 2 * x.shape[1]:
+        return tuple(x.new_zeros(2, x.shape[1], dtype=accumulator(x)))
+    std, mean = torch.std_mean(x.to(accumulator(x)), (0, 2, 3), correction=0)
+    return mean, 1 / (std * _unbiased(x) + STD_EPS)
+
+
+def _unbiased(x: Tensor) -> float:
+    """What makes a standard deviation over all cells of a channel that of their number less one."""
+    cells = x.numel() // x.shape[1]
+    return math.sqrt(cells / (cells - 1))
 
 
 def penalty_sum(student: Tensor, teacher: Tensor, penalty: str, beta: float) -> Tensor:

@@ -52,9 +52,12 @@ def save_detector(
         save_weights(model, path)
         with replacing(path.with_suffix(".cfg")) as part:
             part.write_text(write_cfg(model, size), encoding="utf-8")
+        names = path.with_suffix(".names")
         if class_names:
-            with replacing(path.with_suffix(".names")) as part:
+            with replacing(names) as part:
                 part.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+        else:
+            names.unlink(missing_ok=True)  # those of an earlier model
         return
     content = {
         "format": _FORMAT,
