@@ -13,7 +13,9 @@ from PIL import Image
 from fastkd.yolov3.annotations import Annotations, from_rows
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-SPLITS = ("train", "val", "valid", "test")
+SPLITS = ("train", "val", "valid", "validation", "test")
+ALIASES = {"val": ("val", "valid", "validation")}  # of a set to the names that its folder or file may have
+ALL = "all"  # the set of a folder that has none by name
 LARGEST_SIDE = 1 << 31
 
 
@@ -28,6 +30,11 @@ def read_pictures(folder: str | os.PathLike[str]) -> Annotations:
     pictures = list(pictures_in(root))
     sizes = [picture_size(picture) for picture in pictures]
     return from_rows(str(root), root, [str(x.relative_to(root)) for x in pictures], sizes, [], np.zeros((0, 7)))
+
+
+def has_images(folder: Path) -> bool:
+    """Whether an image is in a folder itself."""
+    return folder.is_dir() and any(x.suffix.lower() in PICTURES for x in folder.iterdir())
 
 
 def picture_size(path: Path) -> tuple[int, int]:

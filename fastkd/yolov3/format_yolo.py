@@ -15,19 +15,31 @@ import numpy as np
 import yaml
 
 from fastkd.yolov3.annotations import Annotations, from_rows
-from fastkd.yolov3.format_images import lines_of, picture_size, pictures_in, require_there
+from fastkd.yolov3.class_names import read_names
+from fastkd.yolov3.format_images import (
+    ALIASES,
+    ALL,
+    PICTURES,
+    has_images,
+    lines_of,
+    picture_size,
+    pictures_in,
+    require_there,
+)
+
+YAML = (".yaml", ".yml")
+DARKNET = ".data"
+CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # of Label Studio and LabelImg, Darknet, Roboflow
 
 
 def read_yolo(path: Path, images: str | os.PathLike[str]) -> Annotations:
     """YOLO text: one ``.txt`` per image, beside it or with ``labels`` for ``images`` in its path.
 
+    ``path`` has the class names: a ``data.yaml``, Darknet's ``.data`` file, which names the list of them, or that list.
     A line is a class index and centre, width and height relative to the image; a longer one is a polygon, of which the
     bounding box is taken. An image with an empty label file, or none, is background.
     """
-    content = read_yaml(path)
-    if "kpt_shape" in content:
-        raise ValueError(f"{path}: kpt_shape: expected labels of boxes or polygons, got those of key points")
-    classes = _classes(content, path)
+    classes = _classes_of(path)
     places = [Path(images)]
     if not places[0].exists():
         places = [Path(place).absolute() for place in str(images).split(os.pathsep)]
@@ -51,6 +63,26 @@ def read_yolo(path: Path, images: str | os.PathLike[str]) -> Annotations:
     names = [str(x.relative_to(root)) if x.is_relative_to(root) else str(x.absolute()) for x in pictures]
     table = np.frombuffer(objects).reshape(-1, 7)
     return from_rows(str(path), root, names, sizes, list(classes.values()), table, _yolo_notes(classes, corners))
+
+
+def is_class_list(path: Path) -> bool:
+    """Whether a file is one with a class name a line, by its name."""
+    return path.name in CLASS_LISTS or path.suffix == ".names"
+
+
+def _classes_of(path: Path) -> dict[int, str]:
+    """Name of each class index, from a ``data.yaml``, a ``.data`` file, or a list."""
+    if is_class_list(path):
+        return dict(enumerate(read_names(path)))
+    if path.suffix == DARKNET:
+        said = read_darknet(path)
+        if "names" not in said:
+            raise ValueError(f"{path}: expected a line 'names = obj.names', the file with a class name a line")
+        return dict(enumerate(read_names(darknet_place(path, said["names"]))))
+    content = read_yaml(path)
+    if "kpt_shape" in content:
+        raise ValueError(f"{path}: kpt_shape: expected labels of boxes or polygons, got those of key points")
+    return _classes(content, path)
 
 
 def _yolo_notes(classes: dict[int, str], corners: list[int]) -> list[str]:
@@ -104,38 +136,115 @@ def _classes(content: dict[str, Any], path: Path) -> dict[int, str]:
     return {key: str(names[key]) for key in sorted(names)}
 
 
-def entry_of(content: dict[str, Any], name: str) -> Any:
-    """What a data.yaml has of a split; ``val`` may be called ``valid``."""
-    return content.get(name) or (content.get("valid") if name == "val" else None)
+def sets_of_yaml(path: Path) -> list[str]:
+    """The sets of a data.yaml."""
+    content = read_yaml(path)
+    return [name for name in ("train", "val", "test") if _entry_of(content, path, name)]
+
+
+def _entry_of(content: dict[str, Any], path: Path, name: str) -> Any:
+    """What a data.yaml has of a split, or what lies beside the training set as this split."""
+    names = ALIASES.get(name, (name,))
+    said = next((content[x] for x in names if content.get(x)), None)
+    train = content.get("train")
+    if said or name == "train" or not isinstance(train, str) or "train" not in Path(train).parts:
+        return said
+    parts = list(Path(train).parts)
+    place = len(parts) - 1 - parts[::-1].index("train")
+    beside = [str(Path(*parts[:place], x, *parts[place + 1 :])) for x in names]
+    return next((x for x in beside if any(has_labels(file) for file in _places_of(content, path, x))), None)
+
+
+def _places_of(content: dict[str, Any], path: Path, value: str) -> tuple[Path, ...]:
+    """Where an entry may be; exports of Roboflow say ../train/images of what is beside the file."""
+    root = path.parent / str(content.get("path") or "")
+    return root / value, path.parent / value, path.parent / value.removeprefix("../")
+
+
+def has_labels(folder: Path) -> bool:
+    """Whether an image that is in a folder itself has a label file."""
+    return has_images(folder) and any(
+        _label_file(x).is_file() for x in folder.iterdir() if x.suffix.lower() in PICTURES
+    )
 
 
 def split_of(content: dict[str, Any], path: Path, name: str) -> Path:
     """Folder or list of a split, or several joined; relative to ``path:``, which is relative to the file."""
-    value = entry_of(content, name)
+    value = _entry_of(content, path, name)
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(x, str) for x in values):
-        known = [key for key in ("train", "val", "test") if entry_of(content, key)]
+        got = "no such entry" if value is None else reprlib.repr(value)
         raise FileNotFoundError(
-            f"set {name!r} in {path}: expected a folder, a .txt list, or a list of them, "
-            f"got {'no such entry' if value is None else reprlib.repr(value)}; sets found: {', '.join(known) or 'none'}"
+            f"set {name!r} in {path}: expected a folder, a .txt list, or a list of them, got {got}; "
+            f"sets found: {', '.join(sets_of_yaml(path)) or 'none'}; write the line '{name}: images/{name}', say"
         )
-    root = path.parent / str(content.get("path") or "")
     found = []
     for value in values:
-        # exports of Roboflow say ../train/images of what is beside the file
-        places = (root / value, path.parent / value, path.parent / value.removeprefix("../"))
+        places = _places_of(content, path, value)
         place = next((x for x in places if x.exists()), None)
         if place is None:
-            raise FileNotFoundError(f"set {name!r} in {path}: {root / value} does not exist")
+            raise FileNotFoundError(
+                f"set {name!r} in {path}: {places[0]} does not exist; correct or remove the line '{name}: {value}'"
+            )
         found.append(str(place))
     return Path(os.pathsep.join(found))
+
+
+def sets_of_lists(root: Path) -> dict[str, tuple[Path, Path]]:
+    """Sets of a folder with a list of class names and no data.yaml: Darknet's, or ``images`` and ``labels``."""
+    file = darknet_file(root)
+    if file is not None:
+        said = read_darknet(file)
+        return {name: (file, darknet_place(file, said[name])) for name in ("train", "val", "test") if name in said}
+    found: dict[str, tuple[Path, Path]] = {}
+    for name in ("train", "val", "test"):
+        for part in ALIASES.get(name, (name,)):
+            folders = (root / "images" / part, root / part / "images", root / part)
+            found |= _listed_set(root, name, part, folders) if name not in found else {}
+    return found or _listed_set(root, ALL, "", (root / "images", root))
+
+
+def _listed_set(root: Path, name: str, part: str, folders: tuple[Path, ...]) -> dict[str, tuple[Path, Path]]:
+    places = (root, root / "labels", root / "labels" / part, root / part, root / part / "labels", root / "images")
+    lists = [place / file for place in places for file in CLASS_LISTS if (place / file).is_file()]
+    images = next((folder for folder in folders if has_labels(folder)), None) if lists else None
+    return {} if images is None else {name: (lists[0], images)}
+
+
+def darknet_file(root: Path) -> Path | None:
+    """A ``.data`` file that is a folder, or lies in it or a folder of it."""
+    files = [root] if root.suffix == DARKNET else sorted([*root.glob(f"*{DARKNET}"), *root.glob(f"*/*{DARKNET}")])
+    return next((file for file in files if "train" in read_darknet(file)), None)
+
+
+def read_darknet(file: Path) -> dict[str, str]:
+    """What a ``.data`` file of Darknet says of train, val, test and names; nothing of another file."""
+    if not file.is_file() or file.stat().st_size > 1 << 16:
+        return {}
+    pairs = [line.split("=") for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    said = {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2 and pair[1].strip()}
+    keys = {name: next((x for x in ALIASES.get(name, (name,)) if x in said), "") for name in ("train", "val", "test")}
+    return {name: said[key] for name, key in (keys | {"names": "names"}).items() if key in said}
+
+
+def darknet_place(file: Path, value: str) -> Path:
+    """What a ``.data`` file names, which is relative to the folder that Darknet runs in: often the folder above.
+
+    Raises:
+        FileNotFoundError: it is not there (names the file, and what it says).
+    """
+    places = (file.parent / value, file.parent.parent / value, file.parent / Path(value).name)
+    place = next((x for x in places if x.exists()), None)
+    if place is None:
+        raise FileNotFoundError(f"{file}: {value} is not there; looked for {', '.join(map(str, places))}")
+    return place
 
 
 def _listed_pictures(images: Path) -> list[Path]:
     """The images of a folder and its sub-folders, or of a list.
 
-    Relative paths of a list are relative to its folder or, as Darknet has them, to the folder above: to the one in
-    which more of them exist.
+    Relative paths of a list are relative to its folder or, as Darknet has them, to the folder above, or to its folder
+    under another name, as CVAT has them (``data/``): to the one in which more of them exist.
     """
     require_there("images", images)
     if images.is_dir():
@@ -143,9 +252,10 @@ def _listed_pictures(images: Path) -> list[Path]:
     lines = [line.strip().removeprefix("./") for line in lines_of(images) if line.strip()]
     if not lines:
         raise ValueError(f"images: {images} lists no images")
-    folders = (images.parent, images.parent.parent)
-    folder = max(folders, key=lambda folder: sum(os.path.isfile(os.path.join(folder, line)) for line in lines))
-    return [folder / line for line in lines]
+    here = images.parent
+    choices = [[folder / line for line in lines] for folder in (here, here.parent)]
+    choices += [[here / line.partition("/")[2] for line in lines]] if all("/" in line for line in lines) else []
+    return max(choices, key=lambda files: sum(map(os.path.isfile, files)))
 
 
 def _label_file(picture: Path) -> Path:

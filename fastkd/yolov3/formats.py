@@ -1,4 +1,4 @@
-"""Readers of annotated sets: COCO JSON, Pascal VOC XML, YOLO text, and pictures without labels.
+"""Readers of annotated sets: COCO JSON, Pascal VOC XML, YOLO text, CSV of boxes, and images without labels.
 
 A set is a pair of paths, ``annotations`` and ``images``, whose kind says the format; ``find_set`` finds the pair in a
 folder, ``read_set`` reads it:
@@ -9,8 +9,9 @@ format   annotations                                     images
 COCO     ``NAME.json``                                   folder of the images
 VOC      ``ImageSets/Main/NAME.txt``, or the folder of   folder of the images
          the XML files for all of them
-YOLO     ``data.yaml``                                   folder or ``.txt`` list, or several of them joined
-                                                         by ``os.pathsep``
+YOLO     ``data.yaml``; Darknet's ``obj.data``; or a     folder or ``.txt`` list, or several of them joined
+         list of class names, ``classes.txt``            by ``os.pathsep``
+CSV      ``train_labels.csv``, a row a box               folder of the images
 =======  ==============================================  ===================================================
 """
 
@@ -19,26 +20,39 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 from pathlib import Path
 
 from fastkd.yolov3.annotations import Annotations
 from fastkd.yolov3.format_coco import read_coco
-from fastkd.yolov3.format_images import PICTURES, SPLITS, lines_of, read_pictures, require_there
+from fastkd.yolov3.format_csv import HEADING, columns_of, read_csv, sets_of_csv
+from fastkd.yolov3.format_images import ALIASES, ALL, PICTURES, SPLITS, has_images, read_pictures, require_there
 from fastkd.yolov3.format_voc import read_voc
-from fastkd.yolov3.format_yolo import entry_of, read_yaml, read_yolo, split_of
+from fastkd.yolov3.format_yolo import (
+    DARKNET,
+    YAML,
+    is_class_list,
+    read_yaml,
+    read_yolo,
+    sets_of_lists,
+    sets_of_yaml,
+    split_of,
+)
 
-__all__ = ["PICTURES", "find_set", "read_pictures", "read_set", "require_sets", "sets_in"]
+__all__ = ["ALL", "PICTURES", "YAML", "Pair", "find_set", "read_pictures", "read_set", "require_sets", "sets_in"]
 
 # how COCO's files without our boxes begin
 OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
 LAYOUTS = (
     "looked for annotations/[instances_]{name}.json with images in images/{name}, {name} or images (COCO), "
     "{name}/_annotations.coco.json (COCO of Roboflow), ImageSets/Main/{name}.txt with Annotations and JPEGImages "
-    "(VOC), {name}/*.xml beside the images (VOC), data.yaml with {name}: and names: (YOLO)"
+    "(VOC), {name}/*.xml beside the images (VOC), data.yaml with {name}: and names: (YOLO), images and labels with "
+    "classes.txt (YOLO), obj.data (Darknet), {name}_labels.csv (CSV)"
 )
-YAML = (".yaml", ".yml")
 ROBOFLOW = "_annotations.coco.json"
-ALL = "all"  # the set of a folder that has none by name
+# of Label Studio, TACO, FiftyOne and Roboflow: a file for all images, which are beside it or in a folder of it
+WHOLE_COCO = ("result.json", "annotations.json", "labels.json", ROBOFLOW)
+Pair = tuple[Path, Path]  # annotations and images
 
 
 def read_set(annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> Annotations:
@@ -51,26 +65,32 @@ def read_set(annotations: str | os.PathLike[str], images: str | os.PathLike[str]
     path = Path(annotations)
     if path.suffix == ".json":
         return read_coco(path, images).once()
-    if path.suffix in YAML:
+    if path.suffix in (*YAML, DARKNET) or is_class_list(path):
         return read_yolo(path, images).once()
+    if path.suffix == ".csv":
+        return read_csv(path, images).once()
     if path.suffix == ".txt" or path.is_dir():
         return read_voc(path, images).once()
     require_there("annotations", path)
     raise ValueError(
-        f"annotations: expected a .json file (COCO), a data.yaml (YOLO), or a .txt list or folder of .xml files (VOC), "
+        f"annotations: expected a .json file (COCO), a data.yaml, .data file or classes.txt (YOLO), a .csv file, or a "
+        f".txt list or folder of .xml files (VOC), "
         f"got {path}"
     )
 
 
-def find_set(folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
-    """Annotations and images of one set: in the layouts of COCO, ``fastkd data``, Roboflow, Pascal VOC and YOLO.
+def find_set(folder: str | os.PathLike[str], name: str) -> Pair:
+    """Annotations and images of one set, in any of the layouts that docs/data.md shows.
 
-    ``train_100`` is found to be a part of ``train``: its images are in ``images/train``. ``val`` may be
-    called ``valid``.
+    ``train_100`` is found to be a part of ``train``: its images are in ``images/train``. ``val`` may be called
+    ``valid`` or ``validation``.
 
     Args:
-        folder: of the data set; or YOLO's ``.yaml`` file itself.
-        name: of the set: ``train``, ``val``, ``train2017``, ...; ``all`` for XML files that are in no list.
+        folder: of the data set; or YOLO's ``.yaml`` file, or Darknet's ``.data`` file, itself.
+        name: of the set: ``train``, ``val``, ``train2017``, ...; ``all`` for a folder's single set without a name.
+
+    Returns:
+        What ``read_set`` and ``DetectionDataset`` take.
 
     Raises:
         FileNotFoundError: no such set (says what was looked for, and lists the sets that are there).
@@ -79,10 +99,32 @@ def find_set(folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
     if root.suffix in YAML:
         return root, split_of(read_yaml(root), root, name)
     require_there("data", root)
+    missing: FileNotFoundError | None = None
+    for alias in ALIASES.get(name, (name,)):
+        try:
+            found = _listed_set(root, alias)
+        except FileNotFoundError as error:  # of COCO without its images, which another layout may have
+            missing = missing or error
+            continue
+        if found is not None:
+            return found
+    found = _yaml_split(root, name) or _folder_split(root, name) or _other_sets(root).get(name)
+    if found is None:
+        names = sets_in(root)
+        way_out = f"name one of these, or make a split: fastkd data split {root} --out FOLDER" if names else _hint(root)
+        raise missing or FileNotFoundError(
+            f"set {name!r} in {root}: not found; sets found: {', '.join(names) or 'none'}; "
+            + (way_out or LAYOUTS.format(name=name))
+        )
+    return found
+
+
+def _listed_set(root: Path, name: str) -> Pair | None:
+    """Of COCO's or VOC's layout."""
     files = [root / "annotations" / f"{prefix}{name}.json" for prefix in ("", "instances_")]
     images = [root / "images" / name, root / name, root / "images" / name.split("_")[0]]
     found_file = next((x for x in files if x.is_file()), None)
-    found_images = next((x for x in images if x.is_dir()), root / "images" if _has_images(root / "images") else None)
+    found_images = next((x for x in images if x.is_dir()), root / "images" if has_images(root / "images") else None)
     if found_file is not None and found_images is not None:
         return found_file, found_images
     if (root / "ImageSets" / "Main" / f"{name}.txt").is_file():
@@ -92,26 +134,20 @@ def find_set(folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
         raise FileNotFoundError(
             f"set {name!r} in {root}: {found_file.name} is there, but neither a folder {missing} nor images in images"
         )
-    found = _yaml_split(root, name) or _folder_split(root, name)
-    if found is None:
-        raise FileNotFoundError(
-            f"set {name!r} in {root}: not found; sets found: {', '.join(sets_in(root)) or 'none'}; "
-            + (_hint(root) or LAYOUTS.format(name=name))
-        )
-    return found
+    return None
 
 
-def _yaml_split(root: Path, name: str) -> tuple[Path, Path] | None:
+def _yaml_split(root: Path, name: str) -> Pair | None:
     """Of the folder's YAML file, if that has this set."""
     file = _yaml_in(root)
-    if file is None or name not in sets_in(file):
+    if file is None or name not in sets_of_yaml(file):
         return None
     return file, split_of(read_yaml(file), file, name)
 
 
-def _folder_split(root: Path, name: str) -> tuple[Path, Path] | None:
+def _folder_split(root: Path, name: str) -> Pair | None:
     """Annotations in the folder of the images: Roboflow's COCO, and XML files; or XML files that are in no list."""
-    for folder in [root / name, root / "valid"] if name == "val" else [root / name]:
+    for folder in [root / alias for alias in ALIASES.get(name, (name,))]:
         if (folder / ROBOFLOW).is_file():
             return folder / ROBOFLOW, folder
         if _is_labelled(folder):
@@ -119,7 +155,29 @@ def _folder_split(root: Path, name: str) -> tuple[Path, Path] | None:
     return _unlisted(root) if name == ALL else None
 
 
-def _unlisted(root: Path) -> tuple[Path, Path] | None:
+def _other_sets(root: Path) -> dict[str, Pair]:
+    """Sets of the layouts that are looked for last: a single COCO file, YOLO without a YAML file, CSV."""
+    if not root.is_dir():
+        return sets_of_lists(root)
+    file = next((root / name for name in WHOLE_COCO if (root / name).is_file()), None)
+    if file is not None and "images" in _start_of(file):
+        return {ALL: (file, _images_beside(file))}
+    return (sets_of_lists(root) if _yaml_in(root) is None else {}) or sets_of_csv(root)
+
+
+def _start_of(file: Path) -> str:
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        return opened.read(1 << 16)
+
+
+def _images_beside(file: Path) -> Path:
+    """Of a COCO file: ``images``, ``data`` or its own folder, by its first image."""
+    first = re.search(r'"file_name"\s*:\s*"([^"]+)"', _start_of(file))
+    folders = [file.parent / "images", file.parent / "data", file.parent]
+    return next((x for x in folders if first and (x / first[1]).is_file()), folders[-1])
+
+
+def _unlisted(root: Path) -> Pair | None:
     """XML files and images, in two folders or in one, without lists."""
     pairs = itertools.product((root / "Annotations", root / "annotations"), (root / "JPEGImages", root / "images"))
     found = (pair for pair in pairs if any(pair[0].glob("*.xml")) and pair[1].is_dir())
@@ -142,31 +200,27 @@ def _has_names(file: Path) -> bool:
     return False
 
 
-def _has_images(folder: Path) -> bool:
-    return folder.is_dir() and any(x.suffix.lower() in PICTURES for x in folder.iterdir())
-
-
 def _is_labelled(folder: Path) -> bool:
-    return any(folder.glob("*.xml")) and _has_images(folder)
+    return any(folder.glob("*.xml")) and has_images(folder)
 
 
 def sets_in(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the sets that ``find_set`` finds in a folder, or in a ``.yaml`` file."""
+    """Names of the sets that ``find_set`` finds in a folder, or in a ``.yaml`` or ``.data`` file."""
     root = Path(folder)
     if root.suffix in YAML:
-        content = read_yaml(root)
-        return [name for name in ("train", "val", "test") if entry_of(content, name)]
+        return sets_of_yaml(root)
     if not root.is_dir():
-        return []
+        return list(_other_sets(root))
     files = [x.stem for x in sorted((root / "annotations").glob("*.json")) if not x.stem.startswith(OTHER_TASKS)]
     names = [stem.removeprefix("instances_") for stem in files]
     lists = sorted((root / "ImageSets" / "Main").glob("*.txt"))
     names += [x.stem for x in lists if (root / "Annotations").is_dir() and "_" not in x.stem]
     file = _yaml_in(root)
-    names += sets_in(file) if file is not None else []
-    folders = sorted(x for x in root.iterdir() if x.is_dir() and ((x / ROBOFLOW).is_file() or _is_labelled(x)))
-    names += ["val" if x.name == "valid" else x.name for x in folders]
-    return list(dict.fromkeys(names)) or ([ALL] if _unlisted(root) else [])
+    names += sets_of_yaml(file) if file is not None else []
+    names += sorted(x.name for x in root.iterdir() if x.is_dir() and ((x / ROBOFLOW).is_file() or _is_labelled(x)))
+    known = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+    names = [known.get(name, name) for name in names]
+    return list(dict.fromkeys(names)) or ([ALL] if _unlisted(root) else list(_other_sets(root)))
 
 
 def require_sets(folder: str | os.PathLike[str]) -> list[str]:
@@ -190,31 +244,18 @@ def require_sets(folder: str | os.PathLike[str]) -> list[str]:
 
 def _hint(root: Path) -> str:
     """What to write where the layout is known, but says too little to be read."""
-    darknet = [root] if root.suffix == ".data" else sorted([*root.glob("*.data"), *root.glob("*/*.data")])
-    said = next(((file.parent, found) for file in darknet if (found := _darknet(file))), None)
-    if said:
-        kind, folder, places = "Darknet", *said
-    elif (root / "images").is_dir() and (root / "labels").is_dir():
-        parts = [name for name in SPLITS if (root / "images" / name).is_dir()]
-        places = {name.replace("valid", "val"): f"images/{name}" for name in parts} or {"train": "images"}
-        kind, folder, places = "YOLO", root, places | {"names": "classes.txt"}
-    elif any(root.glob("*.csv")):
-        return "boxes in CSV files are not read: convert them to COCO JSON"
-    else:
-        return ""
-    file = folder / places.pop("names", "")
-    names = ", ".join(filter(None, map(str.strip, lines_of(file)))) if file.is_file() else "first class, second, ..."
-    lines = [*(f"{split}: {place}" for split, place in places.items()), f"names: [{names}]"]
-    where = folder / "data.yaml"
-    return (
-        f"this looks like {kind}'s layout; to have it read, write {where} with the lines {', '.join(map(repr, lines))}"
-    )
-
-
-def _darknet(file: Path) -> dict[str, str]:
-    """What a .data file of Darknet says of train, val and names; nothing of another file."""
-    if not file.is_file() or file.stat().st_size > 1 << 16:
-        return {}
-    pairs = [line.split("=") for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
-    said = {pair[0].strip(): Path(pair[1].strip()).name for pair in pairs if len(pair) == 2}
-    return {key: said[name] for key, name in (("train", "train"), ("val", "valid"), ("names", "names")) if name in said}
+    parts = [name for name in SPLITS if (root / "images" / name).is_dir()]
+    if (root / "images").is_dir() and (root / "labels").is_dir():
+        known = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+        places = {known.get(name, name): f"images/{name}" for name in parts} or {"train": "images"}
+        lines = [*(f"{split}: {place}" for split, place in places.items()), "names: [first class, second, ...]"]
+        return (
+            f"this looks like YOLO's layout without the names of its classes; to have it read, write them into "
+            f"{root / 'classes.txt'}, one a line, or write {root / 'data.yaml'} with the lines "
+            f"{', '.join(map(repr, lines))}"
+        )
+    tables = sorted(root.glob("*.csv")) if root.is_dir() else []
+    if tables:
+        first = ",".join(columns_of(tables[0]))
+        return f"{tables[0]}: expected the first line {HEADING!r}, got {first[:80]!r}"
+    return ""
