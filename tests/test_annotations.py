@@ -555,6 +555,10 @@ def test_a_split_beside_the_training_set_needs_no_key(tmp_path: Path) -> None:
         FileNotFoundError, match="no such entry; sets found: train, test; write the line 'val: images/val'"
     ):
         find_set(tmp_path / "data.yaml", "val")
+    with pytest.raises(
+        FileNotFoundError, match=r"write the line 'val: FOLDER' into .*data\.yaml, or make a split: fastkd"
+    ):
+        find_set(tmp_path, "val")
 
 
 DARKNET = "classes = 2\ntrain = data/train.txt\nvalid=data/test.txt\nnames = data/obj.names\n"

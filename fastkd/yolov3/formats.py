@@ -111,7 +111,10 @@ def find_set(folder: str | os.PathLike[str], name: str) -> Pair:
     found = _yaml_split(root, name) or _folder_split(root, name) or _other_sets(root).get(name)
     if found is None:
         names = sets_in(root)
-        way_out = f"name one of these, or make a split: fastkd data split {root} --out FOLDER" if names else _hint(root)
+        file = _yaml_in(root)
+        line = f", write the line '{name}: FOLDER' into {file}" if file is not None else ""
+        made = f"name one of these{line}, or make a split: fastkd data split {root} --out FOLDER"
+        way_out = made if names else _hint(root)
         raise missing or FileNotFoundError(
             f"set {name!r} in {root}: not found; sets found: {', '.join(names) or 'none'}; "
             + (way_out or LAYOUTS.format(name=name))
