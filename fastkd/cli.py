@@ -27,6 +27,7 @@ from fastkd.ops.presets import CWD, PENALTIES
 
 if TYPE_CHECKING:
     from fastkd.health import Report
+    from fastkd.yolov3.annotations import Annotations
     from fastkd.yolov3.checkpoint import Trained
     from fastkd.yolov3.config import TrainConfig
 
@@ -69,7 +70,11 @@ Several GPUs: torchrun --nproc-per-node 4 -m fastkd train ...
 
 DATA_HELP = """data set: a folder in the layout of COCO (annotations/NAME.json or annotations/instances_NAME.json,
 images in images/NAME, NAME or images; or NAME/_annotations.coco.json beside its images), of Pascal VOC
-(ImageSets/Main/NAME.txt, Annotations, JPEGImages; or .xml files beside the images of NAME), or a YOLO data.yaml"""
+(ImageSets/Main/NAME.txt, Annotations, JPEGImages; or .xml files beside the images of NAME), of YOLO (data.yaml, or
+images and labels with classes.txt), of Darknet (obj.data), or with NAME_labels.csv; docs/data.md shows them all"""
+
+HELP_OF_VAL = """validation set, or 'none' (default: val, for which a tenth of --train is held back where --data has
+none; --out's folder split says which)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +141,7 @@ def _add_train(commands: Any) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
     data.add_argument("--train", default="train", metavar="NAME", help="training set in --data (default: train)")
-    data.add_argument("--val", default="val", metavar="NAME", help="validation set, or 'none' (default: val)")
+    data.add_argument("--val", default="val", metavar="NAME", help=HELP_OF_VAL)
 
     # no defaults here: what is not given is left to TrainConfig, and a test compares the texts with it
     def add(group: Any, flag: str, help_text: str, **options: Any) -> None:
@@ -357,6 +362,45 @@ def _add_data(commands: Any) -> None:
         "--out", metavar="DIR", help="for samples.png (default: runs/data-check, or data-check-2 and so on)"
     )
     check.add_argument("--quick", action="store_true", help="do not read the pictures")
+    _add_convert(sets)
+    _add_split(sets)
+
+
+def _add_convert(sets: Any) -> None:
+    text = """\
+Write the sets of a folder, in any layout that is read, as COCO JSON or YOLO text.
+
+  fastkd data convert VOC2007 --to yolo --out voc-yolo
+  fastkd data convert export/ --to coco --out mine --set train --copy
+"""
+    parser = _command(sets, "convert", _data_convert, "write a data set as COCO JSON or YOLO text", text)
+    parser.add_argument("folder", metavar="DATA", help=DATA_HELP)
+    _add_target(parser)
+    parser.add_argument("--set", action="append", metavar="NAME", help="only this set; may be repeated (default: all)")
+
+
+def _add_split(sets: Any) -> None:
+    text = """\
+Divide a set that is not split into train, val and test, at random by class, and write them. The other sets of the
+folder are written along.
+
+  fastkd data split photos --val 0.1 --test 0.1 --out photos-split
+"""
+    parser = _command(sets, "split", _data_split, "divide a set into train, val and test", text)
+    parser.add_argument("folder", metavar="DATA", help=DATA_HELP)
+    _add_target(parser, default="coco")
+    for name, share in (("val", 0.1), ("test", 0.0)):
+        text = f"share of the images, 0 for none (default: {share:g})"
+        parser.add_argument(f"--{name}", type=float, default=share, metavar="N", help=text)
+    parser.add_argument("--set", metavar="NAME", help="the set to divide, alone (default: train, or the only one)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one draws other parts (default: 0)")
+
+
+def _add_target(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    text = "format to write" + (f" (default: {default})" if default else "")
+    parser.add_argument("--to", choices=("coco", "yolo"), default=default, required=default is None, help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, which must not be there")
+    parser.add_argument("--copy", action="store_true", help="copy the images (default: links to them)")
 
 
 def _add_demo(commands: Any) -> None:
@@ -395,15 +439,18 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig]) -> TrainConfig:
     from fastkd.yolov3.augment import Augmentation
-    from fastkd.yolov3.formats import find_set
+    from fastkd.yolov3.split import sets_of_run
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback", "data", "train", "val")}
     changes = {name: options.pop(name) for name in ("flip", "mosaic") if name in options}
-    annotations, images = find_set(arguments.data, arguments.train)
-    options |= {"annotations": str(annotations), "images": str(images), "augmentation": Augmentation(**changes)}
-    if arguments.val != "none":
-        annotations, images = find_set(arguments.data, arguments.val)
-        options |= {"val_annotations": str(annotations), "val_images": str(images)}
+    val = None if arguments.val == "none" else arguments.val
+    sets = sets_of_run(arguments.data, arguments.out, train=arguments.train, val=val)
+    if sets.said and int(os.environ.get("RANK", 0)) == 0:
+        print(sets.said, flush=True)
+    options |= {"annotations": str(sets.train[0]), "images": str(sets.train[1])}
+    if sets.val is not None:
+        options |= {"val_annotations": str(sets.val[0]), "val_images": str(sets.val[1])}
+    options["augmentation"] = Augmentation(**changes)
     return config_type(**options)
 
 
@@ -431,11 +478,16 @@ def _eval(arguments: argparse.Namespace) -> int:
     from fastkd.yolov3.data import DetectionDataset
     from fastkd.yolov3.evaluate import evaluate
     from fastkd.yolov3.formats import find_set
+    from fastkd.yolov3.split import split_of_run
     from fastkd.yolov3.train import require_classes
 
     require_new(**{"--json": arguments.json, "--detections": arguments.detections})
     found, size = _load(arguments)
-    data = DetectionDataset(*find_set(arguments.data, arguments.set), size, strict=arguments.strict)
+    held_back = split_of_run(Path(arguments.model).parent, arguments.data, arguments.set)
+    if held_back:
+        print(f"{arguments.set}: as the training split the data, {held_back[0]}", file=sys.stderr)
+    pair = held_back or find_set(arguments.data, arguments.set)
+    data = DetectionDataset(*pair, size, strict=arguments.strict)
     require_classes("MODEL", found, data)
     metrics = evaluate(
         found.model,
@@ -519,6 +571,34 @@ def _data_check(arguments: argparse.Namespace) -> int:
     unread = " (the images were not read)" if arguments.quick else ""
     print((f"{faults} kinds of fault" if faults else "no fault found") + unread)
     return 1 if faults else 0
+
+
+def _data_convert(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.convert import convert
+
+    written = convert(arguments.folder, arguments.out, arguments.to, names=arguments.set, copy=arguments.copy)
+    _tell_written(written, arguments.out)
+    return 0
+
+
+def _data_split(arguments: argparse.Namespace) -> int:
+    from fastkd.yolov3.convert import write_sets
+    from fastkd.yolov3.split import split_folder
+
+    shares = {name: getattr(arguments, name) for name in ("val", "test") if getattr(arguments, name)}
+    parts = split_folder(arguments.folder, shares, name=arguments.set, seed=arguments.seed)
+    _tell_written(write_sets(parts, arguments.out, arguments.to, copy=arguments.copy), arguments.out)
+    return 0
+
+
+def _tell_written(written: dict[str, Annotations], out: str) -> None:
+    from fastkd.yolov3.annotations import some_of
+
+    for name, found in written.items():
+        print(f"{name}: {len(found)} images, {len(found.boxes)} boxes")
+        for what, names in found.problems.items():
+            print(f"  note: {len(names)} {what}: {some_of(names)}")
+    print(f"in {out}")
 
 
 def _demo(arguments: argparse.Namespace) -> int:

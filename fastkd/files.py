@@ -65,6 +65,29 @@ def require_new(**files: str | os.PathLike[str] | None) -> None:
         seen.add(os.path.realpath(file))
 
 
+@contextmanager
+def making(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder beside ``folder`` to write into, which gets that name once the block ends without an error.
+
+    Raises:
+        FileExistsError: ``folder`` is there already. OSError: it could not be written (names it); nothing is left.
+    """
+    path = Path(folder)
+    require_new(out=path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.rename(part, path)
+    except OSError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(part):
+            raise
+        full = _space(path) if error.errno == errno.ENOSPC else ""
+        raise type(error)(f"{path} could not be written: {error.strerror or error}{full}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def new_folder(folder: str | os.PathLike[str]) -> Path:
     """``folder``, or with the first number behind it that makes a name which is not there: ``inspect-2``."""
     path, number = Path(folder), 1

@@ -420,6 +420,147 @@ def test_xml_files_in_no_list_are_one_set(beside: bool, tmp_path: Path) -> None:
         find_set(tmp_path, "train")
 
 
+def csv_file(root: Path, name: str = "train_labels.csv", images: str = "images") -> None:
+    lines = ["filename,width,height,class,xmin,ymin,xmax,ymax"]
+    for file, objects in OBJECTS.items():
+        picture(root / images / f"{file}.png")
+        lines += [f"{file}.png,64,48,{NAMES[k]},{x + 1},{y + 1},{x + w},{y + h}" for k, x, y, w, h, _ in objects]
+        lines += [] if objects else [f"{file}.png,64,48,,,,,"]
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("\n".join(lines), encoding="utf-8")
+
+
+def class_list(root: Path, where: str = "classes.txt") -> None:
+    write_yolo(root)
+    (root / "data.yaml").unlink()
+    (root / where).write_text("\n".join(NAMES), encoding="utf-8")
+
+
+def flat_class_list(root: Path) -> None:
+    class_list(root, "labels/classes.txt")
+    for file in [*root.glob("*/train/*")]:
+        file.rename(file.parent.parent / file.name)
+    for part in ("images", "labels"):
+        (root / part / "train").rmdir()
+
+
+def labels_beside(root: Path) -> None:
+    class_list(root)
+    for file in [*root.glob("*/train/*")]:
+        file.rename(root / file.name)
+
+
+def roboflow_darknet(root: Path) -> None:
+    class_list(root, "labels/train/_darknet.labels")
+    for file in [*(root / "labels/train").iterdir()]:
+        file.rename(root / "images/train" / file.name)
+    (root / "images/train").rename(root / "train")
+
+
+def darknet(root: Path, prefix: str = "data/obj") -> None:
+    labels_beside(root / "data/obj")
+    (root / "data/obj/classes.txt").rename(root / "data/obj.names")
+    (root / "data/train.txt").write_text("".join(f"{prefix}/{name}.png\n" for name in OBJECTS))
+    (root / "data/obj.data").write_text("classes = 2\ntrain  = data/train.txt\nnames = data/obj.names\nbackup = b/\n")
+
+
+def whole_coco(root: Path) -> None:
+    write_coco(root)
+    (root / "annotations/train.json").rename(root / "result.json")
+    for file in (root / "images/train").iterdir():
+        file.rename(root / "images" / file.name)
+
+
+LAYOUTS: dict[str, tuple[Any, str]] = {
+    "CSV": (csv_file, "train"),
+    "CSV in a folder": (lambda root: csv_file(root, "data/val_labels.csv", "images/val"), "val"),
+    "CSV of Roboflow": (lambda root: csv_file(root, "valid/_annotations.csv", "valid"), "val"),
+    "one CSV": (lambda root: csv_file(root, "raccoon_labels.csv"), "all"),
+    "classes.txt": (class_list, "train"),
+    "classes.txt of Label Studio and LabelImg": (flat_class_list, "all"),
+    "labels beside images": (labels_beside, "all"),
+    "Roboflow's Darknet": (roboflow_darknet, "train"),
+    "Darknet": (darknet, "train"),
+    "CVAT's Darknet": (lambda root: darknet(root, "renamed/obj"), "train"),
+    "one COCO file": (whole_coco, "all"),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_layout_is_read_as_the_same_set(kind: str, tmp_path: Path) -> None:
+    write, name = LAYOUTS[kind]
+    write(tmp_path / "my data")
+    assert sets_in(tmp_path / "my data") == [name]
+    found = DetectionDataset(*find_set(tmp_path / "my data", name), 64).truth
+    assert found.class_names == NAMES
+    assert found.missing() == []
+    rows = {Path(file).stem: row for row, file in enumerate(found.file_names)}
+    assert rows.keys() == OBJECTS.keys()
+    for file, objects in OBJECTS.items():
+        boxes = np.array([o[1:5] for o in objects], dtype=float).reshape(-1, 4)
+        np.testing.assert_allclose(found.boxes[found.of(rows[file])], boxes, atol=1e-9)
+        assert found.classes[found.of(rows[file])].tolist() == [o[0] for o in objects]
+
+
+def test_darknets_file_itself_is_a_data_set_too(tmp_path: Path) -> None:
+    darknet(tmp_path)
+    file = tmp_path / "data/obj.data"
+    assert require_sets(file) == ["train"]
+    assert find_set(file, "train") == (file, tmp_path / "data/train.txt")
+    with pytest.raises(FileNotFoundError, match=r"set 'val' in .*obj\.data: not found; sets found: train"):
+        find_set(file, "val")
+
+
+def test_csv_files_of_one_set_number_classes_alike(tmp_path: Path) -> None:
+    csv_file(tmp_path)
+    (tmp_path / "test_labels.csv").write_text(
+        "\ufeffFilename; class; xmin; ymin; xmax; ymax\na.png; ant; 1; 1; 5; 5\n", encoding="utf-8"
+    )
+    train, test = (read_set(*find_set(tmp_path, name)) for name in ("train", "test"))
+    assert train.class_names == test.class_names == ["ant", *NAMES]
+    assert test.sizes.tolist() == [[64, 48]]  # the image's own, where no column has it
+    assert test.boxes.tolist() == [[0, 0, 5, 5]]  # corners are counted as train's show
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            "a.png,64,48,cat,1,2,x,4",
+            r"train_labels.csv, line 2: expected numbers in xmin, ymin, xmax, ymax, got '1,2,x,4'",
+        ),
+        ("a.png,64,48,cat,1,2", "line 2: expected numbers in xmin, ymin, xmax, ymax"),
+        ("a.png,64,48,,1,2,3,4", "line 2: expected a class"),
+        (",64,48,cat,1,2,3,4", "line 2: expected a file name"),
+        ("a.png,64,48,cat,0.1,0.2,0.3,0.4", "expected corners in pixels, got none above 1"),
+        ("../a.png,64,48,cat,1,2,3,4", "leads out of the image folder"),
+        ("", "lists no images"),
+    ],
+)
+def test_a_row_of_csv_that_is_wrong_is_named(row: str, message: str, tmp_path: Path) -> None:
+    picture(tmp_path / "images/a.png")
+    (tmp_path / "train_labels.csv").write_text(f"filename,width,height,class,xmin,ymin,xmax,ymax\n{row}\n")
+    with pytest.raises(ValueError, match=message):
+        read_set(*find_set(tmp_path, "train"))
+
+
+def test_a_split_beside_the_training_set_needs_no_key(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    for part in ("images", "labels"):
+        (tmp_path / part / "train").rename(tmp_path / part / "test")
+        (tmp_path / part / "train").mkdir()
+    assert sets_in(tmp_path) == ["train", "test"]
+    assert len(read_set(*find_set(tmp_path, "test")).boxes) == 3
+    with pytest.raises(
+        FileNotFoundError, match="no such entry; sets found: train, test; write the line 'val: images/val'"
+    ):
+        find_set(tmp_path / "data.yaml", "val")
+    with pytest.raises(
+        FileNotFoundError, match=r"write the line 'val: FOLDER' into .*data\.yaml, or make a split: fastkd"
+    ):
+        find_set(tmp_path, "val")
+
+
 DARKNET = "classes = 2\ntrain = data/train.txt\nvalid=data/test.txt\nnames = data/obj.names\n"
 
 
@@ -427,15 +568,16 @@ DARKNET = "classes = 2\ntrain = data/train.txt\nvalid=data/test.txt\nnames = dat
     ("files", "message"),
     [
         (
-            {"labels/train/a.txt": "", "images/train/a.txt": "", "images/valid/a.txt": "", "classes.txt": "cat\n"},
-            r"YOLO's layout; .*data\.yaml with the lines 'train: images/train', 'val: images/valid', 'names: \[cat\]'",
+            {"labels/train/a.txt": "", "images/train/a.txt": "", "images/valid/a.txt": ""},
+            r"one a line, or write .*data\.yaml with the lines 'train: images/train', 'val: images/valid', "
+            r"'names: \[first class, second",
         ),
         ({"labels/a.txt": "", "images/a.txt": ""}, r"the lines 'train: images', 'names: \[first class, second"),
         (
             {"data/obj.data": DARKNET, "data/obj.names": "cat\n"},
-            r"Darknet's layout; .*data/data\.yaml with the lines 'train: train.txt', 'val: test.txt', 'names: \[cat\]'",
+            r"obj\.data: data/train\.txt is not there; looked for .*data/train\.txt",
         ),
-        ({"weights.data": "\x00", "boxes.csv": ""}, "boxes in CSV files are not read"),
+        ({"weights.data": "\x00", "boxes.csv": "a,b\n"}, r"boxes\.csv: expected the first line 'filename,.* got 'a,b'"),
         ({"a.txt": ""}, r"which holds a\.txt; looked for annotations/"),
     ],
 )
@@ -470,9 +612,9 @@ def test_folders_that_are_absent_empty_or_of_nothing_known_are_errors(tmp_path: 
         find_set(tmp_path, "train")
     with pytest.raises(ValueError, match="no pictures in this folder"):
         read_pictures(tmp_path)
-    (tmp_path / "x.csv").write_text("")
+    (tmp_path / "x.doc").write_text("")
     with pytest.raises(ValueError, match=r"annotations: expected a \.json file"):
-        read_set(tmp_path / "x.csv", tmp_path)
+        read_set(tmp_path / "x.doc", tmp_path)
 
 
 def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

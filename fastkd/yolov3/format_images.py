@@ -1,0 +1,87 @@
+"""Images without labels, and what the readers of all formats share: names, sizes, lines of a list."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastkd.yolov3.annotations import Annotations, from_rows
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+SPLITS = ("train", "val", "valid", "validation", "test")
+ALIASES = {"val": ("val", "valid", "validation")}  # of a set to the names that its folder or file may have
+ALL = "all"  # the set of a folder that has none by name
+LARGEST_SIDE = 1 << 31
+
+
+def read_pictures(folder: str | os.PathLike[str]) -> Annotations:
+    """All pictures of a folder and its sub-folders, without a box or a class.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: no picture in it.
+    """
+    root = Path(folder)
+    require_there("folder", root)
+    pictures = list(pictures_in(root))
+    sizes = [picture_size(picture) for picture in pictures]
+    return from_rows(str(root), root, [str(x.relative_to(root)) for x in pictures], sizes, [], np.zeros((0, 7)))
+
+
+def has_images(folder: Path) -> bool:
+    """Whether an image is in a folder itself."""
+    return folder.is_dir() and any(x.suffix.lower() in PICTURES for x in folder.iterdir())
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height from the file's header; (0, 0) of what is missing or no picture."""
+    try:
+        with Image.open(path) as picture:
+            return (picture.width, picture.height)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for damaged headers
+        return 0, 0
+
+
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """In the order of their paths, numbers in them by value; linked folders are looked into, each folder once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    top = os.path.realpath(folder)
+    waiting = [Path(folder)]
+    while waiting:  # links come after all folders, which keep their own names where a link leads to one of them
+        links = []
+        for root, folders, names in os.walk(waiting.pop(0), onerror=_raise):
+            if (real := os.path.realpath(root)) in seen or (seen and Path(top).is_relative_to(real)):
+                folders.clear()
+                continue
+            seen.add(real)
+            found += [Path(root) / name for name in names if name.lower().endswith(PICTURES)]
+            links += [path for name in folders if (path := Path(root) / name).is_symlink()]
+        waiting += sorted(links)
+    if not found:
+        raise ValueError(f"{folder}: no pictures in this folder ({', '.join(PICTURES)})")
+    yield from sorted(
+        found, key=lambda path: [x.zfill(12) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))]
+    )
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def require_there(name: str, path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: no such file or folder: {path}")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{name}: no permission to read {path}")
+
+
+def lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {error}") from None

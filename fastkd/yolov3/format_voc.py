@@ -1,0 +1,164 @@
+"""Reader of Pascal VOC XML."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from array import array
+from collections.abc import Container
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from defusedxml import DefusedXmlException
+from defusedxml import ElementTree as XmlTree
+
+from fastkd.yolov3.annotations import Annotations, Array, from_rows, refuse_outside, some_of
+from fastkd.yolov3.format_images import LARGEST_SIDE, PICTURES, SPLITS, lines_of, picture_size, require_there
+
+
+def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
+    """Pascal VOC XML, in a folder of its own or beside the images.
+
+    Corners are whole pixels counted from 1, of which the last is inside the box. Where a corner of the set is at 0 or
+    has a fraction, they are points counted from 0 instead; negative ones show neither. A box whose last corner is not
+    behind its first has no area.
+
+    Classes are those of all XML files of the folder, sorted, so that every list of it numbers them alike; of files
+    beside the images in train/ and valid/, those of all these folders. ``difficult`` objects are treated as COCO's
+    crowds: VOC neither counts them as misses nor their detections as false.
+    """
+    folder = path if path.is_dir() else path.parent.parent.parent / "Annotations"
+    require_there("annotations", folder)
+    files = {file.stem: file for file in sorted(folder.glob("*.xml"))}
+    if not files:
+        raise ValueError(f"annotations: no .xml files in {folder}")
+    listed = list(files) if path.is_dir() else _voc_names(path, files)
+    if not listed:
+        raise ValueError(f"{path} lists no names; expected the names of XML files in {folder}, one a line")
+    absent = [name for name in listed if name not in files]
+    if absent:
+        raise ValueError(f"{path}: {len(absent)} of {len(listed)} names have no file in {folder}: {some_of(absent)}")
+    parsed = {name: _read_xml(file) for name, file in files.items()}
+    others = [_read_xml(file) for file in _beside(folder)] if folder == Path(images) else []
+    everything = [*parsed.values(), *others]
+    index = {name: i for i, name in enumerate(sorted({label for xml in everything for label in xml.labels}))}
+    classes = np.array([index[label] for xml in everything for label in xml.labels])
+    boxes, note = boxes_of_corners(np.concatenate([xml.objects for xml in everything]))
+    ends = dict(zip(parsed, itertools.accumulate(len(xml.labels) for xml in parsed.values()), strict=True))
+    names, sizes, chosen, others_named = [], [], [np.zeros(0, np.int64)], []
+    for name in listed:
+        xml = parsed[name]
+        file_name, other = _voc_picture(Path(images), files[name], xml.file_name, files)
+        others_named += [f"{name}.xml says {other}"] if other else []
+        names.append(file_name)
+        sizes.append(xml.size or picture_size(Path(images) / file_name))
+        chosen.append(np.arange(ends[name] - len(xml.labels), ends[name]))
+    of = np.concatenate(chosen)
+    table = np.column_stack([np.repeat(np.arange(len(listed)), [len(x) for x in chosen[1:]]), classes[of], boxes[of]])
+    notes = [note]
+    if others_named:
+        notes.append(
+            f"{len(others_named)} XML files name another image that is there too; the image of the XML file's own name "
+            f"is taken: {some_of(others_named)}"
+        )
+    return from_rows(str(path), Path(images), names, sizes, list(index), table, notes)
+
+
+def _beside(folder: Path) -> list[Path]:
+    """XML files of the other splits, where they are beside their images."""
+    if folder.name not in SPLITS:
+        return []
+    return [file for split in SPLITS if split != folder.name for file in sorted((folder.parent / split).glob("*.xml"))]
+
+
+def boxes_of_corners(objects: Array) -> tuple[Array, str]:
+    """(M, 5) x, y, width, height and difficult of (M, 5) corners and difficult, and how the corners were understood."""
+    corners = objects[:, :4]
+    known = corners[np.isfinite(corners).all(1)]
+    from_zero = int(((known[:, :2] == 0).any(1) | (known % 1 != 0).any(1)).sum())
+    offset = 0 if from_zero else 1
+    with np.errstate(invalid="ignore"):
+        size = corners[:, 2:] - corners[:, :2]
+    boxes = np.concatenate([corners[:, :2] - offset, size + offset * (size > 0), objects[:, 4:]], axis=1)
+    if from_zero:
+        return boxes, f"corners are read as points counted from 0: {from_zero} boxes have one at 0 or with a fraction"
+    return boxes, "corners are read as whole pixels counted from 1, as VOC has them: none is at 0 or has a fraction"
+
+
+class _Xml(NamedTuple):
+    file_name: str
+    size: tuple[int, int] | None
+    labels: list[str]
+    objects: Array  # (k, 5) left, top, right, bottom, difficult
+
+
+def _read_xml(path: Path) -> _Xml:
+    labels, objects = [], array("d")
+    try:
+        root: Any = XmlTree.parse(path).getroot()
+        size = _size_of(root)
+        for entry in root.iter("object"):
+            label = entry.findtext("name", "").strip()
+            if not label:
+                raise ValueError("an object without a name")
+            labels.append(sys.intern(label))
+            objects.extend((*_corners_of(entry, label), entry.findtext("difficult", "0").strip() == "1"))
+    except DefusedXmlException as error:
+        raise ValueError(f"{path}: refused, as it declares entities, which no annotation needs ({error})") from None
+    except (XmlTree.ParseError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: not Pascal VOC XML: {error}") from None
+    return _Xml(root.findtext("filename", "").strip(), size, labels, np.frombuffer(objects).reshape(-1, 5))
+
+
+def _size_of(root: Any) -> tuple[int, int] | None:
+    """Width and height; None where they are not given, or are no numbers."""
+    try:
+        width, height = (int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
+    except (ValueError, OverflowError):  # of nothing, nan or inf
+        return None
+    if max(width, height) >= LARGEST_SIDE:
+        raise ValueError(f"expected a size of less than 2^31 pixels, got {float(width):g}x{float(height):g}")
+    return (width, height) if width > 0 and height > 0 else None
+
+
+def _corners_of(entry: Any, label: str) -> list[float]:
+    texts = [entry.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        return [float(text) for text in texts]
+    except (TypeError, ValueError):
+        found = "no bndbox" if entry.find("bndbox") is None else texts
+        other = next((tag for tag in ("polygon", "segm", "robndbox") if entry.find(tag) is not None), None)
+        hint = f"; it has a {other}, as files of LabelMe and others do: convert these to boxes first" if other else ""
+        raise ValueError(
+            f"object {label!r}: expected numbers in bndbox's xmin, ymin, xmax, ymax, got {found}{hint}"
+        ) from None
+
+
+def _voc_picture(folder: Path, file: Path, file_name: str, stems: Container[str]) -> tuple[str, str]:
+    """The image of an XML file, and another image that it names.
+
+    It is the image of the XML file's own name or, without one, the image that it names, unless that has the name of
+    another XML file (``stems`` are all their names), whose image it is.
+    """
+    stem, named = file.stem, PureWindowsPath(file_name)
+    suffixes = dict.fromkeys((named.suffix or PICTURES[0], *PICTURES, *map(str.upper, PICTURES)))
+    own = next((f"{stem}{suffix}" for suffix in suffixes if (folder / f"{stem}{suffix}").is_file()), None)
+    if own is None:
+        if file_name:
+            refuse_outside(file_name, str(file))
+        of_another = named.stem != stem and named.stem in stems
+        return f"{stem}.jpg" if of_another or not file_name else file_name, ""
+    contradicts = named.stem not in ("", stem) and (folder / named.name).is_file()
+    return own, named.name if contradicts else ""
+
+
+def _voc_names(path: Path, known: Container[str]) -> list[str]:
+    """Names of a list of VOC, whose lines may go on with a flag."""
+    names = []
+    for line in filter(None, map(str.strip, lines_of(path))):
+        while line not in known and len(line.split()) > 1:
+            line = line.rsplit(maxsplit=1)[0]
+        names.append(line)
+    return names

@@ -1,0 +1,312 @@
+"""Reader of YOLO text."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import reprlib
+from array import array
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from fastkd.yolov3.annotations import Annotations, from_rows
+from fastkd.yolov3.class_names import read_names
+from fastkd.yolov3.format_images import (
+    ALIASES,
+    ALL,
+    PICTURES,
+    has_images,
+    lines_of,
+    picture_size,
+    pictures_in,
+    require_there,
+)
+
+YAML = (".yaml", ".yml")
+DARKNET = ".data"
+CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # of Label Studio and LabelImg, Darknet, Roboflow
+
+
+def read_yolo(path: Path, images: str | os.PathLike[str]) -> Annotations:
+    """YOLO text: one ``.txt`` per image, beside it or with ``labels`` for ``images`` in its path.
+
+    ``path`` has the class names: a ``data.yaml``, Darknet's ``.data`` file, which names the list of them, or that list.
+    A line is a class index and centre, width and height relative to the image; a longer one is a polygon, of which the
+    bounding box is taken. An image with an empty label file, or none, is background.
+    """
+    classes = _classes_of(path)
+    places = [Path(images)]
+    if not places[0].exists():
+        places = [Path(place).absolute() for place in str(images).split(os.pathsep)]
+    pictures = [picture for place in places for picture in _listed_pictures(place)]
+    label_files = [_label_file(picture) for picture in pictures]
+    labelled = [file.is_file() for file in label_files]
+    if not any(labelled):
+        what = "has a label file" if any(picture.is_file() for picture in pictures) else "exists"
+        first = label_files[0] if what == "has a label file" else pictures[0]
+        raise ValueError(f"{path}: none of the {len(pictures)} images of {images} {what}; looked for {first}")
+    index = {key: i for i, key in enumerate(classes)}
+    sizes, corners = [], []
+    objects = array("d")
+    for row, (picture, labels) in enumerate(zip(pictures, label_files, strict=True)):
+        sizes.append(picture_size(picture))
+        width, height = sizes[-1]
+        for key, x, y, w, h, points in _read_labels(labels, classes) if labelled[row] else ():
+            objects.extend((row, index[key], (x - w / 2) * width, (y - h / 2) * height, w * width, h * height, False))
+            corners += [points] if points else []
+    root = Path(os.path.commonpath([x if x.is_dir() else x.parent for x in places]))
+    names = [str(x.relative_to(root)) if x.is_relative_to(root) else str(x.absolute()) for x in pictures]
+    table = np.frombuffer(objects).reshape(-1, 7)
+    return from_rows(str(path), root, names, sizes, list(classes.values()), table, _yolo_notes(classes, corners))
+
+
+def is_class_list(path: Path) -> bool:
+    """Whether a file is one with a class name a line, by its name."""
+    return path.name in CLASS_LISTS or path.suffix == ".names"
+
+
+def _classes_of(path: Path) -> dict[int, str]:
+    """Name of each class index, from a ``data.yaml``, a ``.data`` file, or a list."""
+    if is_class_list(path):
+        return dict(enumerate(read_names(path)))
+    if path.suffix == DARKNET:
+        said = read_darknet(path)
+        if "names" not in said:
+            raise ValueError(f"{path}: expected a line 'names = obj.names', the file with a class name a line")
+        return dict(enumerate(read_names(darknet_place(path, said["names"]))))
+    content = read_yaml(path)
+    if "kpt_shape" in content:
+        raise ValueError(f"{path}: kpt_shape: expected labels of boxes or polygons, got those of key points")
+    return _classes(content, path)
+
+
+def _yolo_notes(classes: dict[int, str], corners: list[int]) -> list[str]:
+    notes = []
+    if list(classes) != list(range(len(classes))):
+        notes.append(f"names: has {len(classes)} indices with gaps; the classes are numbered 0, 1, ... in their order")
+    if corners:
+        what = "oriented boxes" if set(corners) == {4} else "polygons"
+        notes.append(f"{len(corners)} rows have corners, as those of {what}; their upright bounding boxes are taken")
+    return notes
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what makes a short file large: repetitions of lists and mappings."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        repeats = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if repeats and isinstance(node, yaml.CollectionNode):
+            raise yaml.MarkedYAMLError(
+                problem="an alias of a list or mapping; write it out", problem_mark=node.start_mark
+            )
+        return node
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"data: no such file: {path}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # of a date that is none, for example
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected train:, val: and names:, got {type(content).__name__}")
+    return content
+
+
+def _classes(content: dict[str, Any], path: Path) -> dict[int, str]:
+    """Name of each index of ``names:``, in the order of the indices, which may have gaps."""
+    names = content.get("names")
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{path}: names: expected a list of class names, or index: name, got {reprlib.repr(names)}")
+    if not all(isinstance(key, int) and key >= 0 for key in names):
+        raise ValueError(f"{path}: names: expected indices from 0, got {reprlib.repr(list(names))}")
+    if content.get("nc", len(names)) not in (len(names), max(names) + 1):
+        raise ValueError(f"{path}: nc is {reprlib.repr(content['nc'])}, but names has {len(names)}")
+    return {key: str(names[key]) for key in sorted(names)}
+
+
+def sets_of_yaml(path: Path) -> list[str]:
+    """The sets of a data.yaml."""
+    content = read_yaml(path)
+    return [name for name in ("train", "val", "test") if _entry_of(content, path, name)]
+
+
+def _entry_of(content: dict[str, Any], path: Path, name: str) -> Any:
+    """What a data.yaml has of a split, or what lies beside the training set as this split."""
+    names = ALIASES.get(name, (name,))
+    said = next((content[x] for x in names if content.get(x)), None)
+    train = content.get("train")
+    if said or name == "train" or not isinstance(train, str) or "train" not in Path(train).parts:
+        return said
+    parts = list(Path(train).parts)
+    place = len(parts) - 1 - parts[::-1].index("train")
+    beside = [str(Path(*parts[:place], x, *parts[place + 1 :])) for x in names]
+    return next((x for x in beside if any(has_labels(file) for file in _places_of(content, path, x))), None)
+
+
+def _places_of(content: dict[str, Any], path: Path, value: str) -> tuple[Path, ...]:
+    """Where an entry may be; exports of Roboflow say ../train/images of what is beside the file."""
+    root = path.parent / str(content.get("path") or "")
+    return root / value, path.parent / value, path.parent / value.removeprefix("../")
+
+
+def has_labels(folder: Path) -> bool:
+    """Whether an image that is in a folder itself has a label file."""
+    return has_images(folder) and any(
+        _label_file(x).is_file() for x in folder.iterdir() if x.suffix.lower() in PICTURES
+    )
+
+
+def split_of(content: dict[str, Any], path: Path, name: str) -> Path:
+    """Folder or list of a split, or several joined; relative to ``path:``, which is relative to the file."""
+    value = _entry_of(content, path, name)
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(x, str) for x in values):
+        got = "no such entry" if value is None else reprlib.repr(value)
+        raise FileNotFoundError(
+            f"set {name!r} in {path}: expected a folder, a .txt list, or a list of them, got {got}; "
+            f"sets found: {', '.join(sets_of_yaml(path)) or 'none'}; write the line '{name}: images/{name}', say"
+        )
+    found = []
+    for value in values:
+        places = _places_of(content, path, value)
+        place = next((x for x in places if x.exists()), None)
+        if place is None:
+            raise FileNotFoundError(
+                f"set {name!r} in {path}: {places[0]} does not exist; correct or remove the line '{name}: {value}'"
+            )
+        found.append(str(place))
+    return Path(os.pathsep.join(found))
+
+
+def sets_of_lists(root: Path) -> dict[str, tuple[Path, Path]]:
+    """Sets of a folder with a list of class names and no data.yaml: Darknet's, or ``images`` and ``labels``."""
+    file = darknet_file(root)
+    if file is not None:
+        said = read_darknet(file)
+        return {name: (file, darknet_place(file, said[name])) for name in ("train", "val", "test") if name in said}
+    found: dict[str, tuple[Path, Path]] = {}
+    for name in ("train", "val", "test"):
+        for part in ALIASES.get(name, (name,)):
+            folders = (root / "images" / part, root / part / "images", root / part)
+            found |= _listed_set(root, name, part, folders) if name not in found else {}
+    return found or _listed_set(root, ALL, "", (root / "images", root))
+
+
+def _listed_set(root: Path, name: str, part: str, folders: tuple[Path, ...]) -> dict[str, tuple[Path, Path]]:
+    places = (root, root / "labels", root / "labels" / part, root / part, root / part / "labels", root / "images")
+    lists = [place / file for place in places for file in CLASS_LISTS if (place / file).is_file()]
+    images = next((folder for folder in folders if has_labels(folder)), None) if lists else None
+    return {} if images is None else {name: (lists[0], images)}
+
+
+def darknet_file(root: Path) -> Path | None:
+    """A ``.data`` file that is a folder, or lies in it or a folder of it."""
+    files = [root] if root.suffix == DARKNET else sorted([*root.glob(f"*{DARKNET}"), *root.glob(f"*/*{DARKNET}")])
+    return next((file for file in files if "train" in read_darknet(file)), None)
+
+
+def read_darknet(file: Path) -> dict[str, str]:
+    """What a ``.data`` file of Darknet says of train, val, test and names; nothing of another file."""
+    if not file.is_file() or file.stat().st_size > 1 << 16:
+        return {}
+    pairs = [line.split("=") for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    said = {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2 and pair[1].strip()}
+    keys = {name: next((x for x in ALIASES.get(name, (name,)) if x in said), "") for name in ("train", "val", "test")}
+    return {name: said[key] for name, key in (keys | {"names": "names"}).items() if key in said}
+
+
+def darknet_place(file: Path, value: str) -> Path:
+    """What a ``.data`` file names, which is relative to the folder that Darknet runs in: often the folder above.
+
+    Raises:
+        FileNotFoundError: it is not there (names the file, and what it says).
+    """
+    places = (file.parent / value, file.parent.parent / value, file.parent / Path(value).name)
+    place = next((x for x in places if x.exists()), None)
+    if place is None:
+        raise FileNotFoundError(f"{file}: {value} is not there; looked for {', '.join(map(str, places))}")
+    return place
+
+
+def _listed_pictures(images: Path) -> list[Path]:
+    """The images of a folder and its sub-folders, or of a list.
+
+    Relative paths of a list are relative to its folder or, as Darknet has them, to the folder above, or to its folder
+    under another name, as CVAT has them (``data/``): to the one in which more of them exist.
+    """
+    require_there("images", images)
+    if images.is_dir():
+        return list(pictures_in(images))
+    lines = [line.strip().removeprefix("./") for line in lines_of(images) if line.strip()]
+    if not lines:
+        raise ValueError(f"images: {images} lists no images")
+    here = images.parent
+    choices = [[folder / line for line in lines] for folder in (here, here.parent)]
+    choices += [[here / line.partition("/")[2] for line in lines]] if all("/" in line for line in lines) else []
+    return max(choices, key=lambda files: sum(map(os.path.isfile, files)))
+
+
+def _label_file(picture: Path) -> Path:
+    """With the last ``images`` of its path as ``labels``; or beside the picture, where that is absent."""
+    beside, parts = picture.with_suffix(".txt"), list(picture.parts)
+    for place in range(len(parts) - 2, -1, -1):
+        if parts[place] == "images":
+            file = Path(*parts[:place], "labels", *parts[place + 1 :]).with_suffix(".txt")
+            return beside if beside.is_file() and not file.is_file() else file
+    return beside
+
+
+def _read_labels(path: Path, classes: Collection[int]) -> Iterator[tuple[int, float, float, float, float, int]]:
+    """Of each line: class index; centre, width and height relative to the image; number of corners, 0 of a box."""
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        where, shown = f"{path}, line {number}", line.strip()[:60]
+        try:
+            index, *values = (float(word) for word in line.split())
+        except ValueError:
+            raise ValueError(f"{where}: expected numbers, got {shown!r}{_looks_like(line.split())}") from None
+        if index not in classes:
+            raise ValueError(f"{where}: expected a class index of names:, {_range(classes)}, got {index:g}")
+        if len(values) < 4 or (len(values) > 4 and len(values) % 2):
+            raise ValueError(
+                f"{where}: expected class, centre x, centre y, width, height, or class and a polygon, "
+                f"got {len(values) + 1} numbers"
+            )
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{where}: expected finite numbers, got {shown!r}")
+        x, y, w, h = values if len(values) == 4 else _box_of(values)
+        if max(abs(x), abs(y), abs(w), abs(h)) > 2:
+            raise ValueError(f"{where}: expected numbers relative to the image, 0 to 1, got {shown}")
+        yield int(index), x, y, w, h, len(values) // 2 if len(values) > 4 else 0
+
+
+def _range(classes: Collection[int]) -> str:
+    return f"{min(classes)} to {max(classes)}" + (" with gaps" if len(classes) <= max(classes) else "")
+
+
+def _looks_like(words: list[str]) -> str:
+    """What a row that is not numbers may be, for the message."""
+    if any("," in word for word in words):
+        return "; are they separated by commas? Expected spaces between the numbers, and a decimal point"
+    numeric = [re.fullmatch(r"[-+.\deE]+", word) is not None for word in words]
+    if len(words) in (9, 10) and all(numeric[:8]) and not numeric[8]:
+        return "; this looks like an oriented box of DOTA: eight coordinates of corners, and a name"
+    return "; the first is the class as a number, not its name" if not numeric[0] and all(numeric[1:]) else ""
+
+
+def _box_of(polygon: list[float]) -> tuple[float, float, float, float]:
+    xs, ys = polygon[::2], polygon[1::2]
+    return (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)

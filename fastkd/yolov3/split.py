@@ -1,0 +1,201 @@
+"""Parts of a set that is not split: drawn by class, the same for the same seed; and the one that a run makes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastkd.files import replacing
+from fastkd.yolov3.annotations import Annotations, Array
+from fastkd.yolov3.convert import as_coco, write_coco
+from fastkd.yolov3.formats import Pair, find_set, read_set, require_sets
+
+SHARE = 0.1  # of the images that a run holds back for validation
+RECORD = "split.json"
+
+
+def split(annotations: Annotations, shares: Mapping[str, float], *, seed: int = 0) -> dict[str, Annotations]:
+    """Divide a set at random, so that each part has its share of every class.
+
+    An image counts as one of the rarest class that it has a box of, and an image without a box as one of a class of
+    its own; of the images of each such class every part gets its share, rounded up or down. Images that show the same
+    scene, as the frames of a video do, should be in one part: split such sets by hand.
+
+    Args:
+        annotations: of P images.
+        shares: name of each part to its share of the images, more than 0 and together less than 1: a part has
+            ``int(share * P)`` images, but at least one.
+        seed: other seeds draw other parts.
+
+    Returns:
+        ``train``, which has the rest, and the parts by name; the images of each in their order.
+
+    Raises:
+        ValueError: shares that are none (names them), or too few images.
+    """
+    if not shares or not all(0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
+        raise ValueError(f"shares: expected numbers above 0 that are less than 1 together, got {dict(shares)}")
+    free = np.ones(len(annotations), dtype=bool)
+    order = _by_class(annotations, seed)
+    chosen = {}
+    for name, share in shares.items():
+        count = max(1, int(share * len(annotations) + 1e-9))
+        left = order[free[order]]
+        if count >= len(left):
+            raise ValueError(f"{annotations.source}: too few images to split: {len(annotations)}")
+        places = ((np.arange(count) + 0.5) * len(left) / count).astype(np.int64)
+        chosen[name] = np.isin(np.arange(len(annotations)), left[places])
+        free &= ~chosen[name]
+    return {name: annotations.only(kept) for name, kept in {"train": free, **chosen}.items()}
+
+
+def _by_class(annotations: Annotations, seed: int) -> Array:
+    """(P,) rows of the images, those of the rarest class first, each class in random order."""
+    boxes = np.unique(np.column_stack([annotations.rows, annotations.classes]), axis=0)
+    images = np.bincount(boxes[:, 1], minlength=len(annotations.class_names))  # of each class
+    rank = np.argsort(np.argsort(images, kind="stable"))
+    group = np.full(len(annotations), len(rank))
+    np.minimum.at(group, boxes[:, 0], rank[boxes[:, 1]])
+    order: Array = np.lexsort([np.random.default_rng(seed).random(len(annotations)), group])
+    return order
+
+
+def set_to_split(folder: str | os.PathLike[str], name: str = "train") -> str:
+    """``name``, or the single set of a folder that has none by this name, unless that is one to evaluate on.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    names = require_sets(folder)
+    if name not in names and len(names) == 1 and not names[0].startswith(("val", "test")):
+        return names[0]
+    find_set(folder, name)
+    return name
+
+
+def split_folder(
+    folder: str | os.PathLike[str], shares: Mapping[str, float], *, name: str | None = None, seed: int = 0
+) -> dict[str, Annotations]:
+    """Divide a set of a folder as ``split`` does, and read the folder's other sets along.
+
+    Args:
+        folder: as for ``find_set``.
+        shares, seed: as for ``split``.
+        name: of the set to divide, without the others; None: ``train``, or the only set.
+
+    Raises:
+        As ``split``; FileExistsError: the folder has a set of such a name already.
+        FileNotFoundError, ValueError: no such set, or annotations that can't be read.
+    """
+    whole = set_to_split(folder) if name is None else name
+    others = [x for x in require_sets(folder) if x != whole] if name is None else []
+    there = [x for x in others if x in shares]
+    if there:
+        raise FileExistsError(
+            f"{folder} has a set {there[0]} already: --{there[0]} 0 keeps it, --set {whole} leaves it out"
+        )
+    parts = split(read_set(*find_set(folder, whole)), shares, seed=seed)
+    return parts | {x: read_set(*find_set(folder, x)) for x in others}
+
+
+# ---- of a run
+
+
+class RunSets(NamedTuple):
+    """Training and validation set of a run, as ``TrainConfig`` takes them, and what is to be said of them."""
+
+    train: Pair
+    val: Pair | None
+    said: str = ""
+
+
+def sets_of_run(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], *, train: str = "train", val: str | None = "val"
+) -> RunSets:
+    """The sets of a run, of which ``val`` is held back from the training set where the folder has none.
+
+    That part is the same in every run on the same data: a tenth of the images, drawn by class (``split``, seed 0). It
+    is written to the folder ``split`` of the run, in COCO's layout, so that a resumed run has the same one, and other
+    runs may have it as their data (``--data RUN/split``). The data's own folder is not written to.
+
+    Args:
+        folder: as for ``find_set``.
+        out: folder of the run.
+        train: name of the training set; a folder with a single set is trained on that.
+        val: name of the validation set, or None for none.
+
+    Raises:
+        FileNotFoundError: no such set, and none to hold back from: only ``val`` is held back, and only where no set's
+            name begins like it.
+        ValueError: ``out`` has a split of other data.
+    """
+    whole = set_to_split(folder, train) if train == "train" else train
+    if val is None:
+        return RunSets(find_set(folder, whole), None)
+    record = Path(out) / "split" / RECORD
+    source = _source_of(folder, whole)
+    if val != "val" or any(name.startswith("val") for name in require_sets(folder)):
+        return RunSets(find_set(folder, whole), find_set(folder, val))
+    if not record.is_file():
+        if (Path(out) / "config.json").is_file():  # a run that was begun without a split
+            find_set(folder, val)
+        _write_split(read_set(*find_set(folder, whole)), record, source)
+    made = _read_record(record)
+    if {key: made[key] for key in source} != source:
+        raise ValueError(
+            f"out: {record.parent} is the split of {made['data']}, set {made['set']}, not of {source['data']}, set "
+            f"{source['set']}; give another --out"
+        )
+    said = (
+        f"{val}: not in {folder}, so {made['val']} of the {made['images']} images of {whole} are held back, drawn by "
+        f"class, as {record.parent / 'annotations' / 'val.json'} says; --val none trains on all"
+    )
+    return RunSets(_pair(record, "train"), _pair(record, "val"), said)
+
+
+def split_of_run(run: str | os.PathLike[str], folder: str | os.PathLike[str], name: str) -> Pair | None:
+    """Training or validation set of a folder as the run in ``run`` split it; None where it did not."""
+    record = Path(run) / "split" / RECORD
+    if name not in ("train", "val") or not record.is_file():
+        return None
+    return _pair(record, name) if _read_record(record)["data"] == os.path.realpath(folder) else None
+
+
+def _source_of(folder: str | os.PathLike[str], whole: str) -> dict[str, str]:
+    return {"data": os.path.realpath(folder), "set": whole}
+
+
+def _write_split(annotations: Annotations, record: Path, source: dict[str, str]) -> None:
+    """Whole before the record is there; several processes of a run write the same."""
+    found = as_coco(annotations)
+    found = replace(found, image_dir=Path(os.path.abspath(found.image_dir)))
+    parts = split(found, {"val": SHARE})
+    for name, part in parts.items():
+        write_coco(part, record.parent / "annotations" / f"{name}.json")
+        link = record.parent / "images" / name
+        link.parent.mkdir(exist_ok=True)
+        with suppress(OSError, NotImplementedError):  # another process made it, or there are no links here
+            link.symlink_to(found.image_dir, target_is_directory=True)
+    made = {**source, "image_dir": str(found.image_dir), "images": len(found), "val": len(parts["val"]), "seed": 0}
+    with replacing(record) as file:
+        file.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    try:
+        made: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        [made[key] for key in ("data", "set", "image_dir", "images", "val")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record}: expected what fastkd train wrote there, got {error!r}") from None
+    return made
+
+
+def _pair(record: Path, name: str) -> Pair:
+    return record.parent / "annotations" / f"{name}.json", Path(_read_record(record)["image_dir"])
