@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-BOXES = 7  # a picture, on average as in COCO
+BOXES = 7  # an image, on average as in COCO
 NAMES = [f"class{i}" for i in range(80)]
 SIDE = 64
 
@@ -97,7 +97,7 @@ def read(annotations: str, images: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read:
@@ -105,15 +105,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        make(root, options.pictures)
+        make(root, options.images)
         sets = {
             "COCO": ("annotations/train.json", "images/train"),
             "VOC": ("ImageSets/Main/train.txt", "JPEGImages"),
             "YOLO": ("data.yaml", "images/train"),
         }
-        print(
-            f"{options.pictures} pictures\n\n| format | boxes | s, first | s, again | MiB at most | of these the set |"
-        )
+        print(f"{options.images} images\n\n| format | boxes | s, first | s, again | MiB at most | of these the set |")
         print("|---|---|---|---|---|---|")
         for name, (annotations, images) in sets.items():
             command = [sys.executable, __file__, "--read", str(root / annotations), str(root / images)]

@@ -151,12 +151,12 @@ def _add_train(commands: Any) -> None:
         group.add_argument(flag, help=help_text, **options)
 
     add(data, "--size", "side of the network's square input in pixels, a multiple of 32 (default: 416)", type=int)
-    add(data, "--limit", "use the first N training pictures (default: all)", type=int)
-    add(data, "--workers", "processes that load pictures (default: 0)", type=int)
+    add(data, "--limit", "use the first N training images (default: all)", type=int)
+    add(data, "--workers", "processes that load images (default: 0)", type=int)
     add(data, "--strict", "stop at an image that can't be read, instead of leaving it out", action="store_true")
-    add(data, "--cache", "keep decoded pictures in memory: faster, for sets that fit", action="store_true")
-    add(data, "--flip", "chance of mirroring a picture; keep 0 where it changes the meaning (default: 0)", type=float)
-    add(data, "--mosaic", "chance of joining a picture with three others (default: 0)", type=float)
+    add(data, "--cache", "keep decoded images in memory: faster, for sets that fit", action="store_true")
+    add(data, "--flip", "chance of mirroring an image; keep 0 where it changes the meaning (default: 0)", type=float)
+    add(data, "--mosaic", "chance of joining an image with three others (default: 0)", type=float)
 
     model = parser.add_argument_group("model")
     names = ("yolov3", "yolov3-tiny")
@@ -179,7 +179,7 @@ def _add_train(commands: Any) -> None:
     add(
         kd,
         "--unlabelled",
-        "folder of pictures without labels, which the teacher explains (default: none)",
+        "folder of images without labels, which the teacher explains (default: none)",
         metavar="DIR",
     )
     add(kd, "--unlabelled-batch", "how many of them a step (default: as --batch)", type=int)
@@ -207,7 +207,7 @@ def _add_train(commands: Any) -> None:
     how = parser.add_argument_group("optimisation")
     add(how, "--epochs", "passes over the training set (default: 100)", type=int)
     add(how, "--steps", "length in steps instead of --epochs", type=int)
-    add(how, "--batch", "pictures a step, over all processes (default: 16)", type=int)
+    add(how, "--batch", "images per step, over all processes (default: 16)", type=int)
     add(how, "--optimizer", "(default: adamw)", choices=("adamw", "sgd"))
     add(how, "--lr", "highest learning rate (default: 0.001)", type=float)
     add(how, "--warmup", "steps until the learning rate is reached (default: 100)", type=int)
@@ -287,9 +287,9 @@ Score a detector with COCO's metrics.
     _add_model(parser)
     parser.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
     parser.add_argument("--set", default="val", metavar="NAME", help="which set of it (default: val)")
-    parser.add_argument("--batch", type=_count, default=32, metavar="N", help="images a step (default: 32)")
+    parser.add_argument("--batch", type=_count, default=32, metavar="N", help="images per step (default: 32)")
     parser.add_argument(
-        "--workers", type=_count_or_none, default=0, metavar="N", help="processes that load pictures (default: 0)"
+        "--workers", type=_count_or_none, default=0, metavar="N", help="processes that load images (default: 0)"
     )
     parser.add_argument("--strict", action="store_true", help="stop at an image that can't be read")
     parser.add_argument("--json", metavar="FILE", help="write all metrics there")
@@ -304,10 +304,10 @@ Draw what a detector finds.
   fastkd predict runs/student/model.pt photo.jpg holiday/ --out runs/found
   fastkd predict yolov3-tiny.weights photo.jpg
 """
-    parser = _command(commands, "predict", _predict, "draw what a detector finds on pictures", text)
+    parser = _command(commands, "predict", _predict, "draw what a detector finds on images", text)
     _add_model(parser)
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, or folders of pictures")
-    out = "folder for the pictures with boxes (default: runs/predict, or predict-2 and so on)"
+    parser.add_argument("paths", nargs="+", metavar="IMAGE", help="files, or folders of images")
+    out = "folder for the images with boxes (default: runs/predict, or predict-2 and so on)"
     parser.add_argument("--out", metavar="DIR", help=out)
     parser.add_argument("--score", type=float, default=0.3, metavar="N", help="least score of a box (default: 0.3)")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -324,16 +324,16 @@ the teacher (initially and now), each level's loss over the training; and tell i
     parser = _command(commands, "inspect", _inspect, "draw what a run's distillation looks at", text)
     parser.add_argument("run", metavar="RUN", help="folder of a run of fastkd train --teacher")
     parser.add_argument(
-        "pictures", nargs="*", metavar="PICTURE", help="files, or folders of pictures (default: the run's own)"
+        "paths", nargs="*", metavar="IMAGE", help="files, or folders of images (default: the run's own)"
     )
     parser.add_argument(
         "--out", metavar="DIR", help="folder for the three drawings (default: RUN/inspect, or inspect-2 and so on)"
     )
     parser.add_argument(
-        "--set", metavar="NAME", help="whose pictures, train or val, without PICTURE (default: val, if the run has one)"
+        "--set", metavar="NAME", help="whose images, train or val, without IMAGE (default: val, if the run has one)"
     )
     parser.add_argument(
-        "--count", type=int, default=4, metavar="N", help="at most N pictures, evenly spaced among all (default: 4)"
+        "--count", type=int, default=4, metavar="N", help="at most N images, evenly spaced among all (default: 4)"
     )
 
 
@@ -349,7 +349,7 @@ def _add_data(commands: Any) -> None:
     digits.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
 
     text = (
-        "Count pictures, boxes and classes of each set, and look for faults: pictures that are missing, broken, of\n"
+        "Count images, boxes and classes of each set, and look for faults: images that are missing, broken, of\n"
         "another size or in two sets; boxes that don't fit; classes that differ. Status 1 if there are any."
     )
     check = _command(sets, "check", _data_check, "what a data set holds, and what is wrong with it", text)
@@ -361,7 +361,7 @@ def _add_data(commands: Any) -> None:
     check.add_argument(
         "--out", metavar="DIR", help="for samples.png (default: runs/data-check, or data-check-2 and so on)"
     )
-    check.add_argument("--quick", action="store_true", help="do not read the pictures")
+    check.add_argument("--quick", action="store_true", help="do not read the images")
     _add_convert(sets)
     _add_split(sets)
 
@@ -406,7 +406,7 @@ def _add_target(parser: argparse.ArgumentParser, default: str | None = None) -> 
 def _add_demo(commands: Any) -> None:
     text = (
         "Make the digits scenes, train a teacher (or reuse it), then the same student without and with distillation,\n"
-        "and compare them in a table and in pictures."
+        "and compare them in a table and in plots."
     )
     parser = _command(commands, "demo", _demo, "what distillation is worth, in minutes on a CPU", text)
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the demo (default: runs/demo)")
@@ -515,7 +515,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     out = arguments.out or new_folder("runs/predict")
     written = predict(
         found.model,
-        arguments.pictures,
+        arguments.paths,
         out,
         size=size,
         class_names=found.class_names,
@@ -529,9 +529,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from fastkd.yolov3.inspect import inspect_run
 
-    found = inspect_run(
-        arguments.run, arguments.pictures, out=arguments.out, split=arguments.set, count=arguments.count
-    )
+    found = inspect_run(arguments.run, arguments.paths, out=arguments.out, split=arguments.set, count=arguments.count)
     print(found)
     print("drawn: " + ", ".join(map(str, found.files)))
     return 0
@@ -666,7 +664,7 @@ def _check_small_pair() -> Report:
 
 
 def _check_run(folder: str) -> Report:
-    """The models, weights and first pictures of a run of ``fastkd train``."""
+    """The models, weights and first images of a run of ``fastkd train``."""
     from fastkd.yolov3.config import read_config
     from fastkd.yolov3.train import check_distillation
 

@@ -1,4 +1,4 @@
-"""Pictures of what distillation looks at and how it goes; needs matplotlib (``pip install 'fastkd[train]'``).
+"""Images of what distillation looks at and how it goes; needs matplotlib (``pip install 'fastkd[train]'``).
 
 Each function returns a ``matplotlib.figure.Figure`` of its own, outside pyplot's global state: save it with
 ``figure.savefig(path)``, show it as the last line of a notebook's cell, or hand it to TensorBoard's ``add_figure``.
@@ -236,9 +236,9 @@ def _overlay(
     max_images: int,
     opacity: float,
 ) -> Figure:
-    """The picture and its levels in a row; a row for each of ``kinds``, in one scale for a picture's level.
+    """The image and its levels in a row; a row for each of ``kinds``, in one scale for an image's level.
 
-    ``caption`` gets a panel's values and those above it of the same picture; colours go by the value's power ``gamma``.
+    ``caption`` gets a panel's values and those above it of the same image; colours go by the value's power ``gamma``.
     """
     if max_images < 1:
         raise ValueError(f"max_images: expected a number >= 1, got {max_images}")
@@ -250,12 +250,12 @@ def _overlay(
     for axis, title in zip(axes[0], ("image", *titles), strict=True):
         axis.set_title(title, fontsize=9)
     for (i, kind), row in zip(rows, axes, strict=True):
-        picture = _pixels(images[i])
-        grey = 0.7 * picture.mean(2, keepdim=True).expand(-1, -1, 3)  # so that colour and light mean weight
+        pixels = _pixels(images[i])
+        grey = 0.7 * pixels.mean(2, keepdim=True).expand(-1, -1, 3)  # so that colour and light mean weight
         row[0].set_ylabel(kind, fontsize=9)
         for k, axis in enumerate(row):
             axis.set(xticks=[], yticks=[])
-            axis.imshow((grey if k else picture).numpy())
+            axis.imshow((grey if k else pixels).numpy())
         for k, axis in enumerate(row[1:]):
             stack = {name: levels[k][i].detach().float().cpu() for name, levels in kinds.items()}
             highest = torch.stack([_finite(x, 0).max() for x in stack.values()]).max()

@@ -16,12 +16,12 @@ from fastkd.cli import main
 from fastkd.yolov3.data import DetectionDataset
 from fastkd.yolov3.data_check import _are_parts
 from fastkd.yolov3.evaluate import score
-from fastkd.yolov3.formats import find_set, read_pictures, read_set, require_sets, sets_in
+from fastkd.yolov3.formats import find_set, read_images, read_set, require_sets, sets_in
 from fastkd.yolov3.model import YOLOv3Tiny
 from fastkd.yolov3.predict import predict
 
 NAMES = ["cat", "dög"]
-# picture to (class, x, y, width, height, difficult), whole pixels of 64 x 48
+# image to (class, x, y, width, height, difficult), whole pixels of 64 x 48
 OBJECTS = {
     "a": [(0, 10, 4, 20, 30, False), (1, 40, 20, 24, 28, True)],
     "b 2": [],
@@ -29,7 +29,7 @@ OBJECTS = {
 }
 
 
-def picture(path: Path, width: int = 64, height: int = 48, seed: int = 0) -> None:
+def make_image(path: Path, width: int = 64, height: int = 48, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng([seed, *path.name.encode()]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     path.write_bytes(cv2.imencode(path.suffix, noise)[1].tobytes())
@@ -40,14 +40,14 @@ def write_coco(root: Path) -> None:
     boxes = [(5 + i, o) for i, objects in enumerate(OBJECTS.values()) for o in objects]
     annotations = [
         {"id": i, "image_id": number, "category_id": 7 + o[0], "bbox": list(o[1:5]), "iscrowd": int(o[5])}
-        for i, (number, o) in sorted(enumerate(boxes), key=lambda x: -x[1][0])  # pictures in another order
+        for i, (number, o) in sorted(enumerate(boxes), key=lambda x: -x[1][0])  # images in another order
     ]
     categories = [{"id": 7 + i, "name": name} for i, name in enumerate(NAMES)]
     (root / "annotations").mkdir(parents=True)
     text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
     (root / "annotations/train.json").write_text(text, encoding="utf-8")
     for name in OBJECTS:
-        picture(root / f"images/train/{name}.png")
+        make_image(root / f"images/train/{name}.png")
 
 
 def voc_object(name: str, x: float, y: float, w: float, h: float, difficult: bool) -> str:
@@ -62,17 +62,17 @@ def write_voc(root: Path, size: str = "<size><width>64</width><height>48</height
         inside = "".join(voc_object(NAMES[o[0]], *o[1:]) for o in objects)
         text = f"<annotation><filename>{name}.png</filename>{size}{inside}</annotation>"
         (root / f"Annotations/{name}.xml").write_text(text, encoding="utf-8")
-        picture(root / f"JPEGImages/{name}.png")
+        make_image(root / f"JPEGImages/{name}.png")
     names = [f"{name} -1" for name in OBJECTS]
     (root / "ImageSets/Main/train.txt").write_text("\ufeff" + "\r\n".join(names) + "\r\n", encoding="utf-8")
 
 
 def write_yolo(root: Path, listed: bool = False) -> None:
     for name, objects in OBJECTS.items():
-        picture(root / f"images/train/{name}.png")
+        make_image(root / f"images/train/{name}.png")
         lines = [f"{k} {(x + w / 2) / 64} {(y + h / 2) / 48} {w / 64} {h / 48}" for k, x, y, w, h, _ in objects]
         (root / "labels/train").mkdir(parents=True, exist_ok=True)
-        if lines:  # a picture without objects has no label file
+        if lines:  # an image without objects has no label file
             text = "\ufeff" + "\r\n".join(lines)
             (root / f"labels/train/{name}.txt").write_text(text, encoding="utf-8")
     place = "images/train"
@@ -144,14 +144,14 @@ def test_polygons_become_their_boxes_and_rules_hold_for_every_format(tmp_path: P
     np.testing.assert_allclose(data.annotations.boxes[:2], [[6.4, 9.6, 25.6, 28.8], [48, 12, 16, 24]])
 
 
-def test_pictures_alone_are_a_set_without_boxes(tmp_path: Path) -> None:
+def test_images_alone_are_a_set_without_boxes(tmp_path: Path) -> None:
     for name in ("x/10.png", "x/9.png", "1.jpg"):
-        picture(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
-    found = read_pictures(tmp_path)
+        make_image(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    found = read_images(tmp_path)
     assert [Path(name).as_posix() for name in found.file_names] == ["1.jpg", "x/9.png", "x/10.png"]
     assert len(found.boxes) == 0
-    assert DetectionDataset.of_pictures(tmp_path, 64)[2].targets.shape == (0, 5)
+    assert DetectionDataset.of_images(tmp_path, 64)[2].targets.shape == (0, 5)
 
 
 # ---- wrong input
@@ -268,7 +268,7 @@ def test_names_with_gaps_and_an_alias_of_a_text_are_fine(tmp_path: Path) -> None
 
 def test_a_split_may_be_several_folders_and_lists(tmp_path: Path) -> None:
     write_yolo(tmp_path)
-    picture(tmp_path / "images/more/d.png")
+    make_image(tmp_path / "images/more/d.png")
     (tmp_path / "more.txt").write_text("images/more/d.png\nimages/train/a.png\n")
     (tmp_path / "data.yaml").write_text("train: [images/train, more.txt]\nnames: [a, b]\n")
     found = read_set(*find_set(tmp_path, "train"))
@@ -370,7 +370,7 @@ def voc_beside(root: Path) -> None:
     (root / "train").mkdir()
     text = f"<annotation>{voc_object('ant', 1, 1, 5, 5, False)}</annotation>"
     (root / "train/a.xml").write_text(text)
-    picture(root / "train/a.png")
+    make_image(root / "train/a.png")
 
 
 def valid_key(root: Path) -> None:
@@ -423,7 +423,7 @@ def test_xml_files_in_no_list_are_one_set(beside: bool, tmp_path: Path) -> None:
 def csv_file(root: Path, name: str = "train_labels.csv", images: str = "images") -> None:
     lines = ["filename,width,height,class,xmin,ymin,xmax,ymax"]
     for file, objects in OBJECTS.items():
-        picture(root / images / f"{file}.png")
+        make_image(root / images / f"{file}.png")
         lines += [f"{file}.png,64,48,{NAMES[k]},{x + 1},{y + 1},{x + w},{y + h}" for k, x, y, w, h, _ in objects]
         lines += [] if objects else [f"{file}.png,64,48,,,,,"]
     (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -538,7 +538,7 @@ def test_csv_files_of_one_set_number_classes_alike(tmp_path: Path) -> None:
     ],
 )
 def test_a_row_of_csv_that_is_wrong_is_named(row: str, message: str, tmp_path: Path) -> None:
-    picture(tmp_path / "images/a.png")
+    make_image(tmp_path / "images/a.png")
     (tmp_path / "train_labels.csv").write_text(f"filename,width,height,class,xmin,ymin,xmax,ymax\n{row}\n")
     with pytest.raises(ValueError, match=message):
         read_set(*find_set(tmp_path, "train"))
@@ -610,18 +610,18 @@ def test_folders_that_are_absent_empty_or_of_nothing_known_are_errors(tmp_path: 
     (tmp_path / "stuff").mkdir()
     with pytest.raises(FileNotFoundError, match=r"sets found: none; looked for annotations/.*\(COCO\).*VOC.*YOLO"):
         find_set(tmp_path, "train")
-    with pytest.raises(ValueError, match="no pictures in this folder"):
-        read_pictures(tmp_path)
+    with pytest.raises(ValueError, match="no images in this folder"):
+        read_images(tmp_path)
     (tmp_path / "x.doc").write_text("")
     with pytest.raises(ValueError, match=r"annotations: expected a \.json file"):
         read_set(tmp_path / "x.doc", tmp_path)
 
 
 def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     monkeypatch.setattr(os, "access", lambda *_: False)  # who runs as root may read everything
     with pytest.raises(PermissionError, match="no permission to read"):
-        read_pictures(tmp_path)
+        read_images(tmp_path)
 
 
 def test_a_yaml_file_may_be_relative_to_a_folder_beside_it_as_exports_are(tmp_path: Path) -> None:
@@ -631,18 +631,18 @@ def test_a_yaml_file_may_be_relative_to_a_folder_beside_it_as_exports_are(tmp_pa
 
 
 def test_linked_folders_are_looked_into_once(tmp_path: Path) -> None:
-    picture(tmp_path / "set/a.png")
-    picture(tmp_path / "elsewhere/b.png")
+    make_image(tmp_path / "set/a.png")
+    make_image(tmp_path / "elsewhere/b.png")
     (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set", target_is_directory=True)
     (tmp_path / "set/again").symlink_to(tmp_path / "set/own", target_is_directory=True)
     (tmp_path / "set/up").symlink_to(tmp_path, target_is_directory=True)
-    picture(tmp_path / "set/own/c.png")
-    assert read_pictures(tmp_path / "set").file_names == ["a.png", "linked/b.png", "own/c.png"]
+    make_image(tmp_path / "set/own/c.png")
+    assert read_images(tmp_path / "set").file_names == ["a.png", "linked/b.png", "own/c.png"]
 
 
-def test_labels_may_lie_beside_pictures_in_any_folder(tmp_path: Path) -> None:
-    picture(tmp_path / "images/mine/a.png")
+def test_labels_may_lie_beside_images_in_any_folder(tmp_path: Path) -> None:
+    make_image(tmp_path / "images/mine/a.png")
     (tmp_path / "images/mine/a.txt").write_text("0 0.5 0.5 0.1 0.1\n")
     (tmp_path / "data.yaml").write_text("train: images/mine\nnames: [a]\n")
     assert len(read_set(*find_set(tmp_path, "train")).boxes) == 1
@@ -719,7 +719,7 @@ def check(root: Path, out: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc", "yolo"])
-def test_a_set_without_faults_passes_with_its_counts_and_a_picture(kind: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_set_without_faults_passes_with_its_counts_and_an_image(kind: str, tmp_path: Path, capsys: Any) -> None:
     WRITERS[kind](tmp_path / "data")
     assert check(tmp_path / "data", tmp_path / "out") == 0
     said = capsys.readouterr().out
@@ -728,7 +728,7 @@ def test_a_set_without_faults_passes_with_its_counts_and_a_picture(kind: str, tm
     assert "no fault found" in said
     samples = cv2.imread(str(tmp_path / "out/samples.png"))
     assert samples.shape == (480, 4 * 480, 3)
-    assert samples[:, 960:].min() == 255  # two pictures with boxes, and room for two more
+    assert samples[:, 960:].min() == 255  # two images with boxes, and room for two more
     assert samples[:, :960].std() > 10
 
 
@@ -740,8 +740,8 @@ def test_every_fault_is_found_and_named(tmp_path: Path, capsys: Any) -> None:
     content["annotations"].append({"id": 10, "image_id": 5, "category_id": 7, "bbox": [1, 1, 0.1, 5]})
     (root / "annotations/train.json").write_text(json.dumps(content))
     (root / "images/train/b 2.png").unlink()
-    (root / "images/train/a.png").write_bytes(b"no picture")
-    picture(root / "images/train/c.png", width=32)
+    (root / "images/train/a.png").write_bytes(b"no image")
+    make_image(root / "images/train/c.png", width=32)
     assert check(root, tmp_path / "out") == 1
     said = capsys.readouterr().out
     for line in (
@@ -765,7 +765,7 @@ def test_an_image_that_cannot_be_read_still_counts_as_one_with_its_boxes(tmp_pat
     assert "images without a box: 1;" in capsys.readouterr().out
 
 
-def test_pictures_that_a_viewer_turns_are_counted(tmp_path: Path, capsys: Any) -> None:
+def test_images_that_a_viewer_turns_are_counted(tmp_path: Path, capsys: Any) -> None:
     write_coco(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -780,7 +780,7 @@ def test_what_sets_share_or_should_share_is_found(tmp_path: Path, capsys: Any) -
     content["categories"][0]["name"] = "cow"
     (tmp_path / "annotations/val.json").write_text(json.dumps(content))
     for name in OBJECTS:
-        picture(tmp_path / f"images/val/{name}.png", seed=int(name != "c"))
+        make_image(tmp_path / f"images/val/{name}.png", seed=int(name != "c"))
     assert check(tmp_path, tmp_path / "out") == 1
     said = capsys.readouterr().out
     assert "FAULT: 1 images are in train and in val: c.png = c.png" in said
@@ -810,7 +810,7 @@ def test_a_part_of_a_set_is_no_leak_but_said(tmp_path: Path, capsys: Any) -> Non
         ("fold1", "fold10", False),
     ],
 )
-def test_names_say_which_sets_may_share_pictures(a: str, b: str, parts: bool) -> None:
+def test_names_say_which_sets_may_share_images(a: str, b: str, parts: bool) -> None:
     assert _are_parts(a, b) is _are_parts(b, a) is parts
 
 
@@ -823,14 +823,14 @@ def test_files_of_other_tasks_beside_cocos_boxes_are_no_sets(tmp_path: Path) -> 
     assert sets_in(tmp_path) == ["train"]
 
 
-def test_a_set_without_a_box_or_a_picture_is_a_fault(tmp_path: Path, capsys: Any) -> None:
+def test_a_set_without_a_box_or_an_image_is_a_fault(tmp_path: Path, capsys: Any) -> None:
     write_coco(tmp_path)
     file = tmp_path / "annotations/train.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
     assert check(tmp_path, tmp_path / "out") == 1
     assert "images, and a box in none of them" in capsys.readouterr().out
-    for picture_file in (tmp_path / "images/train").iterdir():
-        picture_file.unlink()
+    for image_file in (tmp_path / "images/train").iterdir():
+        image_file.unlink()
     assert check(tmp_path, tmp_path / "none") == 1
     assert "images are missing" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
@@ -885,7 +885,7 @@ def test_a_jpeg_without_its_end_is_a_fault(tmp_path: Path, capsys: Any) -> None:
 def test_a_quick_check_finds_files_and_names_that_sets_share(tmp_path: Path, capsys: Any) -> None:
     write_yolo(tmp_path)
     for name in "ab":
-        picture(tmp_path / f"images/val/{name}.png")
+        make_image(tmp_path / f"images/val/{name}.png")
     (tmp_path / "labels/val").mkdir()
     (tmp_path / "labels/val/a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
     text = "train: images/train\nval: {}\nnames: [a, b]\n"
@@ -903,10 +903,10 @@ def test_a_quick_check_finds_files_and_names_that_sets_share(tmp_path: Path, cap
 @pytest.mark.filterwarnings("ignore")
 def test_predict_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
     for name in "ab":
-        picture(tmp_path / f"in/{name}.png")
+        make_image(tmp_path / f"in/{name}.png")
     (tmp_path / "in/a.png").write_bytes(b"no image")
     model = YOLOv3Tiny(num_classes=2, width=0.125)
     with pytest.warns(UserWarning, match=r"1 of 2 images can't be read and are left out: .*a\.png"):
         assert predict(model, [tmp_path / "in"], tmp_path / "out", size=64) == [tmp_path / "out/b.png"]
-    with pytest.raises(ValueError, match=r"a\.png: not a picture"):
+    with pytest.raises(ValueError, match=r"a\.png: not an image"):
         predict(model, [tmp_path / "in/a.png"], tmp_path / "out", size=64)

@@ -121,17 +121,17 @@ def test_train_then_eval_then_predict(digits, runs, tmp_path, capsys):
     assert 0 <= json.loads((tmp_path / "m.json").read_text())["mAP"] <= 1
     assert isinstance(json.loads((tmp_path / "d.json").read_text()), list)
 
-    pictures = digits / "images" / "test"
-    assert main(["predict", model, str(pictures), "--out", str(tmp_path / "found"), "--score", "0", "--cpu"]) == 0
+    images = digits / "images" / "test"
+    assert main(["predict", model, str(images), "--out", str(tmp_path / "found"), "--score", "0", "--cpu"]) == 0
     drawn = sorted((tmp_path / "found").iterdir())
     assert [x.name for x in drawn] == ["000001.png", "000002.png"]
-    assert (cv2.imread(str(drawn[0])) != cv2.imread(str(pictures / "000001.png"))).any()
+    assert (cv2.imread(str(drawn[0])) != cv2.imread(str(images / "000001.png"))).any()
 
 
 def test_inspect_draws_a_run_and_tells_its_levels(runs, tmp_path, capsys):
     assert main(["inspect", str(runs["distilled"]), "--count", "1", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "on 1 picture\n" in said
+    assert "on 1 image\n" in said
     row = r"^(backbone|neck): \S+ <- \S+ +(\d+) +(\d+)% +([\d.]+) +([\d.]+) +(\d+)%$"
     rows = re.findall(row, said, re.MULTILINE)
     levels = [("backbone", "8"), ("backbone", "16"), ("backbone", "32"), ("neck", "16"), ("neck", "32")]
@@ -242,8 +242,8 @@ def test_sets_are_found_in_the_layouts_of_coco_and_of_digits(tmp_path, annotatio
         (["train", "--data", "{digits}", "--out", "{out}", "--teacher", "{student}", "--info-map", "x"], "info_map"),
         (["eval", "absent.pt", "--data", "{digits}"], "absent.pt: no such file"),
         (["eval", "{student}", "--data", "{digits}", "--set", "tset"], "sets found: test, train, val"),
-        (["predict", "{student}", "absent.jpg", "--out", "{out}"], "absent.jpg: no such picture or folder"),
-        (["predict", "{student}", "{digits}", "--out", "{out}"], "no pictures in this folder"),
+        (["predict", "{student}", "absent.jpg", "--out", "{out}"], "absent.jpg: no such image or folder"),
+        (["predict", "{student}", "{digits}", "--out", "{out}"], "no images in this folder"),
         (["train", "--data", "{digits}", "--out", "{out}", "--lr", "-1"], "lr: expected a finite number > 0"),
         (
             ["train", "--data", "{digits}", "--out", "{out}", "--teacher", "{student}", "--info-map", "magic"],
@@ -252,14 +252,14 @@ def test_sets_are_found_in_the_layouts_of_coco_and_of_digits(tmp_path, annotatio
         (["doctor", "--run", "{out}"], "no run of fastkd train there"),
         (["inspect", "{out}"], "no run of fastkd train there"),
         (["inspect", "{plain}"], "this run has no teacher"),
-        (["inspect", "{distilled}", "absent.jpg"], "absent.jpg: no such picture or folder"),
-        (["inspect", "{distilled}", "{plain}/config.json"], "not a picture that can be read"),
+        (["inspect", "{distilled}", "absent.jpg"], "absent.jpg: no such image or folder"),
+        (["inspect", "{distilled}", "{plain}/config.json"], "not an image that can be read"),
         (["inspect", "{distilled}", "--set", "test"], "set: expected train or val, got 'test'"),
         (
             ["inspect", "{distilled}", "a.jpg", "--set", "val"],
-            "set: expected none beside pictures of your own, got 'val'",
+            "set: expected none beside images of your own, got 'val'",
         ),
-        (["inspect", "{distilled}", "--count", "0"], "count: expected at least 1 picture, got 0"),
+        (["inspect", "{distilled}", "--count", "0"], "count: expected at least 1 image, got 0"),
         (["demo", "--out", "{out}", "--seeds", "0"], "seeds: expected at least 1"),
         (["data", "digits", "--out", "{out}", "--train", "-1"], "train: expected a number of scenes >= 0"),
     ],
@@ -285,7 +285,7 @@ def test_a_missing_extra_is_named_with_its_way_out(monkeypatch, capsys, digits, 
     assert "needs pycocotools, which is not installed: pip install 'fastkd[train]'" in capsys.readouterr().err
 
 
-# ---- pictures
+# ---- images
 
 
 def test_boxes_are_drawn_where_objects_are_and_nowhere_else():
@@ -302,7 +302,7 @@ def test_boxes_are_drawn_where_objects_are_and_nowhere_else():
     assert (image == 128).all()
 
 
-def test_pictures_are_not_overwritten_by_their_predictions(student, digits, tmp_path):
+def test_images_are_not_overwritten_by_their_predictions(student, digits, tmp_path):
     from fastkd.yolov3.checkpoint import load_detector
 
     shutil.copy(digits / "images/test/000001.png", tmp_path)
@@ -312,9 +312,9 @@ def test_pictures_are_not_overwritten_by_their_predictions(student, digits, tmp_
     assert (tmp_path / "000001.png").read_bytes() == before
 
 
-def test_two_pictures_of_one_name_are_refused(student, digits, tmp_path):
+def test_two_images_of_one_name_are_refused(student, digits, tmp_path):
     from fastkd.yolov3.checkpoint import load_detector
 
-    pictures = [digits / "images/test/000001.png", digits / "images/val/000001.png"]
+    images = [digits / "images/test/000001.png", digits / "images/val/000001.png"]
     with pytest.raises(ValueError, match="two alike"):
-        predict(load_detector(student).model, pictures, tmp_path, size=96)
+        predict(load_detector(student).model, images, tmp_path, size=96)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from test_annotations import LAYOUTS, NAMES, OBJECTS, WRITERS, csv_file, picture, write_coco, write_voc, write_yolo
+from test_annotations import LAYOUTS, NAMES, OBJECTS, WRITERS, csv_file, make_image, write_coco, write_voc, write_yolo
 
 from fastkd.cli import main
 from fastkd.yolov3.annotations import Annotations, from_rows
@@ -84,7 +84,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_two_images_of_one_name_are_refused_for_yolo(tmp_path: Path) -> None:
     for suffix in (".png", ".jpg"):
-        picture(tmp_path / f"a{suffix}")
+        make_image(tmp_path / f"a{suffix}")
     both = from_rows("here", tmp_path, ["a.png", "a.jpg"], [(64, 48)] * 2, ["x"], np.zeros((0, 7)))
     with pytest.raises(ValueError, match="1 names are those of two images: a; rename them, or write COCO"):
         write_sets({"train": both}, tmp_path / "out", "yolo")
@@ -158,7 +158,7 @@ def unsplit(root: Path) -> None:
     (root / "ImageSets/Main/train.txt").unlink()
     text = (root / "Annotations/a.xml").read_text(encoding="utf-8")
     for number in range(17):
-        picture(root / f"JPEGImages/{number}.png", seed=number)
+        make_image(root / f"JPEGImages/{number}.png", seed=number)
         (root / f"Annotations/{number}.xml").write_text(text.replace("a.png", f"{number}.png"), encoding="utf-8")
 
 
@@ -194,7 +194,7 @@ def test_a_run_makes_the_split_that_is_missing_and_keeps_it(tmp_path: Path, caps
     train, val = (read_set(*find_set(run / "split", name)) for name in ("train", "val"))
     assert (len(train), len(val), train.missing() + val.missing()) == (18, 2, [])
     assert not {*train.file_names} & {*val.file_names}
-    picture(data / "JPEGImages/new.png")
+    make_image(data / "JPEGImages/new.png")
     (data / "Annotations/new.xml").write_bytes((data / "Annotations/a.xml").read_bytes())
     assert main([*arguments, "2", "--resume"]) == 0
     assert tree(run / "split") == made

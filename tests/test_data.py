@@ -27,7 +27,7 @@ def annotation(number, bbox, *, image_id=1, category_id=7, **more):
 
 @pytest.fixture
 def make(tmp_path):
-    """Write a small COCO set (three pictures, 64 x 48) with the given annotations; return a data set over it."""
+    """Write a small COCO set (three plots, 64 x 48) with the given annotations; return a data set over it."""
 
     def make(annotations=(), *, content=None, edit=None, size=64, **options):
         folder = tmp_path / "images"
@@ -82,7 +82,7 @@ def test_batch_packs_targets_and_scales_pixels(make):
     assert batch.images.shape == (3, 3, 64, 64)
     assert batch.images.dtype == torch.float32
     assert torch.equal((batch.images[1] * 255).round().byte(), dataset[1].image)
-    assert batch.targets[:, 0].tolist() == [0, 2, 2]  # the second picture has no box
+    assert batch.targets[:, 0].tolist() == [0, 2, 2]  # the second image has no box
     assert batch.targets.shape == (3, 6)
     assert batch.image_ids == [1, 2, 3]
 
@@ -94,7 +94,7 @@ def test_batch_without_any_box_has_empty_targets(make):
     assert batch.targets.dtype == torch.float32
 
 
-def test_limit_keeps_the_first_pictures(make):
+def test_limit_keeps_the_first_images(make):
     dataset = make(BOXES, limit=2)
     assert len(dataset) == 2
     assert dataset.annotations.rows.tolist() == [0, 1]
@@ -144,7 +144,7 @@ def test_workers_see_the_epoch_even_when_they_persist(make):
         assert torch.equal(batch.targets, expected.targets)
 
 
-def test_cached_pictures_are_not_changed_by_augmentation(make):
+def test_cached_images_are_not_changed_by_augmentation(make):
     dataset = make(BOXES, augmentation=Augmentation(flip=1.0), cache=True)
     first = dataset[0]
     assert same(first, dataset[0])
@@ -192,7 +192,7 @@ def test_box_sizes_are_in_pixels_of_the_input(make):
 # ---- what can be wrong with a data set
 
 
-def test_missing_pictures_are_an_error_with_count_and_names(make):
+def test_missing_images_are_an_error_with_count_and_names(make):
     def remove(coco, folder):
         (folder / "1.png").unlink()
         (folder / "3.png").unlink()
@@ -227,8 +227,8 @@ def forbid(dataset):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (damage, r"2\.png: not a picture that can be read"),
-        (claim, r"2\.png: not a picture that can be read"),
+        (damage, r"2\.png: not an image that can be read"),
+        (claim, r"2\.png: not an image that can be read"),
         (resize, r"2\.png: the annotations expect 64x48 .* the file has 48x64"),
     ],
 )
@@ -267,7 +267,7 @@ def test_an_image_that_the_system_cannot_read_is_left_out_too(make):
 def test_warnings_of_images_that_cannot_be_read_come_to_an_end(tmp_path):
     for number in range(9):
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.zeros((8, 8, 3), np.uint8))
-    dataset = DetectionDataset.of_pictures(tmp_path, 32)
+    dataset = DetectionDataset.of_images(tmp_path, 32)
     for file in tmp_path.iterdir():
         file.write_bytes(b"no image")
     with pytest.warns(UserWarning, match="left out") as caught:
@@ -295,7 +295,7 @@ def test_inspect_leaves_out_image_files_that_it_cannot_read(make):
         images, _ = _read(files, 3, config)
     expected = torch.stack([dataset[0].image, dataset[2].image]).float() / 255
     assert torch.equal(images, expected)
-    with pytest.raises(ValueError, match=r"2\.png: not a picture"):
+    with pytest.raises(ValueError, match=r"2\.png: not an image"):
         _read(files[1:2], 3, config)
 
 
@@ -322,7 +322,7 @@ def test_strict_sets_stop_at_an_image_that_cannot_be_read(make):
 
 def test_strict_sets_stop_in_a_worker_too_and_the_last_line_names_the_image(make):
     loader = DataLoader(make(BOXES, edit=damage, strict=True), num_workers=1, collate_fn=collate)
-    with pytest.raises(ValueError, match=r"\nValueError: .*2\.png: not a picture that can be read .*\n*\Z"):
+    with pytest.raises(ValueError, match=r"\nValueError: .*2\.png: not an image that can be read .*\n*\Z"):
         list(loader)
 
 
@@ -392,7 +392,7 @@ def test_read_image_of_a_missing_file_says_so(tmp_path):
         read_image(tmp_path / "absent.png")
 
 
-def test_grey_and_transparent_pictures_are_read_as_rgb(tmp_path):
+def test_grey_and_transparent_images_are_read_as_rgb(tmp_path):
     cv2.imwrite(str(tmp_path / "grey.png"), np.full((4, 4), 9, dtype=np.uint8))
     cv2.imwrite(str(tmp_path / "alpha.png"), np.full((4, 4, 4), 9, dtype=np.uint8))
     assert read_image(tmp_path / "grey.png").shape == read_image(tmp_path / "alpha.png").shape == (4, 4, 3)
@@ -432,7 +432,7 @@ def test_crowds_are_kept_for_evaluation_but_not_trained_on(make):
     assert dataset.annotations.crowd.tolist() == [True, False]
 
 
-def test_picture_without_boxes_is_kept(make):
+def test_image_without_boxes_is_kept(make):
     sample = make()[0]
     assert sample.targets.shape == (0, 5)
     assert make(augmentation=BUSY)[0].targets.shape == (0, 5)
@@ -443,7 +443,7 @@ def test_unknown_category_is_an_error(make):
         make([annotation(4, [1, 1, 5, 5], category_id=5)])
 
 
-def test_unknown_picture_is_an_error(make):
+def test_unknown_image_is_an_error(make):
     with pytest.raises(ValueError, match=r"annotations\[0\] has unknown image_id 99; the file has \[1, 2, 3\]"):
         make([annotation(4, [1, 1, 5, 5], image_id=99)])
 
@@ -456,7 +456,7 @@ def test_file_name_that_leaves_the_folder_is_refused(make, name):
         make(edit=lambda coco, folder: coco["images"][1].update(file_name=name))
 
 
-def test_picture_in_a_sub_folder_is_fine(make):
+def test_image_in_a_sub_folder_is_fine(make):
     def move(coco, folder):
         (folder / "sub").mkdir()
         (folder / "2.png").rename(folder / "sub" / "2.png")
@@ -488,7 +488,7 @@ def test_box_that_is_not_four_numbers_is_an_error(make, bbox):
         make([annotation(1, bbox)])
 
 
-def test_picture_without_extent_is_an_error(make):
+def test_image_without_extent_is_an_error(make):
     with pytest.raises(ValueError, match=r"images\[2\]: expected width and height of at least 1"):
         make(edit=lambda coco, folder: coco["images"][2].update(width=0))
 

@@ -65,12 +65,12 @@ def test_the_report_says_what_only_the_teacher_had(demo):
     assert "mAP" in report
 
 
-def test_pictures_are_there_and_not_blank(demo):
+def test_images_are_there_and_not_blank(demo):
     out, _ = demo
     for name in DRAWN:
-        picture = cv2.imread(str(out / f"{name}.png"))
-        assert picture is not None, name
-        assert picture.std() > 10, name
+        image = cv2.imread(str(out / f"{name}.png"))
+        assert image is not None, name
+        assert image.std() > 10, name
 
 
 def test_a_teacher_that_is_there_is_used_again(demo):

@@ -61,9 +61,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, teacher: 
     two, one = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("two", "one"))
     for part in ("student", "distiller"):  # adapters, statistics and the averages of weight="auto" too
         for name, value in one[part].items():
-            if "statistics" in name and name.endswith(
-                (".count", ".square")
-            ):  # both processes looked at the same pictures
+            if "statistics" in name and name.endswith((".count", ".square")):  # both processes looked at the same plots
                 torch.testing.assert_close(two[part][name], 2 * value, rtol=1e-4, atol=1e-6)
             elif isinstance(value, torch.Tensor):
                 torch.testing.assert_close(

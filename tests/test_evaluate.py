@@ -1,4 +1,4 @@
-"""Evaluation: COCO's numbers, in the pixels of the original pictures, and a model left as it was."""
+"""Evaluation: COCO's numbers, in the pixels of the original images, and a model left as it was."""
 
 import json
 from dataclasses import replace
@@ -16,13 +16,13 @@ from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.data import DetectionDataset
 from fastkd.yolov3.evaluate import detect_all, evaluate, score, write_detections
 
-# One box centred in a cell each, so that a fake head can say it exactly: x, y, w, h in the original picture.
+# One box centred in a cell each, so that a fake head can say it exactly: x, y, w, h in the original image.
 TRUTH = {1: (7, [64, 32, 40, 32]), 2: (9, [0, 0, 96, 64])}
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Two pictures of 192 x 128 pixels, shown to the network at half size with 16 rows of grey above and below."""
+    """Two images of 192 x 128 pixels, shown to the network at half size with 16 rows of grey above and below."""
     images, annotations = [], []
     for number, (category_id, bbox) in TRUTH.items():
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((128, 192, 3), number, dtype=np.uint8))
@@ -35,7 +35,7 @@ def dataset(tmp_path):
 
 
 class FakeDetector(nn.Module):
-    """Finds the true box of each picture (known by its grey level), or nothing."""
+    """Finds the true box of each image (known by its grey level), or nothing."""
 
     def __init__(self, finds=True):
         super().__init__()

@@ -242,10 +242,10 @@ def test_a_model_with_nan_is_refused_by_every_command(
     content = torch.load(model, weights_only=True)
     content["state_dict"]["conv2.conv.weight"].view(-1)[0] = float("nan")
     torch.save(content, model)
-    picture = str(next((digits / "images/val").iterdir()))
+    image = str(next((digits / "images/val").iterdir()))
     for command in (
         ["eval", str(model), "--data", str(digits), "--cpu"],
-        ["predict", str(model), picture, "--out", str(tmp_path / "out"), "--cpu"],
+        ["predict", str(model), image, "--out", str(tmp_path / "out"), "--cpu"],
         ["train", "--data", str(digits), "--out", str(tmp_path / "run"), *SMALL, "--teacher", str(model)],
     ):
         message = said_by(command, capsys)

@@ -456,9 +456,9 @@ def test_another_set_is_studied_with_a_share_of_its_labels(tmp_path):
     names = [{x["file_name"] for x in json.loads((tmp_path / x["annotations"]).read_text())["images"]} for x in parts]
     assert [len(x) for x in names] == [2, 2, 2]
     assert names[0] == names[1] != names[2]  # by the seed
-    pictures = {x.name for x in (tmp_path / parts[0]["unlabelled"]).iterdir()}
-    assert len(pictures) == 6
-    assert not pictures & names[0]  # whoever has a label is not among those without
+    images = {x.name for x in (tmp_path / parts[0]["unlabelled"]).iterdir()}
+    assert len(images) == 6
+    assert not images & names[0]  # whoever has a label is not among those without
     assert "unlabelled" not in part_of_set(tmp_path, "mine", 1.0, 0)
     usual = {"set": "mine", "size": 64, "batch": 2, "width": 0.125, "steps": 2, "flip": 0.5, "anchors": "default"}
     first, again = (

@@ -211,9 +211,9 @@ def test_batches_do_not_depend_on_where_a_run_begins_or_on_workers(config):
         assert torch.equal(a.targets, b.targets)
 
 
-def test_an_epoch_shows_every_picture_once_and_the_next_in_another_order(config):
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order(config):
     data = training_set(config)
-    seen = [i for batch in batches(data, config, 0, 5) for i in batch.image_ids]  # 20 pictures: two epochs of ten
+    seen = [i for batch in batches(data, config, 0, 5) for i in batch.image_ids]  # 20 images: two epochs of ten
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(data.annotations.image_ids.tolist())
     assert seen[:10] != seen[10:]
 
@@ -226,7 +226,7 @@ def test_ranks_share_a_batch_without_overlap(config):
     assert len(parts[0]) == len(parts[1])
 
 
-def test_fewer_pictures_than_a_batch_still_fill_it(config):
+def test_fewer_images_than_a_batch_still_fill_it(config):
     config = replace(config, limit=3, batch=8, epochs=2, anchors="default")
     assert [len(b.images) for b in batches(training_set(config), config, 0, 2)] == [8, 8]
     assert train(config).steps == 2
@@ -588,12 +588,12 @@ def test_a_teacher_file_that_is_cut_off_or_of_another_model_is_refused(teacher, 
         load_detector(tmp_path / "other.pt")
 
 
-def test_unlabelled_pictures_are_explained_by_the_teacher_alone(config, digits, teacher):
+def test_unlabelled_images_are_explained_by_the_teacher_alone(config, digits, teacher):
     config = replace(config, teacher=str(teacher), unlabelled=str(digits / "images/train"), unlabelled_batch=3)
     data = training_set(config)
     batch, more = next(batches(data, config, 0, 1)), next(unlabelled_images(unlabelled_set(config), config, 0, 1))
     assert more.shape == (3, 3, config.size, config.size)
-    objective = build_objective(config, data).eval()  # batch norm would mix the pictures
+    objective = build_objective(config, data).eval()  # batch norm would mix the images
 
     def terms(unlabelled):
         return dict(zip(objective.terms, objective(batch.images, batch.targets, unlabelled)[1].tolist(), strict=True))
@@ -604,7 +604,7 @@ def test_unlabelled_pictures_are_explained_by_the_teacher_alone(config, digits, 
     assert together["distill/conv16"] != pytest.approx(alone["distill/conv16"], rel=1e-5)
 
 
-def test_a_run_with_unlabelled_pictures_resumes_to_the_same_bits(config, digits, teacher, tmp_path, monkeypatch):
+def test_a_run_with_unlabelled_images_resumes_to_the_same_bits(config, digits, teacher, tmp_path, monkeypatch):
     options = {"teacher": str(teacher), "unlabelled": str(digits / "images/train"), "unlabelled_batch": 2}
     config = replace(config, **options)
     whole = train(replace(config, out=str(tmp_path / "whole")))
@@ -616,14 +616,14 @@ def test_a_run_with_unlabelled_pictures_resumes_to_the_same_bits(config, digits,
     assert same(weights(whole.model_file), weights(resumed.model_file))
 
 
-def test_unlabelled_pictures_want_a_teacher(config):
+def test_unlabelled_images_want_a_teacher(config):
     with pytest.raises(ValueError, match="unlabelled: expected a teacher beside it"):
-        replace(config, unlabelled="pictures")
+        replace(config, unlabelled="images")
     with pytest.raises(ValueError, match="unlabelled_batch: expected unlabelled beside it, got 4"):
         replace(config, teacher="teacher.pt", unlabelled_batch=4)
 
 
-def test_a_folder_of_unlabelled_pictures_that_is_absent_leaves_no_run(config, teacher, tmp_path):
+def test_a_folder_of_unlabelled_images_that_is_absent_leaves_no_run(config, teacher, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         train(replace(config, teacher=str(teacher), unlabelled=str(tmp_path / "absent")))
     assert not Path(config.out).exists()
@@ -679,7 +679,7 @@ def test_a_map_that_is_its_prior_alone_has_it_or_is_refused(config):
     assert replace(config, prior="none").teacher is None  # where nothing is distilled, it does not matter
 
 
-def test_the_check_of_a_map_of_boxes_looks_at_pictures_that_have_some(config, teacher, digits, tmp_path):
+def test_the_check_of_a_map_of_boxes_looks_at_images_that_have_some(config, teacher, digits, tmp_path):
     content = json.loads(Path(config.annotations).read_text())
     content["annotations"] = [x for x in content["annotations"] if x["image_id"] > content["images"][5]["id"]]
     (tmp_path / "late.json").write_text(json.dumps(content))
@@ -714,12 +714,12 @@ def test_images_without_labels_have_the_boxes_that_the_teacher_finds(config, tea
     torch.testing.assert_close(mixed[2:], prior(0, batch.targets[:0])[2:])
 
 
-@pytest.mark.parametrize("pictures", [False, True])
-def test_a_run_with_a_prior_of_boxes_is_inspected(config, teacher, pictures):
+@pytest.mark.parametrize("images", [False, True])
+def test_a_run_with_a_prior_of_boxes_is_inspected(config, teacher, images):
     run = replace(config, teacher=str(teacher), info_map="fgfi", steps=1, log_every=1)
     train(run)
-    maps = inspect_run(run.out, [config.images] if pictures else []).now.information
-    assert all(x.any() for x in maps)  # pictures alone: this teacher, which knows nothing, still finds boxes
+    maps = inspect_run(run.out, [config.images] if images else []).now.information
+    assert all(x.any() for x in maps)  # images alone: this teacher, which knows nothing, still finds boxes
 
 
 def test_distillation_decays_and_stops_at_its_epoch(config, teacher, tmp_path):

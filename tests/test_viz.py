@@ -1,4 +1,4 @@
-"""What the pictures promise: the right values in the right place, no global state, clear errors."""
+"""What the images promise: the right values in the right place, no global state, clear errors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_overlay_names_what_does_not_fit(
         viz.overlay_maps(torch.zeros(shape), [torch.zeros(x) for x in maps], titles)
 
 
-def test_differences_before_and_now_share_one_scale_per_picture_and_level(images: Tensor) -> None:
+def test_differences_before_and_now_share_one_scale_per_image_and_level(images: Tensor) -> None:
     before, now = torch.full((3, 2, 3), 4.0), torch.ones(3, 2, 3)
     now[1] = 8
     figure = viz.overlay_differences(images, [now], ["level"], before=[before], names=("untrained", "trained"))

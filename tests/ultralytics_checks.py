@@ -170,8 +170,8 @@ def test_the_teacher_must_be_weights() -> None:
 # ---- the loss
 
 
-def test_a_factor_means_the_same_for_every_batch_size_and_dtype_of_the_pictures(tiny: str, teacher: str) -> None:
-    """Ultralytics multiplies its terms by the batch size, and its older validation halves the pictures."""
+def test_a_factor_means_the_same_for_every_batch_size_and_dtype_of_the_images(tiny: str, teacher: str) -> None:
+    """Ultralytics multiplies its terms by the batch size, and its older validation halves the images."""
     student, images = YOLO(tiny).model.eval(), torch.rand(4, 3, 64, 64)
     distiller = DistillationTrainer(teacher, weight=3.0).distiller(student, YOLO(teacher).model.float(), images)
 
@@ -180,10 +180,10 @@ def test_a_factor_means_the_same_for_every_batch_size_and_dtype_of_the_pictures(
 
     criterion = integration.Criterion(own, distiller.eval())
     losses = []
-    for pictures in (images, images[:2], images[2:], images.half()):
-        preds = student(pictures.float())[0]
-        terms, shown = criterion(preds, {"img": pictures})
-        assert terms[-1] == len(pictures) * shown[-1]
+    for part in (images, images[:2], images[2:], images.half()):
+        preds = student(part.float())[0]
+        terms, shown = criterion(preds, {"img": part})
+        assert terms[-1] == len(part) * shown[-1]
         losses.append(shown[-1].item())
     whole, first, second, halved = losses
     assert whole == pytest.approx((first + second) / 2, rel=1e-4)
@@ -284,7 +284,7 @@ def test_adapters_are_clipped_warmed_up_and_stepped_with_the_student(train: Trai
     assert all(not torch.equal(a, b) for a, b in zip(start, after, strict=True))
 
 
-def test_sizes_of_pictures_may_change_from_batch_to_batch(train: Train, teacher: str) -> None:
+def test_sizes_of_images_may_change_from_batch_to_batch(train: Train, teacher: str) -> None:
     sizes: set[int] = set()
 
     class Sized(integration.Trainer):  # type: ignore[misc]
@@ -358,10 +358,10 @@ from pathlib import Path
 sys.modules["fastkd"] = None
 import ultralytics_offline
 from ultralytics import YOLO
-best, unfinished, picture = sys.argv[1:]
+best, unfinished, image = sys.argv[1:]
 model = YOLO(best)
 assert type(model.model).__name__ == "DetectionModel" and "teacher" not in dir(model.model)
-model.predict(picture, imgsz=96, verbose=False)
+model.predict(image, imgsz=96, verbose=False)
 YOLO(unfinished).train(resume=True, save_dir=str(Path(unfinished).parent.parent))
 print("epochs", YOLO(unfinished).ckpt["epoch"])
 """
@@ -410,9 +410,9 @@ def test_the_checkpoint_loads_and_resumes_in_stock_ultralytics_without_fastkd(
     run: Any, interrupted: Interrupted, data: Path, folder: Path
 ) -> None:
     last = interrupted.copied(folder / "stock")
-    picture = next((data.parent / "images" / "val").iterdir())
+    image = next((data.parent / "images" / "val").iterdir())
     stock = subprocess.run(
-        [sys.executable, "-c", STOCK, run.best, last, picture], capture_output=True, text=True, cwd=folder
+        [sys.executable, "-c", STOCK, run.best, last, image], capture_output=True, text=True, cwd=folder
     )
     assert stock.returncode == 0, stock.stdout + stock.stderr
     assert stock.stdout.rstrip().endswith("epochs -1")  # finished

@@ -137,7 +137,7 @@ def graded_iou(context: PriorContext) -> list[Tensor]:
 
 
 def predicted_iou(context: PriorContext) -> list[Tensor]:
-    """The graded IoU of the boxes that the teacher finds: no label is needed, so pictures without any have it too."""
+    """The graded IoU of the boxes that the teacher finds: no label is needed, so images without any have it too."""
     boxes, batch = likely_boxes(context.outputs, context.teacher, most=FOUND), len(context.images)
     masks = priors.iou_mask(boxes, context.anchors, context.sizes, context.image_size, batch, graded=True)
     return [mean_one(q) for q in masks]

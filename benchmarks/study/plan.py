@@ -145,9 +145,9 @@ class Study:
         twice = _longer(chosen.plain)
         self._score(regime, {"none, twice as long": twice})
         self.bench.forget()
-        pictures = best | {"unlabelled": scenes.unlabelled(self.root, p.train - p.unlabelled, p.unlabelled)}
-        self._score(regime, {f"{name}, unlabelled": pictures}, teacher)
-        self._score(regime, {f"{name}, unlabelled, twice as long": _longer(pictures)}, teacher)
+        more = best | {"unlabelled": scenes.unlabelled(self.root, p.train - p.unlabelled, p.unlabelled)}
+        self._score(regime, {f"{name}, unlabelled": more}, teacher)
+        self._score(regime, {f"{name}, unlabelled, twice as long": _longer(more)}, teacher)
         self._score(regime, {"none, four times as long": _longer(twice)})  # about the time of the row before
         self._score_teachers(regime, name, best)
 

@@ -48,7 +48,7 @@ class Protocol:
         train, val, test: scenes for teachers and students, to choose on, and for the tables.
         own_steps: length of the training of teachers on a student's own few scenes.
         blank_steps: forwards of the untrained teacher, from which its batch norms get statistics.
-        unlabelled: the last so many of ``train``, for the row that also has pictures without labels.
+        unlabelled: the last so many of ``train``, for the row that also has images without labels.
     """
 
     regimes: tuple[Regime, ...] = (

@@ -1,4 +1,4 @@
-"""The study's tables and pictures, from its results file alone."""
+"""The study's tables and plots, from its results file alone."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def gain(row: Row, other: Row, metric: str = "mAP") -> Interval:
 
 
 def write_report(results_file: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Draw the pictures of these results, and put their tables into the folder's ``README.md``.
+    """Draw the images of these results, and put their tables into the folder's ``README.md``.
 
     A table goes between the lines ``<!-- table NAME -->`` and ``<!-- end -->``; what stands between other lines stays.
 
@@ -271,7 +271,7 @@ def _markdown(table: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(table[0]), *body])
 
 
-# ---- pictures
+# ---- images
 
 
 def figures(results: Sequence[Result]) -> dict[str, Figure]:

@@ -20,7 +20,7 @@ def write_scenes(root: Path, *, train: int, val: int, test: int, size: int) -> N
 
 
 def scene_files(root: Path, split: str) -> tuple[Path, Path]:
-    """Annotations and pictures of ``"val"`` or ``"test"``."""
+    """Annotations and images of ``"val"`` or ``"test"``."""
     return root / f"digits/annotations/{split}.json", root / f"digits/images/{split}"
 
 
@@ -59,7 +59,7 @@ def part_of_set(root: Path, name: str, share: float, seed: int) -> dict[str, str
     images = f"{name}/images"
     if share == 1:
         return {"annotations": f"{name}/annotations/train.json", "images": images}
-    part, pictures = f"{name}/annotations/train-{share:g}-{seed}.json", f"{name}/unlabelled-{share:g}-{seed}"
+    part, others = f"{name}/annotations/train-{share:g}-{seed}.json", f"{name}/unlabelled-{share:g}-{seed}"
     content = json.loads((root / name / "annotations/train.json").read_text(encoding="utf-8"))
     order = np.random.default_rng(seed).permutation(len(content["images"]))
     chosen = set(order[: round(share * len(order))].tolist())
@@ -68,12 +68,12 @@ def part_of_set(root: Path, name: str, share: float, seed: int) -> dict[str, str
     boxes = [x for x in content["annotations"] if x["image_id"] in ids]
     with replacing(root / part) as file:
         file.write_text(json.dumps(content | {"images": kept, "annotations": boxes}), encoding="utf-8")
-    (root / pictures).mkdir(exist_ok=True)
+    (root / others).mkdir(exist_ok=True)
     for image in content["images"]:
-        link = root / pictures / image["file_name"]
+        link = root / others / image["file_name"]
         if image["id"] not in ids and not link.is_symlink():
             link.symlink_to((root / images / image["file_name"]).resolve())
-    return {"annotations": part, "images": images, "unlabelled": pictures}
+    return {"annotations": part, "images": images, "unlabelled": others}
 
 
 def labelled(root: Path, first: int, count: int) -> dict[str, str]:
@@ -94,11 +94,11 @@ def labelled(root: Path, first: int, count: int) -> dict[str, str]:
 
 
 def unlabelled(root: Path, first: int, count: int) -> str:
-    """A folder with these training scenes' pictures alone, relative to ``root``."""
+    """A folder with these training scenes' images alone, relative to ``root``."""
     folder = root / f"unlabelled/{first}-{first + count - 1}"
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(first + 1, first + count + 1):
-        picture = f"{number:06d}.png"
-        if not (folder / picture).exists():
-            os.link(root / "digits/images/train" / picture, folder / picture)
+        image = f"{number:06d}.png"
+        if not (folder / image).exists():
+            os.link(root / "digits/images/train" / image, folder / image)
     return str(folder.relative_to(root))

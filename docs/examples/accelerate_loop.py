@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from state/")
     parser.add_argument("--width", type=float, default=1.0, help="factor of the number of channels")
     parser.add_argument("--size", type=int, default=416, help="side of the network's input in pixels")
-    parser.add_argument("--batch", type=int, default=16, help="images a step, over all processes")
+    parser.add_argument("--batch", type=int, default=16, help="images per step, over all processes")
     parser.add_argument("--epochs", type=int, default=100)
     args = parser.parse_args()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())

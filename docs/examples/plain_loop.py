@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from training.pt")
     parser.add_argument("--width", type=float, default=1.0, help="factor of the number of channels")
     parser.add_argument("--size", type=int, default=416, help="side of the network's input in pixels")
-    parser.add_argument("--batch", type=int, default=16, help="images a step, over all processes")
+    parser.add_argument("--batch", type=int, default=16, help="images per step, over all processes")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each of these")

@@ -343,9 +343,9 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
             self._report(own)
 
     def _report(self, criterion: Any) -> None:
-        """Is distillation really on? On a few validation pictures, which differ in size between batches only."""
+        """Is distillation really on? On a few validation images, which differ in size between batches only."""
         data = self.test_loader.dataset
-        state = random.getstate()  # reading pictures draws, and a run should draw what it does without a teacher
+        state = random.getstate()  # reading images draws, and a run should draw what it does without a teacher
         batch = data.collate_fn([data[i] for i in range(min(4, self.test_loader.batch_size, len(data)))])
         random.setstate(state)
         batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -1,4 +1,4 @@
-"""``Annotations``: pictures and boxes of a set in memory, whatever format they came in; and the rules for faults."""
+"""``Annotations``: images and boxes of a set in memory, whatever format they came in; and the rules for faults."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class Annotations:
-    """A set of P pictures and M boxes, as arrays: 100,000 pictures take some 100 MB, and workers share them.
+    """A set of P images and M boxes, as arrays: 100,000 images take some 100 MB, and workers share them.
 
     Args:
         source: where they come from, for messages.
         image_dir: the folder that file names are relative to.
         file_names: P names.
         image_ids: (P,) int64, as in the file, or 1, 2, ... where it has none.
-        sizes: (P, 2) int64, width and height in pixels; 0 where the picture could not be read.
+        sizes: (P, 2) int64, width and height in pixels; 0 where the image could not be read.
         class_names: one a class, in the order of the class indices.
         category_ids: one a class, as in the file, or 1, 2, ... where it has none.
-        boxes: (M, 4) float64 x, y, width, height in pixels of the picture, as in the files, or as ``clean`` left them;
-            picture by picture in ``rows``' order.
-        rows: (M,) int64, ascending: the picture of each box.
+        boxes: (M, 4) float64 x, y, width, height in pixels of the image, as in the files, or as ``clean`` left them;
+            image by image in ``rows``' order.
+        rows: (M,) int64, ascending: the image of each box.
         classes: (M,) int64.
         crowd: (M,) bool: not a training target, and neither a hit nor a miss in evaluation.
         areas: (M,) float64 of the objects in pixels, for COCO's small, medium and large.
@@ -58,11 +58,11 @@ class Annotations:
         return len(self.file_names)
 
     def path(self, row: int) -> Path:
-        """The file of a picture."""
+        """The file of an image."""
         return self.image_dir / self.file_names[row]
 
     def of(self, row: int) -> slice:
-        """Where a picture's boxes are."""
+        """Where an image's boxes are."""
         return slice(int(self._starts[row]), int(self._starts[row + 1]))
 
     @cached_property
@@ -71,7 +71,7 @@ class Annotations:
         return starts
 
     def first(self, count: int | None) -> Annotations:
-        """The first ``count`` pictures, or all, with their boxes."""
+        """The first ``count`` images, or all, with their boxes."""
         if count is None or count >= len(self):
             return self
         return self.only(np.arange(len(self)) < count)
@@ -119,7 +119,7 @@ class Annotations:
         return replace(self, boxes=boxes, rows=rows, classes=classes, crowd=crowd, areas=areas)
 
     def clean(self) -> Annotations:
-        """For training: boxes clipped to their pictures; those without area there, or not finite, left out.
+        """For training: boxes clipped to their images; those without area there, or not finite, left out.
 
         ``problems`` tells how many, and where.
         """
@@ -162,7 +162,7 @@ class Annotations:
         return [self.file_names[row] for row in self.rows[boxes].tolist()]
 
     def missing(self) -> list[str]:
-        """Names of the pictures that are not there."""
+        """Names of the images that are not there."""
         return [name for name in self.file_names if not (self.image_dir / name).is_file()]
 
     def have_size(self) -> Array:
@@ -212,7 +212,7 @@ def from_rows(
     table: Array,
     notes: Sequence[str] = (),
 ) -> Annotations:
-    """Of formats without ids. ``table``: (M, 7) float64, picture's row, class, x, y, width, height, crowd."""
+    """Of formats without ids. ``table``: (M, 7) float64, image's row, class, x, y, width, height, crowd."""
     return Annotations(
         source=source,
         image_dir=image_dir,

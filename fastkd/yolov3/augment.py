@@ -1,7 +1,7 @@
-"""Training-time changes to a picture and its boxes.
+"""Training-time changes to an image and its boxes.
 
 Everything random comes from the `numpy.random.Generator` that the caller passes, so the same generator state gives the
-same picture. Pictures are (H, W, 3) uint8 RGB; boxes (k, 4) float32 x1, y1, x2, y2 in pixels; classes (k,) int64.
+same image. Images are (H, W, 3) uint8 RGB; boxes (k, 4) float32 x1, y1, x2, y2 in pixels; classes (k,) int64.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Labelled = tuple[Array, Array, Array]  # image, boxes, classes
 
-FILL = 114  # grey of the cells that no picture covers
+FILL = 114  # grey of the cells that no image covers
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Augmentation:
 
     Args:
         flip: probability of mirroring left to right. Leave at 0 where it changes the meaning, as with digits.
-        zoom: range of the zoom factor, e.g. (0.7, 1.4): below 1 the picture shrinks into grey, above 1 it is cropped.
-        translate: largest shift, as a share of the picture's sides.
+        zoom: range of the zoom factor, e.g. (0.7, 1.4): below 1 the image shrinks into grey, above 1 it is cropped.
+        translate: largest shift, as a share of the image's sides.
         hue, saturation, value: largest change: of the hue as a share of the colour circle, of the others as a share of
             themselves.
-        mosaic: probability of joining the picture with three others (YOLOv4, arXiv:2004.10934, section 3.3).
-        min_visible: a box is dropped where less than this share of its area stays in the picture.
+        mosaic: probability of joining the image with three others (YOLOv4, arXiv:2004.10934, section 3.3).
+        min_visible: a box is dropped where less than this share of its area stays in the image.
     """
 
     flip: float = 0.0
@@ -53,9 +53,9 @@ class Augmentation:
 def augment(
     image: Array, boxes: Array, classes: Array, rng: np.random.Generator, options: Augmentation = Augmentation()
 ) -> Labelled:
-    """Crop or pad (zoom, shift), mirror and recolour a picture.
+    """Crop or pad (zoom, shift), mirror and recolour an image.
 
-    The zoom chooses the window that the picture is cut to, so its size changes and no pixel is resampled here:
+    The zoom chooses the window that the image is cut to, so its size changes and no pixel is resampled here:
     letterboxing to the network's size afterwards does that, once.
 
     Returns:
@@ -78,7 +78,7 @@ def augment(
 def crop(
     image: Array, boxes: Array, classes: Array, window: tuple[int, int, int, int], *, min_visible: float = 0.0
 ) -> Labelled:
-    """Cut a window (x, y, width, height) out of a picture; where it reaches outside, the result is grey."""
+    """Cut a window (x, y, width, height) out of an image; where it reaches outside, the result is grey."""
     x, y, width, height = window
     left, top = max(x, 0), max(y, 0)
     right, bottom = min(x + width, image.shape[1]), min(y + height, image.shape[0])
@@ -86,7 +86,7 @@ def crop(
     if left < right and top < bottom:
         out[top - y : bottom - y, left - x : right - x] = image[top:bottom, left:right]
 
-    # Only the part of the window that shows picture counts as visible.
+    # Only the part of the window that shows image counts as visible.
     clipped = boxes.copy()
     clipped[:, 0::2] = clipped[:, 0::2].clip(left, max(left, right)) - x
     clipped[:, 1::2] = clipped[:, 1::2].clip(top, max(top, bottom)) - y
@@ -96,7 +96,7 @@ def crop(
 
 
 def flip(image: Array, boxes: Array) -> tuple[Array, Array]:
-    """Mirror a picture and its boxes left to right."""
+    """Mirror an image and its boxes left to right."""
     mirrored = boxes.copy()
     mirrored[:, 0::2] = image.shape[1] - boxes[:, 2::-2]
     return np.ascontiguousarray(image[:, ::-1]), mirrored
@@ -120,16 +120,16 @@ def recolour(image: Array, rng: np.random.Generator, options: Augmentation) -> A
 
 
 def mosaic(tiles: Sequence[Labelled], rng: np.random.Generator, *, min_visible: float = 0.0) -> Labelled:
-    """Join four square pictures of one size into one of that size, around a random centre.
+    """Join four square images of one size into one of that size, around a random centre.
 
-    Each quadrant shows a random part of its picture, unscaled. Box rules are those of `crop`.
+    Each quadrant shows a random part of its image, unscaled. Box rules are those of `crop`.
     """
     if len(tiles) != 4:
-        raise ValueError(f"tiles: expected 4 labelled pictures, got {len(tiles)}")
+        raise ValueError(f"tiles: expected 4 labelled images, got {len(tiles)}")
     sizes = {tile[0].shape[:2] for tile in tiles}
     size = tiles[0][0].shape[0]
     if sizes != {(size, size)}:
-        raise ValueError(f"tiles: expected square pictures of one size, got (height, width) {sorted(sizes)}")
+        raise ValueError(f"tiles: expected square images of one size, got (height, width) {sorted(sizes)}")
     centre_x, centre_y = (round(share * size) for share in rng.uniform(0.3, 0.7, size=2))
     out = np.empty((size, size, 3), dtype=np.uint8)
     all_boxes, all_classes = [], []

@@ -32,12 +32,12 @@ PATHS = {"annotations", "images", "teacher", "init", "unlabelled"}
 class TrainConfig:
     """Everything that a training run depends on.
 
-    An epoch is ``ceil(pictures / batch)`` steps. The pictures of a step, and how they are augmented, follow from
+    An epoch is ``ceil(images / batch)`` steps. The images of a step, and how they are augmented, follow from
     (seed, step) only, so that a resumed run, or one with more workers or processes, sees the same batches.
 
     Args:
         annotations, images: training set, as ``fastkd.yolov3.formats.read_set`` takes it: COCO's JSON file and the
-            folder of its pictures, say.
+            folder of its images, say.
         out: folder of the run: ``checkpoint.pt`` to resume from, ``model.pt`` and ``model.weights`` (the detector
             alone), ``config.json``, ``metrics.jsonl``, ``tensorboard/``.
         val_annotations, val_images: validation set, or None for no evaluation.
@@ -51,7 +51,7 @@ class TrainConfig:
             have to learn any.
         teacher: ``.pt`` or ``.weights`` file of the teacher; None: train without distillation.
         teacher_model: what a ``.weights`` teacher is; None: as the ``.cfg`` beside it says, else by the file's size.
-        unlabelled: folder of pictures, with its sub-folders, that only the teacher explains; None: none.
+        unlabelled: folder of images, with its sub-folders, that only the teacher explains; None: none.
         unlabelled_batch: how many of these a step has, over all processes; None: as many as ``batch``.
         match_threshold: IoU of sizes above which a box trains an anchor; 1: the best anchor alone, as in the paper.
         distill_weight, info_map: see ``Objective`` and ``fastkd.DistillLoss``.
@@ -67,20 +67,20 @@ class TrainConfig:
             the end); None: stay.
         teacher_every, teacher_images: see ``fastkd.Distiller``: fewer passes of the teacher.
         steps, epochs: how long; ``steps`` wins where both are given.
-        batch: pictures a step, over all processes.
+        batch: images per step, over all processes.
         optimizer: ``"adamw"`` or ``"sgd"`` (momentum 0.9). Biases and batch norms have no weight decay.
         lr: highest learning rate, reached after ``warmup`` steps, then falling as a cosine to ``final_lr * lr``.
         clip: largest norm of the gradient; 0: do not clip.
         freeze_batchnorm: batch norms keep the statistics that they begin with, those of ``init``: for fine-tuning with
-            few pictures a process.
-        sync_batchnorm: batch norm statistics over all processes (GPUs only); else each has those of its own pictures.
+            few images per process.
+        sync_batchnorm: batch norm statistics over all processes (GPUs only); else each has those of its own images.
         ema: decay of the moving average of the weights, which is what gets evaluated and exported; 0: no average.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
         seed: of initial weights, order and augmentation.
         augmentation: what to vary; None: nothing.
-        limit: use the first so many training pictures.
-        workers: processes that load pictures; 0 is best for small sets with ``cache``.
-        cache: keep decoded pictures in memory.
+        limit: use the first so many training images.
+        workers: processes that load images; 0 is best for small sets with ``cache``.
+        cache: keep decoded images in memory.
         strict: an image that can't be read ends the run, which leaves it out otherwise.
         eval_every: epochs between evaluations (and exports); 0: at the end only.
         save_every: epochs between checkpoints.
@@ -171,7 +171,7 @@ class TrainConfig:
                 "all cells alike, take info_map 'uniform'"
             )
         if self.unlabelled is not None and self.teacher is None:
-            raise ValueError("unlabelled: expected a teacher beside it, which explains these pictures, got None")
+            raise ValueError("unlabelled: expected a teacher beside it, which explains these images, got None")
         if self.unlabelled is None and self.unlabelled_batch is not None:
             raise ValueError(f"unlabelled_batch: expected unlabelled beside it, got {self.unlabelled_batch} alone")
         self._require("distill_stop", self.distill_stop is None or self.distill_stop >= 1, "None or an epoch >= 1")

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from fastkd.yolov3.annotations import Annotations, some_of
 from fastkd.yolov3.augment import FILL, Array, Augmentation, Labelled, augment, mosaic
-from fastkd.yolov3.formats import read_pictures, read_set
+from fastkd.yolov3.formats import read_images, read_set
 
 READ_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 JPEG_START, JPEG_END, JPEG_SCAN = b"\xff\xd8", b"\xff\xd9", b"\xda"  # markers
@@ -28,22 +28,22 @@ NAMED = 5  # so many images that are left out are named in warnings
 
 
 class Letterbox(NamedTuple):
-    """How a picture was fitted into the network's square input: input = original * scale + pad, in pixels."""
+    """How an image was fitted into the network's square input: input = original * scale + pad, in pixels."""
 
     scale_x: float
     scale_y: float
     pad_x: int
     pad_y: int
-    width: int  # of the original picture
+    width: int  # of the original image
     height: int
 
     def to_input(self, boxes: Array) -> Array:
-        """Map (k, 4) x1, y1, x2, y2 boxes from the original picture to the network's input."""
+        """Map (k, 4) x1, y1, x2, y2 boxes from the original image to the network's input."""
         mapped: Array = boxes * self._scale(boxes.dtype) + self._pad(boxes.dtype)
         return mapped
 
     def to_original(self, boxes: Array) -> Array:
-        """Map (k, 4) x1, y1, x2, y2 boxes from the network's input to the original picture, clipped to it."""
+        """Map (k, 4) x1, y1, x2, y2 boxes from the network's input to the original image, clipped to it."""
         mapped: Array = (boxes - self._pad(boxes.dtype)) / self._scale(boxes.dtype)
         return _clip(mapped, self.width, self.height)
 
@@ -55,12 +55,12 @@ class Letterbox(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One picture, ready for the network but for its scale to 0..1."""
+    """One image, ready for the network but for its scale to 0..1."""
 
     image: Tensor  # (3, size, size) uint8, RGB
     targets: Tensor  # (k, 5) float32: class index, x1, y1, x2, y2 in pixels of the network's input
     image_id: int
-    letterbox: Letterbox  # without augmentation, the way back to the original picture
+    letterbox: Letterbox  # without augmentation, the way back to the original image
     readable: bool = True  # False: the file could not be read; the image is grey, and `collate` leaves the sample out
 
 
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Pictures and boxes of a set in COCO JSON, Pascal VOC XML or YOLO text.
+    """Images and boxes of a set in COCO JSON, Pascal VOC XML or YOLO text.
 
     A sample depends on (seed, epoch, index) only: not on the order of access, the number of workers, or where a run was
     resumed. Classes are numbered 0, 1, ...: in COCO in the order of the category ids, in VOC sorted by name.
@@ -88,19 +88,19 @@ class DetectionDataset(Dataset[Sample]):
     - JPEG that is cut off: read as far as it goes, the rest is grey, with a warning that names it;
     - file that is listed twice: one image, with the boxes of both entries;
     - unknown class or image, file name outside the image folder: ValueError at construction;
-    - box outside the picture: clipped to it; box without area (also after clipping) or not finite: dropped. One warning
+    - box outside the image: clipped to it; box without area (also after clipping) or not finite: dropped. One warning
       gives the counts and names, which stay in `annotations.problems`. `truth`, which evaluation scores against, has
       the boxes as they are in the files, see `Annotations.as_given`;
     - crowd annotation (`iscrowd`; VOC's `difficult`): not a training target, but part of the evaluation;
-    - picture without boxes: kept, as background.
+    - image without boxes: kept, as background.
 
     Args:
         annotations, images: the set, see ``fastkd.yolov3.formats``; or an ``Annotations`` that has been read.
-        size: side of the network's square input in pixels, a multiple of 32. Pictures are letterboxed to it.
+        size: side of the network's square input in pixels, a multiple of 32. Images are letterboxed to it.
         augmentation: what to vary at random while training; None for evaluation.
         seed: of the augmentation.
-        cache: keep decoded pictures in memory (in each worker process), for sets that fit.
-        limit: use the first `limit` pictures only.
+        cache: keep decoded images in memory (in each worker process), for sets that fit.
+        limit: use the first `limit` images only.
         strict: an image that can't be read, or has another size than the annotations say, is a ValueError instead.
     """
 
@@ -119,7 +119,7 @@ class DetectionDataset(Dataset[Sample]):
         if size <= 0 or size % 32:
             raise ValueError(f"size: expected a positive multiple of 32, got {size}")
         if limit is not None and limit < 1:
-            raise ValueError(f"limit: expected None or at least 1 picture, got {limit}")
+            raise ValueError(f"limit: expected None or at least 1 image, got {limit}")
         self.size = size
         self.augmentation = augmentation
         self.seed = seed
@@ -152,9 +152,9 @@ class DetectionDataset(Dataset[Sample]):
         self.annotations.unread = self.truth.unread = self._unread.numpy()
 
     @classmethod
-    def of_pictures(cls, folder: str | os.PathLike[str], size: int, **options: Any) -> DetectionDataset:
-        """All pictures of a folder and its sub-folders, without boxes or classes. Options as of the constructor."""
-        return cls(read_pictures(folder), None, size, **options)
+    def of_images(cls, folder: str | os.PathLike[str], size: int, **options: Any) -> DetectionDataset:
+        """All images of a folder and its sub-folders, without boxes or classes. Options as of the constructor."""
+        return cls(read_images(folder), None, size, **options)
 
     @property
     def class_names(self) -> list[str]:
@@ -206,7 +206,7 @@ class DetectionDataset(Dataset[Sample]):
         trained = ~self.annotations.crowd
         sizes = self.annotations.sizes[self.annotations.rows[trained]]
         boxes = self._corners[trained]
-        # letterbox_of, of all pictures at once
+        # letterbox_of, of all images at once
         scaled = np.rint(sizes * (self.size / sizes.max(1, keepdims=True))).clip(min=1) / sizes
         return torch.from_numpy(((boxes[:, 2:] - boxes[:, :2]) * scaled).astype(np.float32))
 
@@ -338,7 +338,7 @@ def read_image(path: str | os.PathLike[str]) -> Array:
     encoded = np.fromfile(path, dtype=np.uint8)
     found = decode(encoded)
     if found is None:
-        raise ValueError(f"{os.fspath(path)}: not a picture that can be read ({encoded.size} bytes); is it damaged?")
+        raise ValueError(f"{os.fspath(path)}: not an image that can be read ({encoded.size} bytes); is it damaged?")
     if found.cut_off:
         warnings.warn(f"{os.fspath(path)}: this JPEG has no end, so a part of the image may be missing", stacklevel=2)
     return found.image
@@ -377,7 +377,7 @@ def _eight_bits(image: Array) -> Array:
 
 
 def fit(image: Array, size: int) -> tuple[Array, Letterbox]:
-    """Letterbox a picture: scale its longer side to `size`, centre it in a grey square (size, size, 3)."""
+    """Letterbox an image: scale its longer side to `size`, centre it in a grey square (size, size, 3)."""
     height, width = image.shape[:2]
     letterbox = letterbox_of(width, height, size)
     new_width, new_height = round(width * letterbox.scale_x), round(height * letterbox.scale_y)
@@ -395,7 +395,7 @@ def fit(image: Array, size: int) -> tuple[Array, Letterbox]:
 
 
 def letterbox_of(width: int, height: int, size: int) -> Letterbox:
-    """The letterbox of a picture of this width and height in a square of side `size`, in whole pixels."""
+    """The letterbox of an image of this width and height in a square of side `size`, in whole pixels."""
     scale = size / max(width, height)
     new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
     return Letterbox(

@@ -14,14 +14,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from tqdm import tqdm
 
 from fastkd.yolov3.annotations import Annotations, Array, some_of
 from fastkd.yolov3.boxes import Detections
 from fastkd.yolov3.data import decode, letterbox_of
 from fastkd.yolov3.formats import YAML, find_set, read_set
-from fastkd.yolov3.predict import Image, draw, write_picture
+from fastkd.yolov3.predict import Image, draw, write_image
 
 ORIENTATION = 0x0112  # of EXIF
 TINY = 2  # pixels of the network's input, under which a box has no cell of its own at any stride
@@ -155,20 +155,20 @@ def compare_sets(reports: Sequence[SetReport]) -> list[str]:
 
 
 def _are_parts(a: str, b: str) -> bool:
-    """Whether sets may share pictures: train_100, train_300 and train; Pascal VOC's trainval, train and val."""
+    """Whether sets may share images: train_100, train_300 and train; Pascal VOC's trainval, train and val."""
     whole = {re.sub(r"_\d+$", "", name) for name in (a, b)}
     return len(whole) == 1 or whole in ({"trainval", "train"}, {"trainval", "val"})
 
 
 def write_samples(reports: Sequence[SetReport], path: str | os.PathLike[str], *, columns: int = 4) -> bool:
-    """A picture of some pictures with their boxes: one row a set, spread over it, those with boxes first.
+    """A plot of some images with their boxes: one row per set, spread over it, those with boxes first.
 
     Returns:
-        Whether there was a picture to show.
+        Whether there was an image to show.
     """
     rows = [row for report in reports if (row := _tiles(report.clean, columns))]
     if rows:
-        write_picture(Path(path), np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0))
+        write_image(Path(path), np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0))
     return bool(rows)
 
 
@@ -196,9 +196,14 @@ def _look(report: SetReport, row: int) -> list[str]:
 
 def _is_turned(path: Path) -> bool:
     try:
-        with Picture.open(path) as picture:
-            return bool(picture.getexif().get(ORIENTATION, 1) != 1)
-    except (OSError, SyntaxError, ValueError, Picture.DecompressionBombError):  # what Pillow raises for damaged headers
+        with PILImage.open(path) as image:
+            return bool(image.getexif().get(ORIENTATION, 1) != 1)
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        PILImage.DecompressionBombError,
+    ):  # what Pillow raises for damaged headers
         return False
 
 

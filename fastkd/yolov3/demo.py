@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 PLAIN, DISTILLED = "without distillation", "with distillation"
 SHOWN = ("mAP", "AP50", "AP75")
-PICTURES = 5  # scenes in the pictures
+SCENES_SHOWN = 5  # scenes in the images
 MARK = ".demo"  # in a folder that a demo has made
 DRAWN = ("curves", "predictions", "maps", "differences", "level_losses")
 
@@ -93,9 +93,9 @@ class Student:
 def run_demo(
     out: str | os.PathLike[str] = "runs/demo", seeds: int = 1, settings: Settings = Settings()
 ) -> dict[str, Any]:
-    """Train teacher and students, compare them on the test scenes, print a table and write pictures.
+    """Train teacher and students, compare them on the test scenes, print a table and write images.
 
-    The folder gets ``results.json`` (every figure, seed and version), ``report.txt``, the pictures ``curves.png``,
+    The folder gets ``results.json`` (every figure, seed and version), ``report.txt``, the plots ``curves.png``,
     ``predictions.png`` and those of ``inspect_run``, the data and the trained models. A teacher that is there is used
     again; students are always trained, and what an earlier demo found is kept in ``earlier``.
 
@@ -115,7 +115,7 @@ def run_demo(
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     started = time.perf_counter()
     root = Path(out)
-    import matplotlib  # noqa: F401  # the pictures come last, and minutes would be lost
+    import matplotlib  # noqa: F401  # the plots come last, and minutes would be lost
 
     _require_own(root)
     with alone_in(root):
@@ -395,7 +395,7 @@ def _name(student: Student) -> str:
     return f"{student.kind}, seed {student.seed}"
 
 
-# ---- pictures
+# ---- images
 
 
 def _draw(
@@ -411,7 +411,7 @@ def _draw(
         f"teacher ({settings.scenes} labelled scenes)": teacher.model,
         **{f"student {kind}": load_detector(s.result.model_file).model for kind, s in pair.items()},
     }
-    rows = spread(len(test), PICTURES)
+    rows = spread(len(test), SCENES_SHOWN)
     images = collate([test[i] for i in rows]).images
     figures = {
         "curves": _curves(settings, students),
@@ -421,7 +421,7 @@ def _draw(
         with replacing(root / f"{name}.png") as part:
             figure.savefig(part, format="png")
     files = [test.annotations.path(i) for i in rows]
-    inspect_run(pair[DISTILLED].config.out, files, out=root, count=PICTURES)
+    inspect_run(pair[DISTILLED].config.out, files, out=root, count=SCENES_SHOWN)
 
 
 def _curves(settings: Settings, students: Sequence[Student]) -> Figure:

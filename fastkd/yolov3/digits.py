@@ -35,7 +35,7 @@ Box = tuple[int, int, int, int]  # x1, y1, x2, y2
 
 
 class Scene(NamedTuple):
-    """One picture and its labels."""
+    """One image and its labels."""
 
     image: Array  # (size, size, 3) uint8, RGB
     boxes: Array  # (k, 4) int64: x1, y1, x2, y2 in pixels, tight around the ink, x2 and y2 exclusive

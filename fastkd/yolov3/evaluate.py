@@ -26,7 +26,7 @@ Detection = dict[str, Any]  # one entry of a COCO results file: image_id, catego
 
 @dataclass(frozen=True)
 class Metrics:
-    """COCO's average precisions, 0..1, at most 100 detections a picture.
+    """COCO's average precisions, 0..1, at most 100 detections an image.
 
     A value that the set cannot give (it has no box of that size or class) is None.
     """
@@ -65,11 +65,11 @@ def evaluate(
     Args:
         model: a detector that returns raw head maps and has `anchors` and `strides`, not wrapped.
         dataset: without augmentation.
-        batch_size: pictures a step.
+        batch_size: images per step.
         device: where to run; None: where the model's parameters are. The model is not moved.
         score_threshold: detections below it are left out; low, because the metric integrates over all scores.
         iou_threshold: of the non-maximum suppression.
-        workers: processes that load pictures.
+        workers: processes that load images.
         progress: whether to show a bar, where the output is a terminal.
         detections_file: where to keep the detections as a COCO results file; None: nowhere.
 
@@ -102,7 +102,7 @@ def detect_all(
     workers: int = 0,
     progress: bool = False,
 ) -> list[Detection]:
-    """The detections on every picture as COCO results: boxes in pixels of the original pictures.
+    """The detections on every image as COCO results: boxes in pixels of the original images.
 
     The model runs in eval mode; every module's own mode is put back afterwards.
     """

@@ -46,7 +46,7 @@ def read_coco(path: Path, images: str | os.PathLike[str]) -> Annotations:
             row = [number_of(entry["image_id"]), entry["category_id"], int(entry.get("iscrowd") or 0)]
             numbers.extend(row)
         except (KeyError, TypeError, ValueError, OverflowError):
-            return entry  # a picture, a category, or a fault that the checks below name
+            return entry  # an image, a category, or a fault that the checks below name
         boxes.extend(box)
         areas.append(area)
         return _Kept

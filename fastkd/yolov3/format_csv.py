@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastkd.yolov3.annotations import Annotations, Array, from_rows, refuse_outside
-from fastkd.yolov3.format_images import ALIASES, ALL, SPLITS, picture_size, require_there
+from fastkd.yolov3.format_images import ALIASES, ALL, SPLITS, require_there, size_of_image
 from fastkd.yolov3.format_voc import boxes_of_corners
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -45,7 +45,7 @@ def read_csv(path: Path, images: str | os.PathLike[str]) -> Annotations:
     for name in found.file_names:
         refuse_outside(name, str(path))
     sizes = [
-        size or picture_size(Path(images) / name) for name, size in zip(found.file_names, found.sizes, strict=True)
+        size or size_of_image(Path(images) / name) for name, size in zip(found.file_names, found.sizes, strict=True)
     ]
     classes = [index[label] for label in found.labels]
     table = np.column_stack([found.rows, np.array(classes, dtype=np.int64), boxes[: len(classes)]])

@@ -12,41 +12,41 @@ from PIL import Image
 
 from fastkd.yolov3.annotations import Annotations, from_rows
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "val", "valid", "validation", "test")
 ALIASES = {"val": ("val", "valid", "validation")}  # of a set to the names that its folder or file may have
 ALL = "all"  # the set of a folder that has none by name
 LARGEST_SIDE = 1 << 31
 
 
-def read_pictures(folder: str | os.PathLike[str]) -> Annotations:
-    """All pictures of a folder and its sub-folders, without a box or a class.
+def read_images(folder: str | os.PathLike[str]) -> Annotations:
+    """All images of a folder and its sub-folders, without a box or a class.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: no picture in it.
+        FileNotFoundError: no such folder. ValueError: no image in it.
     """
     root = Path(folder)
     require_there("folder", root)
-    pictures = list(pictures_in(root))
-    sizes = [picture_size(picture) for picture in pictures]
-    return from_rows(str(root), root, [str(x.relative_to(root)) for x in pictures], sizes, [], np.zeros((0, 7)))
+    images = list(images_in(root))
+    sizes = [size_of_image(image) for image in images]
+    return from_rows(str(root), root, [str(x.relative_to(root)) for x in images], sizes, [], np.zeros((0, 7)))
 
 
 def has_images(folder: Path) -> bool:
     """Whether an image is in a folder itself."""
-    return folder.is_dir() and any(x.suffix.lower() in PICTURES for x in folder.iterdir())
+    return folder.is_dir() and any(x.suffix.lower() in IMAGE_SUFFIXES for x in folder.iterdir())
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height from the file's header; (0, 0) of what is missing or no picture."""
+def size_of_image(path: Path) -> tuple[int, int]:
+    """Width and height from the file's header; (0, 0) of what is missing or no image."""
     try:
-        with Image.open(path) as picture:
-            return (picture.width, picture.height)
+        with Image.open(path) as image:
+            return (image.width, image.height)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for damaged headers
         return 0, 0
 
 
-def pictures_in(folder: Path) -> Iterator[Path]:
+def images_in(folder: Path) -> Iterator[Path]:
     """In the order of their paths, numbers in them by value; linked folders are looked into, each folder once."""
     found: list[Path] = []
     seen: set[str] = set()
@@ -59,11 +59,11 @@ def pictures_in(folder: Path) -> Iterator[Path]:
                 folders.clear()
                 continue
             seen.add(real)
-            found += [Path(root) / name for name in names if name.lower().endswith(PICTURES)]
+            found += [Path(root) / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
             links += [path for name in folders if (path := Path(root) / name).is_symlink()]
         waiting += sorted(links)
     if not found:
-        raise ValueError(f"{folder}: no pictures in this folder ({', '.join(PICTURES)})")
+        raise ValueError(f"{folder}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
     yield from sorted(
         found, key=lambda path: [x.zfill(12) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))]
     )

@@ -15,7 +15,7 @@ from defusedxml import DefusedXmlException
 from defusedxml import ElementTree as XmlTree
 
 from fastkd.yolov3.annotations import Annotations, Array, from_rows, refuse_outside, some_of
-from fastkd.yolov3.format_images import LARGEST_SIDE, PICTURES, SPLITS, lines_of, picture_size, require_there
+from fastkd.yolov3.format_images import IMAGE_SUFFIXES, LARGEST_SIDE, SPLITS, lines_of, require_there, size_of_image
 
 
 def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
@@ -50,10 +50,10 @@ def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
     names, sizes, chosen, others_named = [], [], [np.zeros(0, np.int64)], []
     for name in listed:
         xml = parsed[name]
-        file_name, other = _voc_picture(Path(images), files[name], xml.file_name, files)
+        file_name, other = _voc_image(Path(images), files[name], xml.file_name, files)
         others_named += [f"{name}.xml says {other}"] if other else []
         names.append(file_name)
-        sizes.append(xml.size or picture_size(Path(images) / file_name))
+        sizes.append(xml.size or size_of_image(Path(images) / file_name))
         chosen.append(np.arange(ends[name] - len(xml.labels), ends[name]))
     of = np.concatenate(chosen)
     table = np.column_stack([np.repeat(np.arange(len(listed)), [len(x) for x in chosen[1:]]), classes[of], boxes[of]])
@@ -136,14 +136,14 @@ def _corners_of(entry: Any, label: str) -> list[float]:
         ) from None
 
 
-def _voc_picture(folder: Path, file: Path, file_name: str, stems: Container[str]) -> tuple[str, str]:
+def _voc_image(folder: Path, file: Path, file_name: str, stems: Container[str]) -> tuple[str, str]:
     """The image of an XML file, and another image that it names.
 
     It is the image of the XML file's own name or, without one, the image that it names, unless that has the name of
     another XML file (``stems`` are all their names), whose image it is.
     """
     stem, named = file.stem, PureWindowsPath(file_name)
-    suffixes = dict.fromkeys((named.suffix or PICTURES[0], *PICTURES, *map(str.upper, PICTURES)))
+    suffixes = dict.fromkeys((named.suffix or IMAGE_SUFFIXES[0], *IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)))
     own = next((f"{stem}{suffix}" for suffix in suffixes if (folder / f"{stem}{suffix}").is_file()), None)
     if own is None:
         if file_name:

@@ -19,12 +19,12 @@ from fastkd.yolov3.class_names import read_names
 from fastkd.yolov3.format_images import (
     ALIASES,
     ALL,
-    PICTURES,
+    IMAGE_SUFFIXES,
     has_images,
+    images_in,
     lines_of,
-    picture_size,
-    pictures_in,
     require_there,
+    size_of_image,
 )
 
 YAML = (".yaml", ".yml")
@@ -43,24 +43,24 @@ def read_yolo(path: Path, images: str | os.PathLike[str]) -> Annotations:
     places = [Path(images)]
     if not places[0].exists():
         places = [Path(place).absolute() for place in str(images).split(os.pathsep)]
-    pictures = [picture for place in places for picture in _listed_pictures(place)]
-    label_files = [_label_file(picture) for picture in pictures]
+    image_files = [file for place in places for file in _listed_images(place)]
+    label_files = [_label_file(file) for file in image_files]
     labelled = [file.is_file() for file in label_files]
     if not any(labelled):
-        what = "has a label file" if any(picture.is_file() for picture in pictures) else "exists"
-        first = label_files[0] if what == "has a label file" else pictures[0]
-        raise ValueError(f"{path}: none of the {len(pictures)} images of {images} {what}; looked for {first}")
+        what = "has a label file" if any(file.is_file() for file in image_files) else "exists"
+        first = label_files[0] if what == "has a label file" else image_files[0]
+        raise ValueError(f"{path}: none of the {len(image_files)} images of {images} {what}; looked for {first}")
     index = {key: i for i, key in enumerate(classes)}
     sizes, corners = [], []
     objects = array("d")
-    for row, (picture, labels) in enumerate(zip(pictures, label_files, strict=True)):
-        sizes.append(picture_size(picture))
+    for row, (file, labels) in enumerate(zip(image_files, label_files, strict=True)):
+        sizes.append(size_of_image(file))
         width, height = sizes[-1]
         for key, x, y, w, h, points in _read_labels(labels, classes) if labelled[row] else ():
             objects.extend((row, index[key], (x - w / 2) * width, (y - h / 2) * height, w * width, h * height, False))
             corners += [points] if points else []
     root = Path(os.path.commonpath([x if x.is_dir() else x.parent for x in places]))
-    names = [str(x.relative_to(root)) if x.is_relative_to(root) else str(x.absolute()) for x in pictures]
+    names = [str(x.relative_to(root)) if x.is_relative_to(root) else str(x.absolute()) for x in image_files]
     table = np.frombuffer(objects).reshape(-1, 7)
     return from_rows(str(path), root, names, sizes, list(classes.values()), table, _yolo_notes(classes, corners))
 
@@ -164,7 +164,7 @@ def _places_of(content: dict[str, Any], path: Path, value: str) -> tuple[Path, .
 def has_labels(folder: Path) -> bool:
     """Whether an image that is in a folder itself has a label file."""
     return has_images(folder) and any(
-        _label_file(x).is_file() for x in folder.iterdir() if x.suffix.lower() in PICTURES
+        _label_file(x).is_file() for x in folder.iterdir() if x.suffix.lower() in IMAGE_SUFFIXES
     )
 
 
@@ -240,7 +240,7 @@ def darknet_place(file: Path, value: str) -> Path:
     return place
 
 
-def _listed_pictures(images: Path) -> list[Path]:
+def _listed_images(images: Path) -> list[Path]:
     """The images of a folder and its sub-folders, or of a list.
 
     Relative paths of a list are relative to its folder or, as Darknet has them, to the folder above, or to its folder
@@ -248,7 +248,7 @@ def _listed_pictures(images: Path) -> list[Path]:
     """
     require_there("images", images)
     if images.is_dir():
-        return list(pictures_in(images))
+        return list(images_in(images))
     lines = [line.strip().removeprefix("./") for line in lines_of(images) if line.strip()]
     if not lines:
         raise ValueError(f"images: {images} lists no images")
@@ -258,9 +258,9 @@ def _listed_pictures(images: Path) -> list[Path]:
     return max(choices, key=lambda files: sum(map(os.path.isfile, files)))
 
 
-def _label_file(picture: Path) -> Path:
-    """With the last ``images`` of its path as ``labels``; or beside the picture, where that is absent."""
-    beside, parts = picture.with_suffix(".txt"), list(picture.parts)
+def _label_file(image: Path) -> Path:
+    """With the last ``images`` of its path as ``labels``; or beside the image, where that is absent."""
+    beside, parts = image.with_suffix(".txt"), list(image.parts)
     for place in range(len(parts) - 2, -1, -1):
         if parts[place] == "images":
             file = Path(*parts[:place], "labels", *parts[place + 1 :]).with_suffix(".txt")

@@ -26,7 +26,7 @@ from pathlib import Path
 from fastkd.yolov3.annotations import Annotations
 from fastkd.yolov3.format_coco import read_coco
 from fastkd.yolov3.format_csv import HEADING, columns_of, read_csv, sets_of_csv
-from fastkd.yolov3.format_images import ALIASES, ALL, PICTURES, SPLITS, has_images, read_pictures, require_there
+from fastkd.yolov3.format_images import ALIASES, ALL, IMAGE_SUFFIXES, SPLITS, has_images, read_images, require_there
 from fastkd.yolov3.format_voc import read_voc
 from fastkd.yolov3.format_yolo import (
     DARKNET,
@@ -39,7 +39,7 @@ from fastkd.yolov3.format_yolo import (
     split_of,
 )
 
-__all__ = ["ALL", "PICTURES", "YAML", "Pair", "find_set", "read_pictures", "read_set", "require_sets", "sets_in"]
+__all__ = ["ALL", "IMAGE_SUFFIXES", "YAML", "Pair", "find_set", "read_images", "read_set", "require_sets", "sets_in"]
 
 # how COCO's files without our boxes begin
 OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")

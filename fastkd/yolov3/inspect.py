@@ -37,13 +37,13 @@ class Inspection:
     Attributes:
         before, now: maps of the initial student and of the one that the run has trained, both with the teacher's
             statistics as they are now.
-        pictures: how many the numbers are means over.
-        files: the pictures drawn.
+        images: how many the numbers are means over.
+        files: the images drawn.
     """
 
     before: DistillMaps
     now: DistillMaps
-    pictures: int
+    images: int
     files: tuple[Path, ...]
 
     def __str__(self) -> str:
@@ -62,12 +62,12 @@ class Inspection:
             )
         widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
         lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows]
-        return "\n".join([f"on {self.pictures} picture{'s' * (self.pictures != 1)}", *lines])
+        return "\n".join([f"on {self.images} image{'s' * (self.images != 1)}", *lines])
 
 
 def inspect_run(
     run: str | os.PathLike[str],
-    pictures: Sequence[str | os.PathLike[str]] = (),
+    paths: Sequence[str | os.PathLike[str]] = (),
     *,
     out: str | os.PathLike[str] | None = None,
     split: str | None = None,
@@ -75,30 +75,30 @@ def inspect_run(
 ) -> Inspection:
     """Draw what the distillation of a run of ``fastkd train --teacher`` looks at, from its last checkpoint.
 
-    Writes ``maps.png`` (information maps over the pictures), ``differences.png`` (student against teacher, initially
+    Writes ``maps.png`` (information maps over the images), ``differences.png`` (student against teacher, initially
     and now) and ``level_losses.png`` (each level's loss and share over the training, from ``metrics.jsonl``).
 
     Args:
         run: the run's folder.
-        pictures: files or folders to look at, where a map of boxes is that of the boxes which the teacher finds; by
+        paths: files or folders to look at, where a map of boxes is that of the boxes which the teacher finds; by
             default some of the run's own, with their labels.
         out: folder for the three; by default ``inspect`` in the run's, or ``inspect-2`` and so on.
-        split: ``"val"`` or ``"train"``: whose pictures, where none are given; by default the validation set's if the
+        split: ``"val"`` or ``"train"``: whose images, where none are given; by default the validation set's if the
             run has one.
-        count: at most so many pictures, evenly spaced among all. One that can't be read is left out with a warning,
+        count: at most so many images, evenly spaced among all. One that can't be read is left out with a warning,
             and the next one takes its place.
 
     Raises:
-        FileNotFoundError: no run, checkpoint, log or picture there. FileExistsError: one of the three is in ``out``.
-        ValueError: a run without a teacher; no image that can be read; a ``split`` unknown or beside ``pictures``;
+        FileNotFoundError: no run, checkpoint, log or image there. FileExistsError: one of the three is in ``out``.
+        ValueError: a run without a teacher; no image that can be read; a ``split`` unknown or beside ``paths``;
             ``count`` < 1.
     """
     import matplotlib  # noqa: F401  # before models are built for nothing
 
     if count < 1:
-        raise ValueError(f"count: expected at least 1 picture, got {count}")
-    if pictures and split is not None:
-        raise ValueError(f"set: expected none beside pictures of your own, got {split!r}")
+        raise ValueError(f"count: expected at least 1 image, got {count}")
+    if paths and split is not None:
+        raise ValueError(f"set: expected none beside images of your own, got {split!r}")
     config = replace(read_config(run), augmentation=None)
     if config.teacher is None:
         raise ValueError(f"{os.fspath(run)}: this run has no teacher, so no distillation to look at; see --teacher")
@@ -106,8 +106,8 @@ def inspect_run(
     files = tuple(folder / f"{name}.png" for name in FIGURES)
     for file in files:
         require_new(out=file)
-    images, targets = _read(pictures, count, config) if pictures else _own(config, split, count)
-    before, now = _before_and_now(config, images, targets, 0 if pictures else len(images))
+    images, targets = _read(paths, count, config) if paths else _own(config, split, count)
+    before, now = _before_and_now(config, images, targets, 0 if paths else len(images))
     figures = map_figures(images, now, before) | {"level_losses": level_loss_figure(Path(run), now)}
     for file, name in zip(files, FIGURES, strict=True):
         with replacing(file) as part:
@@ -128,9 +128,9 @@ def level_loss_figure(run: Path, maps: DistillMaps) -> Figure:
     )
 
 
-def _read(pictures: Sequence[str | os.PathLike[str]], count: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
+def _read(paths: Sequence[str | os.PathLike[str]], count: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """(n, 3, size, size) float, 0..1, and targets, which they have none of."""
-    files = listed(pictures)
+    files = listed(paths)
     faults: dict[Path, Exception] = {}
 
     def read(index: int) -> Array | None:
@@ -148,10 +148,10 @@ def _read(pictures: Sequence[str | os.PathLike[str]], count: int, config: TrainC
 
 def _own(config: TrainConfig, split: str | None, count: int) -> tuple[Tensor, Tensor]:
     if split not in (None, "train", "val"):
-        raise ValueError(f"set: expected train or val, got {split!r}; to look at others, name pictures or a folder")
+        raise ValueError(f"set: expected train or val, got {split!r}; to look at others, name images or a folder")
     val = None if split == "train" else validation_set(config)
     if val is None and split == "val":
-        raise ValueError("set: this run has no validation set; take train, or name pictures or a folder")
+        raise ValueError("set: this run has no validation set; take train, or name images or a folder")
     data = training_set(config) if val is None else val
     batch = some_batch(data, count)
     if not len(batch.images):

@@ -1,4 +1,4 @@
-"""Pictures of what distillation looks at, on some of a run's own images."""
+"""Plots of what distillation looks at, on some of a run's own images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes drawn on pictures."""
+"""Boxes drawn on images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastkd.modes import eval_mode
 from fastkd.yolov3.annotations import some_of
 from fastkd.yolov3.boxes import Detections, detect
 from fastkd.yolov3.data import fit, read_image
-from fastkd.yolov3.formats import PICTURES
+from fastkd.yolov3.formats import IMAGE_SUFFIXES
 from fastkd.yolov3.model import Detector
 
 Image = npt.NDArray[np.uint8]
@@ -30,7 +30,7 @@ COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114
 
 def predict(
     model: Detector,
-    pictures: Sequence[str | os.PathLike[str]],
+    paths: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     size: int,
@@ -39,11 +39,11 @@ def predict(
     iou_threshold: float = 0.5,
     progress: bool = False,
 ) -> list[Path]:
-    """Find objects in pictures, and write copies with boxes, class names and scores drawn on them.
+    """Find objects in images, and write copies with boxes, class names and scores drawn on them.
 
     Args:
         model: the detector, on any device.
-        pictures: picture files, or folders of them.
+        paths: image files, or folders of them.
         out: folder for the copies, which keep their names (PNG for what OpenCV cannot write).
         size: side in pixels of the square network input, a multiple of 32.
         class_names: one per class; numbers are drawn without.
@@ -55,17 +55,17 @@ def predict(
         The files written, in order. An image that can't be read has none; one warning names them.
 
     Raises:
-        FileNotFoundError: no such picture or folder, or a folder without pictures.
+        FileNotFoundError: no such image or folder, or a folder without images.
         FileExistsError: ``out`` has a file of one of these names.
         ValueError: no file is an image that can be read, two have one name, or a threshold is out of range.
     """
-    files = listed(pictures)
+    files = listed(paths)
     targets = [_named(Path(out) / file.name) for file in files]
     if len(set(targets)) != len(targets):
-        raise ValueError("pictures: expected different file names, got two alike; predict one folder at a time")
+        raise ValueError("paths: expected different file names, got two alike; predict one folder at a time")
     for target in targets:
         require_new(out=target)
-    bar = tqdm(files, unit="picture", leave=False, disable=None if progress else True)
+    bar = tqdm(files, unit="image", leave=False, disable=None if progress else True)
     written: list[Path] = []
     faults: dict[Path, Exception] = {}
     for file, target in zip(bar, targets, strict=True):
@@ -75,7 +75,7 @@ def predict(
             faults[file] = error
             continue
         found = detect_objects(model, image, size, score_threshold, iou_threshold)
-        write_picture(target, draw(image, found, class_names))
+        write_image(target, draw(image, found, class_names))
         written.append(target)
     warn_left_out(faults, len(files))
     return written
@@ -93,7 +93,7 @@ def warn_left_out(faults: dict[Path, Exception], tried: int) -> None:
 def detect_objects(
     model: Detector, image: Image, size: int, score_threshold: float = 0.3, iou_threshold: float = 0.5
 ) -> Detections:
-    """Objects in one picture, (H, W, 3) uint8 RGB of any size; boxes in its own pixels, clipped to it."""
+    """Objects in one image, (H, W, 3) uint8 RGB of any size; boxes in its own pixels, clipped to it."""
     square, letterbox = fit(image, size)
     pixels = torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1)))[None]
     device = next(model.parameters()).device
@@ -105,7 +105,7 @@ def detect_objects(
 
 
 def draw(image: Image, found: Detections, class_names: Sequence[str] = (), *, scores: bool = True) -> Image:
-    """A copy of an (H, W, 3) uint8 RGB picture with boxes, names and, if asked, scores, the best on top."""
+    """A copy of an (H, W, 3) uint8 RGB image with boxes, names and, if asked, scores, the best on top."""
     canvas: Image = image.copy()
     scale = max(0.35, min(image.shape[:2]) / 900)
     width = max(1, round(2 * scale))
@@ -119,7 +119,7 @@ def draw(image: Image, found: Detections, class_names: Sequence[str] = (), *, sc
 
 
 def _label(canvas: Image, text: str, corner: tuple[int, int], colour: tuple[int, int, int], scale: float) -> None:
-    """Text on a filled bar above the corner, or below it where the picture ends."""
+    """Text on a filled bar above the corner, or below it where the image ends."""
     font = cv2.FONT_HERSHEY_SIMPLEX
     (width, height), descent = cv2.getTextSize(text, font, scale, 1)
     x = max(0, min(corner[0], canvas.shape[1] - width))
@@ -129,29 +129,29 @@ def _label(canvas: Image, text: str, corner: tuple[int, int], colour: tuple[int,
     cv2.putText(canvas, text, (x, y - descent // 2), font, scale, ink, 1, cv2.LINE_AA)
 
 
-def listed(pictures: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def listed(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     files: list[Path] = []
-    for path in map(Path, pictures):
+    for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(x for x in path.iterdir() if x.suffix.lower() in PICTURES)
+            inside = sorted(x for x in path.iterdir() if x.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
-                raise FileNotFoundError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
+                raise FileNotFoundError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
             files += inside
         elif path.is_file():
             files.append(path)
         else:
-            raise FileNotFoundError(f"{path}: no such picture or folder")
+            raise FileNotFoundError(f"{path}: no such image or folder")
     return files
 
 
 def _named(target: Path) -> Path:
-    return target if target.suffix.lower() in PICTURES else target.with_suffix(".png")
+    return target if target.suffix.lower() in IMAGE_SUFFIXES else target.with_suffix(".png")
 
 
-def write_picture(target: Path, image: Image) -> None:
-    """An (H, W, 3) uint8 RGB picture to a file, whole or not at all."""
+def write_image(target: Path, image: Image) -> None:
+    """An (H, W, 3) uint8 RGB image to a file, whole or not at all."""
     done, encoded = cv2.imencode(target.suffix, cast(Image, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)))
     if not done:
-        raise ValueError(f"{target}: this picture could not be encoded as {target.suffix}")
+        raise ValueError(f"{target}: this image could not be encoded as {target.suffix}")
     with replacing(target) as part:
         part.write_bytes(encoded.tobytes())

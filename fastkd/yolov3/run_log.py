@@ -40,7 +40,7 @@ class RunLog:
         terms: names of the loss terms, in the order of the vector that ``step`` takes.
         first, last: the run goes from step ``first`` to ``last``; lines after ``first``, which a killed run left
             behind, are dropped.
-        batch: images a step.
+        batch: images per step.
         every: steps between two lines.
         show: whether this process prints and writes at all (one in a distributed run does).
         tensorboard: also write curves and figures to ``out``.

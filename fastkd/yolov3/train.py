@@ -52,7 +52,7 @@ RUN_FILES = (
 )
 SCORED_IMAGES = 32  # with which `fastkd doctor --run` scores the teacher
 LEAST_AP50 = 0.01
-FIGURE_IMAGES = 2  # pictures whose maps TensorBoard gets at every evaluation
+FIGURE_IMAGES = 2  # images whose maps TensorBoard gets at every evaluation
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _figures(self) -> dict[str, Figure]:
-        """What distillation looks at, on a few pictures, always the same."""
+        """What distillation looks at, on a few images, always the same."""
         batch = some_batch(self.val or self.data, FIGURE_IMAGES)
         if not len(batch.images):  # none of them can be read
             return {}
@@ -518,10 +518,10 @@ def validation_set(config: TrainConfig) -> DetectionDataset | None:
 
 
 def unlabelled_set(config: TrainConfig) -> DetectionDataset | None:
-    """Pictures that only the teacher explains, augmented as the others, or None."""
+    """Images that only the teacher explains, augmented as the others, or None."""
     if config.unlabelled is None:
         return None
-    return DetectionDataset.of_pictures(
+    return DetectionDataset.of_images(
         config.unlabelled,
         config.size,
         augmentation=config.augmentation,
@@ -534,7 +534,7 @@ def unlabelled_set(config: TrainConfig) -> DetectionDataset | None:
 def unlabelled_images(
     data: DetectionDataset | None, config: TrainConfig, first: int, last: int, *, rank: int = 0, ranks: int = 1
 ) -> Iterator[Tensor | None]:
-    """Pictures that only the teacher explains, for each of these steps; None without any."""
+    """Images that only the teacher explains, for each of these steps; None without any."""
     if data is None:
         return itertools.repeat(None)
     batch = config.unlabelled_batch or config.batch
@@ -654,7 +654,7 @@ def _anchors(data: DetectionDataset, strides: Sequence[int], per_head: int) -> T
     except ValueError as error:
         raise ValueError(
             f"anchors: too few boxes in the training set to choose them by ({error}); use anchors='default' "
-            "(--anchors default), or more pictures"
+            "(--anchors default), or more images"
         ) from error
 
 
@@ -787,7 +787,7 @@ def _report(
     objective: Objective, distiller: Distiller, data: DetectionDataset, optimizer: torch.optim.Optimizer
 ) -> Report:
     device = next(objective.parameters()).device
-    # a map of boxes is empty on pictures that have none
+    # a map of boxes is empty on images that have none
     rows = np.unique(data.annotations.rows)[:4].tolist() or [0]
     batch = collate([data[rows[i % len(rows)]] for i in range(4)])
     images, targets = batch.images.to(device), batch.targets.to(device)
