@@ -726,8 +726,8 @@ def _found_levels(
             del groups[name]
     if not groups:
         raise ValueError(
-            "images: expected levels of a stride that both models have, to find them; name them yourself, backbone= and "
-            f"neck=. Those of the student:\n{ours}\nThose of the teacher:\n{theirs}"
+            "images: expected levels of a stride that both models have, to find them; name them yourself, backbone= "
+            f"and neck=. Those of the student:\n{ours}\nThose of the teacher:\n{theirs}"
         )
     return groups
 

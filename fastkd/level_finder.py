@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastkd.adapters import same_random_state
-from fastkd.hooks import INPUT, bare_name, unwrapped
+from fastkd.hooks import INPUT, bare_name, is_compiled, unwrapped
 from fastkd.modes import eval_mode
 from fastkd.ops.arguments import kind_of
 
@@ -112,7 +112,7 @@ def find_levels(model: nn.Module, images: Any) -> FoundLevels:
         eval_mode(root),
         same_random_state(device),
         torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
+        torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext(),
         flow.listening(root),
         flow,
     ):
@@ -184,7 +184,7 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, dict[Key, int | None]] = {}  # by memory; None: not made of the images
         self._open: list[int] = []
         for x in _tensors(images):
-            self._known.setdefault(_memory(x), {})[_key(x)] = self._add("image", [], x)
+            self._known.setdefault(_memory(x), {})[_key(x)] = self._add("image", [], tuple(x.shape))
         if isinstance(images, Tensor):
             self.image = images.shape[2], images.shape[3]
 
@@ -213,25 +213,29 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = [known[_key(x)]] if _key(x) in known else list(known.values())
         return [i for i in found if i is not None]
 
-    def _add(self, op: str, parents: list[int], x: Tensor) -> int | None:
+    def _add(self, op: str, parents: list[int], shape: tuple[int, ...]) -> int | None:
         if not parents and op != "image":
             return None
-        pooled = bool(parents) and (op in _REDUCES or all(self.values[i].pooled for i in parents))
-        self.values.append(_Value(parents, tuple(x.shape), op, pooled))
+        pooled = bool(parents) and all(self.values[i].pooled for i in parents)
+        pooled |= op in _REDUCES and any(_is_pooled(op, self.values[i].shape, shape) for i in parents)
+        self.values.append(_Value(parents, shape, op, pooled))
         return len(self.values) - 1
 
     def _keep(self, op: str, parents: list[int], x: Tensor, *, fresh: bool) -> None:
+        if not x.numel():  # such as no box found: these have no memory, so they are taken for one another
+            fresh, parents = False, sorted({*parents, *self.of(x)})
+            self._known.get(_memory(x), {}).pop(_key(x), None)
         known = {} if fresh else self._known.get(_memory(x), {})
         self._known[_memory(x)] = known
         if _key(x) not in known:  # else it is the same tensor: detach(), or changed in place
-            known[_key(x)] = self._add(op, parents, x)
+            known[_key(x)] = self._add(op, parents, tuple(x.shape))
 
     def _write(self, op: str, parents: list[int], x: Tensor) -> None:
         """All tensors in this memory have another value now."""
         known = self._known.setdefault(_memory(x), {_key(x): None})
         for key, old in list(known.items()):
             parts = sorted({*parents, *([] if old is None else [old])})
-            known[key] = self._add(op, parts, torch.empty(key[1], device="meta"))
+            known[key] = self._add(op, parts, key[1])
 
     @contextmanager
     def listening(self, root: nn.Module) -> Iterator[None]:
@@ -303,6 +307,8 @@ class _Finder:
         return FoundLevels(backbone, neck, self._candidates())
 
     def _undecided(self, why: str) -> ValueError:
+        if not self.backbone:
+            self._find_backbone()
         table = _table(self._candidates())
         return ValueError(
             f"find_levels: {why}. Name the levels yourself: Distiller(student, teacher, backbone=([student, ...], "
@@ -386,10 +392,12 @@ class _Finder:
         return i in self.maps and self._octave(i) == self._octave(head)
 
     def _find_backbone(self) -> None:
-        finest = min(FINEST, *self.neck)
+        finest = min([FINEST, *self.neck])
         maps = [i for i in self._bottom_up() if self._octave(i) >= finest]
         self.scope = self._find_scope(maps)
-        seen = sorted(self._seen_in(self.scope).intersection(maps))
+        visible = self._seen_in(self.scope)
+        taken = set() if self._has_top_down() else {x for x, i in self.neck.items() if i in visible}
+        seen = [i for i in maps if i in visible and self._octave(i) not in taken]
         octaves = sorted({self._octave(i) for i in seen})
         widths = {x: max(self.values[i].shape[1] for i in seen if self._octave(i) == x) for x in octaves}
         while octaves and widths[octaves[-1]] < max(widths.values()):  # extra levels behind the widest
@@ -400,7 +408,12 @@ class _Finder:
                 self.backbone[octave] = self._last_of_widest(of_stride)
             else:  # side branches, to a neck, are left out
                 onward = self._ancestors(i for i in maps if self._octave(i) == coarser)
-                self.backbone.update({octave: i for i in of_stride if i in onward})  # the last of them stays
+                self.backbone[octave] = max((i for i in of_stride if i in onward), default=of_stride[-1])
+
+    def _has_top_down(self) -> bool:
+        """Whether a head gets a map that coarser ones went into; else heads stand on the backbone itself."""
+        before = {i: [self._octave(p) for p in self._ancestors([i]) & self.maps] for i in self.neck.values()}
+        return any(max(octaves) > self._octave(i) for i, octaves in before.items())
 
     def _last_of_widest(self, of_stride: list[int]) -> int:
         widths = [self.values[i].shape[1] for i in of_stride]
@@ -491,6 +504,12 @@ def _table(candidates: Iterable[Candidate]) -> str:
 
 def _padded(row: tuple[str, ...], widths: list[int]) -> list[str]:
     return [text.ljust(width) for text, width in zip(row[3:], widths[3:], strict=True)]
+
+
+def _is_pooled(op: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether a reduction left one number a channel of a map, or few."""
+    is_one = math.prod(after[2:]) == 1 or "adaptive" in op
+    return len(before) == 4 and is_one and before[:2] == after[:2]
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
