@@ -160,6 +160,7 @@ class _Call:
     """One forward of a module: the values from ``start`` to ``end`` were made in it."""
 
     name: str
+    module: nn.Module
     start: int
     outer: int | None  # the call that it is in
     end: int = -1
@@ -252,7 +253,7 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _opening(self, name: str) -> Any:
         def opens(module: nn.Module, args: Any) -> None:
-            call = _Call(name, len(self.values), self._open[-1] if self._open else None)
+            call = _Call(name, module, len(self.values), self._open[-1] if self._open else None)
             call.given = self._one(args[0]) if args else None
             self._open.append(len(self.calls))
             self.calls.append(call)
@@ -260,6 +261,8 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return opens
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
+        while self.calls[self._open[-1]].module is not module:  # failed, and the model went on
+            self._open.pop()
         call = self.calls[self._open.pop()]
         tensors = _tensors(output)
         inputs = sorted({i for x in _tensors(args) for i in self.of(x)})
@@ -331,10 +334,10 @@ class _Finder:
             sizes.append({value.shape[2:]} if i in self.maps else before)
 
     def _has_proportions(self, value: _Value) -> bool:
-        if len(value.shape) != 4 or value.pooled or value.shape[0] != self.batch:
+        if not self.height or len(value.shape) != 4 or value.pooled or value.shape[0] != self.batch:
             return False
         _, _, height, width = value.shape
-        return height > 0 and abs(height * self.width / max(self.height, 1) - width) < 1.5
+        return height > 0 and abs(height * self.width / self.height - width) < 1.5
 
     def _stride(self, i: int) -> float:
         return self.height / self.values[i].shape[2]
@@ -384,7 +387,9 @@ class _Finder:
             if call.outer is not None and call.start <= head < call.end:
                 inside = [i for i in heads if call.start <= i < call.end]
                 given = {i: [x for x in self._ancestors([i], call.start) if x < call.start] for i in inside}
-                if all(len(x) == 1 and self._is_like(x[0], i) for i, x in given.items()):
+                of_own_stride = {x[0] for i, x in given.items() if self._is_like(x[0], i)}
+                # a map of masks may be larger than what it is made of, if that is a level anyway
+                if all(len(x) == 1 and x[0] in of_own_stride for x in given.values()):
                     return given[head][0]
         return max(self._ancestors([head]) & self.maps - {head}, default=head)
 

@@ -77,11 +77,11 @@ class Tower(nn.Module):
 class RetinaNet(nn.Module):
     """ResNet, top-down sums in functional code, two further levels, one head for all."""
 
-    def __init__(self, width: int = 8, bare: bool = False) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.backbone = ResNet(width)
         self.inner = nn.ModuleList(nn.Conv2d(k * width, 16, 1) for k in (2, 4, 8))
-        self.outer = nn.ModuleList(nn.Identity() if bare else nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+        self.outer = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
         self.p6, self.p7 = nn.Conv2d(16, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 2, 1)
         self.head = Tower(16)
 
@@ -106,6 +106,23 @@ class OfLists(RetinaNet):
             {"boxes": b[s > 2], "scores": s[s > 2], "masks": torch.zeros(0)}
             for b, s in zip(out["boxes"], scores, strict=True)
         ]
+
+
+class Masks(RetinaNet):
+    """Its head also makes masks of the finest level, at twice its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = _WithMasks(16)
+
+
+class _WithMasks(Tower):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.up, self.masks = nn.ConvTranspose2d(width, width, 2, 2), nn.Conv2d(width, 4, 1)
+
+    def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
+        return {**super().forward(maps), "masks": self.masks(self.up(maps[0]))}
 
 
 class SSD(nn.Module):
@@ -153,6 +170,18 @@ class Classifier(nn.Module):
         return out
 
 
+class Apart(nn.Module):
+    """Two branches of one stride with a head each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 16, 16), nn.Conv2d(3, 8, 16, 16)
+        self.scores, self.boxes = nn.Conv2d(8, 2, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scores(self.left(x)), self.boxes(self.right(x))
+
+
 RESNET = ["backbone.layer2", "backbone.layer3", "backbone.layer4"]
 
 
@@ -165,8 +194,9 @@ def test_levels_of_our_networks_are_those_that_a_person_chose(kind: Any) -> None
     assert found.strides("neck") == list(model.strides)
 
 
-def test_levels_of_a_pyramid_with_a_shared_head_and_levels_of_its_own() -> None:
-    found = fastkd.find_levels(RetinaNet(), IMAGES)
+@pytest.mark.parametrize("kind", [RetinaNet, Masks])
+def test_levels_of_a_pyramid_with_a_shared_head_and_levels_of_its_own(kind: Any) -> None:
+    found = fastkd.find_levels(kind(), IMAGES)
     assert found.backbone == RESNET
     assert found.neck == ["outer.0", "outer.1", "outer.2", "p6", "p7"]
     assert found.strides("neck")[:3] == [8, 16, 32]
@@ -227,6 +257,11 @@ def test_nothing_of_the_model_or_the_random_state_changes() -> None:
 def test_a_model_without_heads_is_refused_with_the_table() -> None:
     with pytest.raises(ValueError, match=r"(?s)no head was found.*neck=\(\[student.*backbone.layer4 +32 +64"):
         fastkd.find_levels(Classifier(), IMAGES)
+
+
+def test_two_maps_of_one_stride_that_heads_get_are_no_guess() -> None:
+    with pytest.raises(ValueError, match=r"(?s)heads of stride 16 .*nothing in common.*left +16 +8.*right +16 +8"):
+        fastkd.find_levels(Apart(), IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +359,7 @@ class _Coarse(nn.Module):
 # ---- Ultralytics and torchvision, in a process of their own
 
 ULTRALYTICS = """
-import ultralytics_offline, json, torch, fastkd, ultralytics
+import ultralytics_offline, torch, fastkd, ultralytics
 from pathlib import Path
 from ultralytics.nn.tasks import DetectionModel
 for name, backbone, neck in {models}:
