@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from fastkd import priors, viz
     from fastkd.distiller import Distiller
     from fastkd.health import fingerprint
+    from fastkd.level_finder import FoundLevels, find_levels
     from fastkd.level_maps import info_map
     from fastkd.loss import DistillLoss, distill_loss
     from fastkd.ops.backends import backends
@@ -17,10 +18,12 @@ __all__ = [
     "PRESETS",
     "DistillLoss",
     "Distiller",
+    "FoundLevels",
     "InfoMap",
     "__version__",
     "backends",
     "distill_loss",
+    "find_levels",
     "fingerprint",
     "info_map",
     "priors",
@@ -31,9 +34,11 @@ _MODULES = {
     "PRESETS": "ops.presets",
     "DistillLoss": "loss",
     "Distiller": "distiller",
+    "FoundLevels": "level_finder",
     "InfoMap": "ops.presets",
     "backends": "ops.backends",
     "distill_loss": "loss",
+    "find_levels": "level_finder",
     "fingerprint": "health",
     "info_map": "level_maps",
 }

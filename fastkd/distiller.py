@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import sys
 import weakref
@@ -19,7 +20,19 @@ from torch.utils.hooks import RemovableHandle
 
 from fastkd import health, level_maps
 from fastkd.health import Check, Report
-from fastkd.hooks import FeatureHook, Group, Levels, ToMap, ToMaps, convolved_heights, ddp_of, unwrapped, without_ddp
+from fastkd.hooks import (
+    FeatureHook,
+    Group,
+    Levels,
+    ToMap,
+    ToMaps,
+    convolved_heights,
+    ddp_of,
+    match_by_stride,
+    unwrapped,
+    without_ddp,
+)
+from fastkd.level_finder import FoundLevels, find_levels, require_batch
 from fastkd.level_maps import DistillMaps
 from fastkd.loss import DistillLoss
 from fastkd.modes import eval_mode
@@ -54,7 +67,11 @@ class Distiller(nn.Module):
             ``[(student, teacher), ...]``, or a *tuple of two lists* ``([student, ...], [teacher, ...])``, of any
             lengths, which ``prepare(images)`` pairs by stride; levels without a partner are dropped.
             A name needs no ``module.`` or ``_orig_mod.`` prefix; ``"input:name"`` is what the module gets, for example
-            a sum that no module returns. Levels are counted backbone first.
+            a sum that no module returns. Levels are counted backbone first. Where neither is given, ``images`` finds
+            both.
+        images: a batch that both models take, as in ``prepare``, which is called with it at once. Without ``backbone``
+            and ``neck`` the levels are those that ``find_levels`` finds in both models at strides that they share;
+            ``levels`` and ``check()`` name them, and so does the logger ``"fastkd"`` at level INFO.
         student_to_map, teacher_to_map: for outputs that are not (N, C, H, W) tensors: a function that makes one of a
             level's output, ``"NHWC"`` where channels come last, or one of these for each name of a level.
         align: ``"interpolate"``: where heights or widths differ, the student's feature is resized to the teacher's,
@@ -85,8 +102,9 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: unknown module (lists near names), no level at all, models that share weights, options beside a
-            criterion.
+            criterion; levels that cannot be found, or of no stride in common (shows those to choose from).
         TypeError: a level that is neither a name nor a module; an argument of another type than above.
+        With ``images`` also what ``prepare`` raises.
     """
 
     criterion: DistillLoss
@@ -98,6 +116,7 @@ class Distiller(nn.Module):
         *,
         backbone: Levels | None = None,
         neck: Levels | None = None,
+        images: Any = None,
         student_to_map: ToMaps = None,
         teacher_to_map: ToMaps = None,
         align: str | None = None,
@@ -122,7 +141,13 @@ class Distiller(nn.Module):
         _refuse_shared_weights(student, teacher)
         if align not in (None, "interpolate"):
             raise ValueError(f'align: expected None or "interpolate", got {align!r}')
+        if images is not None:
+            require_batch(images)
         given = {name: levels for name, levels in (("backbone", backbone), ("neck", neck)) if levels is not None}
+        self._found = not given and images is not None
+        if self._found:
+            seen = _in_dtype_of(teacher, images if preprocess is None else preprocess(images))
+            given = _found_levels(student, teacher, (images, seen), align)
         # whether DistributedDataParallel has the adapters; None before the first training forward
         self._averaged: bool | None = None
         self._ddp: int | None = None  # the DistributedDataParallel of the last training forward
@@ -131,7 +156,10 @@ class Distiller(nn.Module):
         self._groups = [Group(name, levels, student, teacher, to_maps) for name, levels in given.items()]
         most = sum(min(len(x.student), len(x.teacher)) for x in self._groups)
         if not most:
-            raise ValueError("backbone, neck: expected at least one level to distil, got none")
+            raise ValueError(
+                "backbone, neck: expected at least one level to distil, got none; Distiller(student, teacher, "
+                "images=images) finds them"
+            )
         paired = [x.pairs for x in self._groups if x.pairs is not None]
         self._pairs = [p for x in paired for p in x] if len(paired) == len(self._groups) else None
         self._image_height = 1.0  # of what the student's last dry run got
@@ -156,6 +184,24 @@ class Distiller(nn.Module):
         self._teacher = Teacher(teacher, fold_teacher)
         if self._pairs is not None:
             self._teacher.listen([t for _, t in self._pairs])
+        if images is not None:
+            self._prepare_or_remove(images)
+
+    def _prepare_or_remove(self, images: Any) -> None:
+        """``prepare``; where it fails, nobody has the distiller to take its hooks off."""
+        try:
+            self.prepare(images)
+        except BaseException:
+            self.remove()
+            raise
+        if self._found:
+            logging.getLogger("fastkd").info("levels found: %s", self._names_of_levels())
+
+    def _names_of_levels(self) -> str:
+        pairs = self._pairs or []
+        groups = {s.group: "" for s, _ in pairs}
+        listed = {name: ", ".join(f"{s.name} <- {t.name}" for s, t in pairs if s.group == name) for name in groups}
+        return "; ".join(f"{name} {names}" for name, names in listed.items())
 
     def _make_criterion(self, most: int, options: dict[str, Any]) -> DistillLoss:
         """With as many adapters as there can be levels; ``prepare`` drops those that no stride needs."""
@@ -393,6 +439,7 @@ class Distiller(nn.Module):
         checks = [
             health.check_trained(self.teacher, teacher_fingerprint, ran),
             frozen,
+            *([Check("levels", True, f"found: {self._names_of_levels()}")] if self._found else []),
             Check("teacher runs", True, f"{self._teacher.how}{self._passes}"),
             hooks,
             gradient,
@@ -658,6 +705,35 @@ def _gradients(feature: Tensor, parameters: list[nn.Parameter], upstream: Tensor
             p.grad = grad
         for own, saved in hooks:
             own.update(saved)
+
+
+def _found_levels(
+    student: nn.Module, teacher: nn.Module, images: tuple[Any, Any], align: str | None
+) -> dict[str, Levels]:
+    """Backbone and neck as two lists of names each, of those that have a stride in common.
+
+    Args:
+        images: what the student gets and what the teacher gets.
+    """
+    found: list[FoundLevels] = []
+    for role, model, seen in zip(("student", "teacher"), (student, teacher), images, strict=True):
+        try:
+            found.append(find_levels(model, seen))
+        except ValueError as error:
+            raise ValueError(f"{role}: {error}") from None
+    ours, theirs = found
+    groups: dict[str, Levels] = {"backbone": (ours.backbone, theirs.backbone), "neck": (ours.neck, theirs.neck)}
+    for name in list(groups):
+        try:
+            match_by_stride(ours.strides(name), theirs.strides(name), nearest=align is not None)
+        except ValueError:
+            del groups[name]
+    if not groups:
+        raise ValueError(
+            "images: expected levels of a stride that both models have, to find them; name them yourself, backbone= "
+            f"and neck=. Those of the student:\n{ours}\nThose of the teacher:\n{theirs}"
+        )
+    return groups
 
 
 def _require_images(hook: FeatureHook, images: Any) -> None:

@@ -1,0 +1,546 @@
+"""``find_levels``: which modules of a detector can be distilled, from the data flow of one forward."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastkd.adapters import same_random_state
+from fastkd.hooks import INPUT, bare_name, is_compiled, unwrapped
+from fastkd.modes import eval_mode
+from fastkd.ops.arguments import kind_of
+
+FINEST = 3  # backbone levels below stride 2^3 are left out, but where a head starts there
+NAMELESS = "(no module returns it)"
+
+Key: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, shape and strides of a tensor in its memory
+
+_STARTS = ("image", "convolution", "convolution_overrideable", "_convolution")
+_LAYOUTS = ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unfold", "expand", "as_strided")
+_REDUCES = ("mean", "sum", "amax", "max", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One feature map that could be a level.
+
+    Attributes:
+        name: of the module that returns it, or ``"input:name"`` of the one that gets it.
+        stride: image height / feature height.
+        channels: C of its (N, C, H, W).
+        is_last: whether it is the last of its stride in the backbone.
+        feeds_head: whether a head gets it.
+    """
+
+    name: str
+    stride: float
+    channels: int
+    is_last: bool
+    feeds_head: bool
+
+
+@dataclass(frozen=True)
+class FoundLevels:
+    """What ``find_levels`` found; ``print`` shows it as a table.
+
+    Attributes:
+        backbone: names of the last feature map of each stride in the backbone, finest first.
+        neck: names of what the heads get, one a stride, finest first.
+        candidates: the feature maps to choose from, in the order of the forward.
+    """
+
+    backbone: list[str]
+    neck: list[str]
+    candidates: tuple[Candidate, ...]
+
+    def strides(self, group: str) -> list[float]:
+        """Image height / feature height of each level of ``"backbone"`` or ``"neck"``."""
+        by_name = {x.name: x.stride for x in self.candidates}
+        return [by_name[name] for name in (self.backbone if group == "backbone" else self.neck)]
+
+    def __str__(self) -> str:
+        return _table(self.candidates)
+
+
+def find_levels(model: nn.Module, images: Any) -> FoundLevels:
+    """Find the levels of a detector to distil, without reading its code::
+
+        ours, theirs = fastkd.find_levels(student, images), fastkd.find_levels(teacher, images)
+        print(ours)  # the modules to choose from, as a table
+        fastkd.Distiller(student, teacher, backbone=(ours.backbone, theirs.backbone), neck=(ours.neck, theirs.neck))
+
+    The model runs once on the first image, in eval mode and under ``no_grad``, and is left as it was: hooks, training
+    mode, statistics and the random state. What each operation reads and writes is watched, so code between modules
+    counts too.
+
+    *Heads* end in the last convolutions before the model's output. *Neck* levels are what heads get, one a stride: a
+    head is the largest module that makes its outputs of one stride from one map of that stride. *Backbone* levels are
+    the last map of each stride from 8 up (finer, where a head starts there) before a map becomes larger again; at the
+    coarsest stride, before its channels become fewer. A map that a head gets is a neck level, and neither it nor what
+    is made of it belongs to the backbone. Levels that no module returns or gets alone are left out of the lists, but
+    not of the table.
+
+    Args:
+        model: a detector; it may be wrapped in ``DistributedDataParallel`` or ``torch.compile``.
+        images: what it takes: (N, C, H, W) floating point, or a list of (C, H, W), or whatever it is called with. Their
+            sides should be multiples of the coarsest stride, and of some cells there: 256 pixels are enough for 64.
+
+    Returns:
+        ``.backbone`` and ``.neck``: names that ``fastkd.Distiller`` takes; ``.candidates``: all of them.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``images`` no batch.
+        ValueError: no images; no head was found, or two inputs of heads at one stride (shows the table: name the levels
+            yourself). What the model raises on these images goes through.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {kind_of(model)}")
+    images = _first_image(images)
+    root = unwrapped(model)
+    flow = _Flow(images)
+    device = next((p.device for p in root.parameters()), torch.device("cpu"))
+    with (
+        eval_mode(root),
+        same_random_state(device),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext(),
+        flow.listening(root),
+        flow,
+    ):
+        output = root(images)
+    return _Finder(flow, output).found()
+
+
+def require_batch(images: Any) -> None:
+    """Refuse what no model takes as images.
+
+    Raises:
+        TypeError: None, a number, a string, or a loader instead of one of its batches.
+        ValueError: no image, or one tensor that is no batch.
+    """
+    expected = "images: expected a batch as the model takes it, (N, C, H, W) or a list of images"
+    if isinstance(images, torch.utils.data.DataLoader):
+        raise TypeError(f"{expected}, got a {type(images).__name__}; take a batch of it: next(iter(loader))")
+    if images is None or isinstance(images, (bool, int, float, str, bytes)):
+        raise TypeError(f"{expected}, got {kind_of(images)}")
+    if isinstance(images, Tensor) and images.ndim != 4:
+        raise ValueError(f"{expected}, got {kind_of(images)}; one image becomes a batch by images[None]")
+    if isinstance(images, (Tensor, list, tuple, Mapping)) and not len(images):
+        raise ValueError(f"{expected}, got none in {kind_of(images)}")
+
+
+def _first_image(images: Any) -> Any:
+    """A batch of the first image alone, which is enough, where it is known how to make one."""
+    require_batch(images)
+    in_list = isinstance(images, (list, tuple)) and all(isinstance(x, Tensor) and x.ndim == 3 for x in images)
+    return images[:1] if isinstance(images, Tensor) or in_list else images
+
+
+@dataclass
+class _Value:
+    """What one operation returned, or left in a tensor that it changed."""
+
+    parents: list[int]  # values that it was made of, of those that come from the images
+    shape: tuple[int, ...]
+    op: str
+    pooled: bool  # a mean over the map, or made of such alone: the gate of squeeze and excitation
+
+
+@dataclass
+class _Call:
+    """One forward of a module: the values from ``start`` to ``end`` were made in it."""
+
+    name: str
+    module: nn.Module
+    start: int
+    outer: int | None  # the call that it is in
+    end: int = -1
+    given: int | None = None  # its first argument
+    returned: int | None = None  # its output, where that is one tensor
+    parts: list[int] = field(default_factory=list)  # the tensors of its output
+
+
+class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records which values are made of which, and in which module; holds no tensor.
+
+    Tensors are known by their place in memory. Whatever an operation returns in new memory replaces what was known of
+    it, so memory that is used again is no danger.
+    """
+
+    def __init__(self, images: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.values: list[_Value] = []
+        self.calls: list[_Call] = []
+        self.image: tuple[int, int] | None = None  # height and width
+        self.batch = 0
+        self._known: dict[int, dict[Key, int | None]] = {}  # by memory; None: not made of the images
+        self._open: list[int] = []
+        for x in _tensors(images):
+            self._known.setdefault(_memory(x), {})[_key(x)] = self._add("image", [], tuple(x.shape))
+        if isinstance(images, Tensor):
+            self.image = images.shape[2], images.shape[3]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        parents = sorted({i for x in inputs for i in self.of(x)})
+        output = func(*args, **kwargs)
+        op = func._schema.name.partition("::")[2]
+        if "convolution" in op and self.image is None and inputs[0].ndim == 4:
+            self.image = inputs[0].shape[2], inputs[0].shape[3]  # most models resize a list of images
+        if "convolution" in op and not self.batch:
+            self.batch = len(inputs[0])
+        if func._schema.is_mutable:
+            for x in _written(func, args, kwargs):
+                self._write(op, parents, x)
+        read = {_memory(x) for x in inputs}
+        for x in tree_leaves(output):
+            if isinstance(x, Tensor):
+                self._keep(op, parents, x, fresh=_memory(x) not in read)
+        return output
+
+    def of(self, x: Tensor) -> list[int]:
+        """The values of a tensor: one, or those in its memory where it was made out of sight."""
+        known = self._known.get(_memory(x), {})
+        found = [known[_key(x)]] if _key(x) in known else list(known.values())
+        return [i for i in found if i is not None]
+
+    def _add(self, op: str, parents: list[int], shape: tuple[int, ...]) -> int | None:
+        if not parents and op != "image":
+            return None
+        pooled = bool(parents) and all(self.values[i].pooled for i in parents)
+        pooled |= op in _REDUCES and any(_is_pooled(op, self.values[i].shape, shape) for i in parents)
+        self.values.append(_Value(parents, shape, op, pooled))
+        return len(self.values) - 1
+
+    def _keep(self, op: str, parents: list[int], x: Tensor, *, fresh: bool) -> None:
+        if not x.numel():  # such as no box found: these have no memory, so they are taken for one another
+            fresh, parents = False, sorted({*parents, *self.of(x)})
+            self._known.get(_memory(x), {}).pop(_key(x), None)
+        known = {} if fresh else self._known.get(_memory(x), {})
+        self._known[_memory(x)] = known
+        if _key(x) not in known:  # else it is the same tensor: detach(), or changed in place
+            known[_key(x)] = self._add(op, parents, tuple(x.shape))
+
+    def _write(self, op: str, parents: list[int], x: Tensor) -> None:
+        """All tensors in this memory have another value now."""
+        known = self._known.setdefault(_memory(x), {_key(x): None})
+        for key, old in list(known.items()):
+            parts = sorted({*parents, *([] if old is None else [old])})
+            known[key] = self._add(op, parts, key[1])
+
+    @contextmanager
+    def listening(self, root: nn.Module) -> Iterator[None]:
+        """Hooks on all modules of the model."""
+        handles = []
+        for name, module in root.named_modules():
+            handles.append(module.register_forward_pre_hook(self._opening(bare_name(name)), prepend=True))
+            handles.append(module.register_forward_hook(self._close))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _opening(self, name: str) -> Any:
+        def opens(module: nn.Module, args: Any) -> None:
+            call = _Call(name, module, len(self.values), self._open[-1] if self._open else None)
+            call.given = self._one(args[0]) if args else None
+            self._open.append(len(self.calls))
+            self.calls.append(call)
+
+        return opens
+
+    def _close(self, module: nn.Module, args: Any, output: Any) -> None:
+        while self.calls[self._open[-1]].module is not module:  # failed, and the model went on
+            self._open.pop()
+        call = self.calls[self._open.pop()]
+        tensors = _tensors(output)
+        inputs = sorted({i for x in _tensors(args) for i in self.of(x)})
+        for x in tensors:
+            if not self.of(x):  # made by code that dispatches no operation
+                self._keep("module", inputs, x, fresh=True)
+        call.returned = self._one(output)
+        call.parts = [i for x in tensors for i in self.of(x)]
+        call.end = len(self.values)
+
+    def _one(self, x: Any) -> int | None:
+        found = self.of(x) if isinstance(x, Tensor) else []
+        return found[0] if len(found) == 1 else None
+
+
+class _Finder:
+    """Heads, neck and backbone in what was recorded."""
+
+    def __init__(self, flow: _Flow, output: Any) -> None:
+        self.values, self.calls, self.batch = flow.values, flow.calls, flow.batch
+        self.height, self.width = flow.image or (0, 0)
+        self.maps: set[int] = set()
+        self.padded: set[int] = set()  # maps whose border was made wider, as part of what follows
+        self._find_maps()
+        ends = {i for x in _tensors(output) for i in flow.of(x)}
+        self.used = self._ancestors(ends)
+        names = [call.name for call in self.calls]
+        self.once = [call for call in self.calls if call.outer is not None and names.count(call.name) == 1]
+        self.neck: dict[int, int] = {}  # values by octave of their stride, finest first
+        self.backbone: dict[int, int] = {}
+        self.scope = 0  # the call whose parts make up the backbone
+
+    def found(self) -> FoundLevels:
+        heads = self._heads()
+        if not heads:
+            raise self._undecided(
+                "no head was found: no convolution whose maps end up in the output without another convolution or a "
+                "mean over the map"
+            )
+        self._find_neck(heads)
+        self._find_backbone()
+        backbone, neck = (self._names(x) for x in (self.backbone, self.neck))
+        if not neck:
+            raise self._undecided("no module returns what the heads get, or gets it alone")
+        return FoundLevels(backbone, neck, self._candidates())
+
+    def _undecided(self, why: str) -> ValueError:
+        if not self.backbone:
+            self._find_backbone()
+        table = _table(self._candidates())
+        return ValueError(
+            f"find_levels: {why}. Name the levels yourself: Distiller(student, teacher, backbone=([student, ...], "
+            f"[teacher, ...]), neck=([student, ...], [teacher, ...])), each a name of these:\n{table}"
+        )
+
+    def _find_maps(self) -> None:
+        """Which values are feature maps (N, C, H, W) of the whole image.
+
+        What is made of a map and has its proportions is one, and so is what a convolution returns. Other layouts are
+        none, such as tokens or products of queries and keys, until they have a former map's height and width again.
+        """
+        sizes: list[set[tuple[int, ...]]] = []  # of the nearest maps that a value was made of
+        for i, value in enumerate(self.values):
+            before = set().union(*(sizes[p] for p in value.parents))
+            near = any(p in self.maps or p in self.padded for p in value.parents) and value.op not in _LAYOUTS
+            near = near or value.op in _STARTS or value.shape[2:] in before
+            if near and self._has_proportions(value):
+                (self.padded if "pad" in value.op else self.maps).add(i)
+            sizes.append({value.shape[2:]} if i in self.maps else before)
+
+    def _has_proportions(self, value: _Value) -> bool:
+        if not self.height or len(value.shape) != 4 or value.pooled or value.shape[0] != self.batch:
+            return False
+        _, _, height, width = value.shape
+        return height > 0 and abs(height * self.width / self.height - width) < 1.5
+
+    def _stride(self, i: int) -> float:
+        return self.height / self.values[i].shape[2]
+
+    def _octave(self, i: int) -> int:
+        """How often the image was halved: maps whose heights differ by a border count as one stride."""
+        return round(math.log2(self._stride(i)))
+
+    def _is_conv(self, i: int) -> bool:
+        return "convolution" in self.values[i].op and i in self.maps
+
+    def _ancestors(self, ends: Iterable[int], start: int = 0) -> set[int]:
+        """The values that these were made of and themselves; what was there before ``start`` is not followed."""
+        todo = list(ends)
+        found = set(todo)
+        while todo:
+            i = todo.pop()
+            new = set(self.values[i].parents) - found if i >= start else set()
+            found |= new
+            todo += new
+        return found
+
+    def _heads(self) -> list[int]:
+        """The last convolutions: after them come no other and no mean over the map."""
+        after: set[int] = set()
+        for i in sorted(self.used, reverse=True):  # what is made of a value comes later
+            if i in after or self._is_conv(i) or self.values[i].pooled:
+                after.update(self.values[i].parents)
+        return [i for i in sorted(self.used) if self._is_conv(i) and i not in after]
+
+    def _find_neck(self, heads: list[int]) -> None:
+        inputs: dict[int, set[int]] = {}
+        for head in heads:
+            i = self._input_of(head, heads)
+            inputs.setdefault(self._octave(i), set()).add(i)
+        for octave, several in sorted(inputs.items()):
+            common = set.intersection(*(self._ancestors([i]) for i in several)) & self.maps
+            of_stride = [i for i in common if self._octave(i) == octave]
+            if not of_stride:
+                stride = self._stride(min(several))
+                raise self._undecided(f"the heads of stride {stride:g} get maps that have nothing in common")
+            self.neck[octave] = max(of_stride)
+
+    def _input_of(self, head: int, heads: list[int]) -> int:
+        """What the largest module around it gets that makes each stride from one map of that stride."""
+        for call in self.calls:  # outer ones come first
+            if call.outer is not None and call.start <= head < call.end:
+                inside = [i for i in heads if call.start <= i < call.end]
+                given = {i: [x for x in self._ancestors([i], call.start) if x < call.start] for i in inside}
+                of_own_stride = {x[0] for i, x in given.items() if self._is_like(x[0], i)}
+                # a map of masks may be larger than what it is made of, if that is a level anyway
+                if all(len(x) == 1 and x[0] in of_own_stride for x in given.values()):
+                    return given[head][0]
+        return max(self._ancestors([head]) & self.maps - {head}, default=head)
+
+    def _is_like(self, i: int, head: int) -> bool:
+        return i in self.maps and self._octave(i) == self._octave(head)
+
+    def _find_backbone(self) -> None:
+        finest = min([FINEST, *self.neck])
+        maps = [i for i in self._bottom_up() if self._octave(i) >= finest]
+        self.scope = self._find_scope(maps)
+        visible = self._seen_in(self.scope)
+        taken = set() if self._has_top_down() else {x for x, i in self.neck.items() if i in visible}
+        seen = [i for i in maps if i in visible and self._octave(i) not in taken]
+        octaves = sorted({self._octave(i) for i in seen})
+        widths = {x: max(self.values[i].shape[1] for i in seen if self._octave(i) == x) for x in octaves}
+        while octaves and widths[octaves[-1]] < max(widths.values()):  # extra levels behind the widest
+            del widths[octaves.pop()]
+        for octave, coarser in itertools.zip_longest(octaves, octaves[1:]):
+            of_stride = [i for i in seen if self._octave(i) == octave]
+            if coarser is None:
+                self.backbone[octave] = self._last_of_widest(of_stride)
+            else:  # side branches, to a neck, are left out
+                onward = self._ancestors(i for i in maps if self._octave(i) == coarser)
+                self.backbone[octave] = max((i for i in of_stride if i in onward), default=of_stride[-1])
+
+    def _has_top_down(self) -> bool:
+        """Whether a head gets a map that coarser ones went into; else heads stand on the backbone itself."""
+        before = {i: [self._octave(p) for p in self._ancestors([i]) & self.maps] for i in self.neck.values()}
+        return any(max(octaves) > self._octave(i) for i, octaves in before.items())
+
+    def _last_of_widest(self, of_stride: list[int]) -> int:
+        widths = [self.values[i].shape[1] for i in of_stride]
+        last = widths.index(max(widths))
+        while last + 1 < len(widths) and widths[last + 1] == widths[last]:
+            last += 1
+        return of_stride[last]
+
+    def _bottom_up(self) -> list[int]:
+        """Maps before which none was coarser, and that come from no input of a head."""
+        coarsest: dict[int, int] = {}  # octave of the coarsest map so far
+        out: set[int] = set(self.neck.values())
+        found = []
+        for i in sorted(self.used):
+            parents = self.values[i].parents
+            before = max((coarsest[p] for p in parents), default=-1)
+            is_finer = i in self.maps and (self._octave(i) < before or self._pools_in_place(i, before))
+            if is_finer or not out.isdisjoint(parents):
+                out.add(i)
+            if i in self.maps and i not in out:
+                found.append(i)
+            coarsest[i] = max(before, self._octave(i)) if i in self.maps else before
+        return found
+
+    def _pools_in_place(self, i: int, before: int) -> bool:
+        """Whether a map was made larger by padding and pooled to its size again, as Darknet's tiny networks do."""
+        after_pad = not self.padded.isdisjoint(self.values[i].parents)
+        return after_pad and "pool" in self.values[i].op and self._octave(i) == before
+
+    def _find_scope(self, maps: list[int]) -> int:
+        """The innermost call in which two strides or more begin: the backbone, or the model where it is flat."""
+        first: dict[int, int] = {}
+        for i in maps:
+            first.setdefault(self._octave(i), i)
+        scope = 0
+        for k, call in enumerate(self.calls):
+            if call.outer == scope and sum(call.start <= i < call.end for i in first.values()) > 1:
+                scope = k
+        return scope
+
+    def _seen_in(self, scope: int) -> set[int]:
+        """Values that code of this call sees: its own, and what the modules return that it calls."""
+        call = self.calls[scope]
+        children = [x for x in self.calls if x.outer == scope]
+        inside = {i for x in children for i in range(x.start, x.end)}
+        return (set(range(call.start, call.end)) - inside) | {i for x in children for i in x.parts}
+
+    def _name(self, i: int) -> str:
+        """The backbone's own part or the outermost module that returns a value, or the one that gets it."""
+        returned = [x for x in self.once if x.returned == i]
+        own = [x for x in returned if x.outer == self.scope and self.scope]
+        if returned:
+            return (own or returned)[0].name
+        given = [x.name for x in self.once if x.given == i]
+        return INPUT + given[0] if given else NAMELESS
+
+    def _names(self, by_octave: dict[int, int]) -> list[str]:
+        return [name for i in by_octave.values() if (name := self._name(i)) != NAMELESS]
+
+    def _candidates(self) -> tuple[Candidate, ...]:
+        """What the model and the backbone see as maps, and the levels themselves."""
+        chosen = {*self.backbone.values(), *self.neck.values()}
+        seen = [x.returned for x in self.once if x.outer in (0, self.scope)]
+        shown = {i for i in seen if i in self.maps and i in self.used} | chosen
+        return tuple(
+            Candidate(
+                self._name(i),
+                self._stride(i),
+                self.values[i].shape[1],
+                i in self.backbone.values(),
+                i in self.neck.values(),
+            )
+            for i in sorted(shown)
+        )
+
+
+def _table(candidates: Iterable[Candidate]) -> str:
+    rows = [("module", "stride", "channels", "last of its stride", "feeds a head")]
+    for x in candidates:
+        rows.append((x.name, f"{x.stride:g}", str(x.channels), "yes" * x.is_last, "yes" * x.feeds_head))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), *_padded(row, widths)])
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _padded(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    return [text.ljust(width) for text, width in zip(row[3:], widths[3:], strict=True)]
+
+
+def _is_pooled(op: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether a reduction left one number a channel of a map, or few."""
+    is_one = math.prod(after[2:]) == 1 or "adaptive" in op
+    return len(before) == 4 and is_one and before[:2] == after[:2]
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operation changes."""
+    found = []
+    for k, argument in enumerate(func._schema.arguments):
+        value = args[k] if k < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+    return found
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _key(x: Tensor) -> Key:
+    return int(x.storage_offset()), tuple(x.shape), tuple(x.stride())
+
+
+def _tensors(x: Any, depth: int = 4) -> list[Tensor]:
+    """All tensors in a nest of lists, dicts and plain objects, such as a list of boxes."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(x):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif depth and not isinstance(leaf, (nn.Module, type)) and hasattr(leaf, "__dict__"):
+            found += _tensors(dict(vars(leaf)), depth - 1)
+    return found
