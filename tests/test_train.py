@@ -671,7 +671,7 @@ def test_a_run_without_a_teacher_resumes_whatever_the_map_would_be(config):
 
 
 def test_a_map_that_is_its_prior_alone_has_it_or_is_refused(config):
-    usual = {"score": "confidence", "fgfi": "iou_mask", "graded_iou": "graded_iou", "energy": "none", "uniform": "none"}
+    usual = {"score": "score", "fgfi": "iou_mask", "graded_iou": "graded_iou", "energy": "none", "uniform": "none"}
     assert {name: replace(config, info_map=name).effective_prior for name in usual} == usual
     assert replace(config, info_map="score", prior="iou_mask").effective_prior == "iou_mask"
     with pytest.raises(ValueError, match="prior: expected one, as info_map 'graded_iou' weighs cells by it alone"):
