@@ -130,3 +130,8 @@ def test_the_first_example_of_the_readme_runs_as_it_stands() -> None:
     found = {line[6:23].strip(): line.split()[0] for line in done.stdout.splitlines() if line[:1].strip()}
     assert {found[name] for name in ("teacher frozen", "hooks", "gradient", "optimizer")} == {"ok"}
     assert found["teacher trained"] == "FAIL"  # as it is told there
+
+
+def test_no_page_has_a_place_left_to_fill() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    assert not [page.name for page in pages if "@@" in page.read_text()]
