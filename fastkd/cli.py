@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error))
     except KeyboardInterrupt:
-        way_on = WAY_ON.get(arguments.command, "")
+        way_on = "; the same command with --resume goes on" if arguments.command is _train else ""
         print(f"\nstopped{way_on}", file=sys.stderr)
         return 130
 
@@ -176,6 +176,9 @@ def _add_train(commands: Any) -> None:
     kd = parser.add_argument_group("distillation")
     add(kd, "--teacher", "model.pt of a trained teacher, or Darknet .weights (default: no distillation)")
     add(kd, "--teacher-model", "what a .weights teacher is (default: as its .cfg or its size says)", choices=names)
+    add(kd, "--teacher-every", "the teacher runs in one of so many steps: cheaper (default: 1)", type=int)
+    part = "part of a batch's images that it sees, for example 1/2 or 1/3: cheaper (default: 1.0)"
+    add(kd, "--teacher-images", part, type=_fraction, metavar="N")
     add(
         kd,
         "--unlabelled",
@@ -188,8 +191,7 @@ def _add_train(commands: Any) -> None:
     add(kd, "--info-map", "where in the features to look (default: graded_iou)", metavar="NAME")
     priors = "score, confidence, iou_mask, graded_iou, box_balance or none"
     add(kd, "--prior", f"what weighs the cells beside the map: {priors} (default: as the map)", metavar="NAME")
-    penalties = (*PENALTIES, CWD)
-    add(kd, "--penalty", "of the difference of the features (default: l2)", choices=penalties)
+    add(kd, "--penalty", "of the difference of the features (default: l2)", choices=(*PENALTIES, CWD))
     add(
         kd,
         "--level-weights",
@@ -199,9 +201,6 @@ def _add_train(commands: Any) -> None:
     )
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
     add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
-    add(kd, "--teacher-every", "the teacher runs in one of so many steps: cheaper (default: 1)", type=int)
-    part = "part of a batch's images that it sees, for example 1/2 or 1/3: cheaper (default: 1.0)"
-    add(kd, "--teacher-images", part, type=_fraction, metavar="N")
     add(kd, "--distill-decay", "fall to zero until then (default: no decay)", choices=DECAYS[1:])
 
     how = parser.add_argument_group("optimisation")
@@ -669,6 +668,3 @@ def _check_run(folder: str) -> Report:
     from fastkd.yolov3.train import check_distillation
 
     return check_distillation(read_config(folder))
-
-
-WAY_ON = {_train: "; the same command with --resume goes on"}  # after a stop

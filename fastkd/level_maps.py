@@ -144,8 +144,8 @@ def measure(
     for i, (s, t) in enumerate(pairs):
         feature, target = given.student[i].to(given.plan.dtype), given.teacher[i].to(given.plan.dtype)
         information = reference.information_map(target, info, given.prior[i], given.mean[i], given.rstd[i])
-        standardized = reference.standardize(target, given.mean[i], given.rstd[i])
-        penalty = reference.penalty_sum(feature, standardized, options.penalty, options.beta)
+        imitated = reference.standardize(target, given.mean[i], given.rstd[i])
+        penalty = reference.penalty_sum(feature, imitated, options.penalty, options.beta)
         z = reference.z_of(feature, information.sum(), options.divisor)
         loss = given.plan.weights[i] * (information * penalty).sum() / z
         channels = feature.shape[1]

@@ -39,7 +39,7 @@ def save_detector(
         path: ``.pt``: a dictionary that ``torch.load(path, weights_only=True)`` reads; ``.weights``: Darknet's format,
             with a ``.cfg`` of the same name beside it that has layers, classes, anchors and size, and a ``.names``
             that has the class names. Replaced if there.
-        class_names: one per class.
+        class_names: one per class. Without any, a ``.names`` file that is there stays, and is read with the weights.
         size: side in pixels of the network's input.
 
     Raises:
@@ -52,12 +52,9 @@ def save_detector(
         save_weights(model, path)
         with replacing(path.with_suffix(".cfg")) as part:
             part.write_text(write_cfg(model, size), encoding="utf-8")
-        names = path.with_suffix(".names")
         if class_names:
-            with replacing(names) as part:
+            with replacing(path.with_suffix(".names")) as part:
                 part.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
-        else:
-            names.unlink(missing_ok=True)  # those of an earlier model
         return
     content = {
         "format": _FORMAT,
