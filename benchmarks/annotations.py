@@ -76,7 +76,7 @@ def most_memory() -> int:
 
 def read(annotations: str, images: str) -> dict[str, float]:
     """Of this process: seconds of two readings, and the most memory above what the imports take."""
-    from fastkd.yolov3.data import DetectionDataset
+    from fastkd.yolov3.data.dataset import DetectionDataset
 
     before = most_memory()
     seconds = []

@@ -38,7 +38,7 @@ import fastkd
 from fastkd import InfoMap
 from fastkd.priors import iou_mask
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
-from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.train.objective import Objective
 
 KEPT = "fastkd, features kept"
 PROVIDERS = ("fastkd", KEPT, "eager", "torch.compile")

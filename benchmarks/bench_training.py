@@ -24,7 +24,7 @@ from fastkd import DistillLoss
 from fastkd.ops.levels import LevelTensors
 from fastkd.ops.reference import level_losses
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
-from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.train.objective import Objective
 
 ALONE = "student alone"
 PROVIDERS = (ALONE, "fastkd", "eager", "torch.compile")

@@ -19,7 +19,7 @@ from bench_training import ALONE, make_objective, random_images
 from workloads import random_targets
 
 from fastkd.distiller import takes_output
-from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.train.objective import Objective
 
 FEWER: dict[str, dict[str, Any]] = {  # passes of the teacher
     "every 2nd step": {"teacher_every": 2},

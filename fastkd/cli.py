@@ -27,9 +27,9 @@ from fastkd.ops.presets import CWD, PENALTIES
 
 if TYPE_CHECKING:
     from fastkd.health import Report
-    from fastkd.yolov3.annotations import Annotations
     from fastkd.yolov3.checkpoint import Trained
-    from fastkd.yolov3.config import TrainConfig
+    from fastkd.yolov3.data.annotations import Annotations
+    from fastkd.yolov3.train.config import TrainConfig
 
 # what the extra [train] brings: package to module
 EXTRAS = {
@@ -422,8 +422,8 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from fastkd.yolov3.config import TrainConfig
-    from fastkd.yolov3.train import train
+    from fastkd.yolov3.train.config import TrainConfig
+    from fastkd.yolov3.train.run import train
 
     config = _train_config(arguments, TrainConfig)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what torchrun and job queues send: stop as by Ctrl-C
@@ -437,8 +437,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig]) -> TrainConfig:
-    from fastkd.yolov3.augment import Augmentation
-    from fastkd.yolov3.split import sets_of_run
+    from fastkd.yolov3.data.augment import Augmentation
+    from fastkd.yolov3.data.split import sets_of_run
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback", "data", "train", "val")}
     changes = {name: options.pop(name) for name in ("flip", "mosaic") if name in options}
@@ -474,11 +474,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from fastkd.files import replacing, require_new
-    from fastkd.yolov3.data import DetectionDataset
-    from fastkd.yolov3.evaluate import evaluate
-    from fastkd.yolov3.formats import find_set
-    from fastkd.yolov3.split import split_of_run
-    from fastkd.yolov3.train import require_classes
+    from fastkd.yolov3.data.dataset import DetectionDataset
+    from fastkd.yolov3.data.formats import find_set
+    from fastkd.yolov3.data.split import split_of_run
+    from fastkd.yolov3.train.evaluate import evaluate
+    from fastkd.yolov3.train.run import require_classes
 
     require_new(**{"--json": arguments.json, "--detections": arguments.detections})
     found, size = _load(arguments)
@@ -508,7 +508,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     from fastkd.files import new_folder
-    from fastkd.yolov3.predict import predict
+    from fastkd.yolov3.show.predict import predict
 
     found, size = _load(arguments)
     out = arguments.out or new_folder("runs/predict")
@@ -526,7 +526,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from fastkd.yolov3.inspect import inspect_run
+    from fastkd.yolov3.show.inspect import inspect_run
 
     found = inspect_run(arguments.run, arguments.paths, out=arguments.out, split=arguments.set, count=arguments.count)
     print(found)
@@ -535,7 +535,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _data_digits(arguments: argparse.Namespace) -> int:
-    from fastkd.yolov3.digits import write_digits
+    from fastkd.yolov3.data.digits import write_digits
 
     counts = {name: getattr(arguments, name) for name in ("train", "val", "test")}
     out = write_digits(arguments.out, **counts, size=arguments.size, seed=arguments.seed)
@@ -545,8 +545,8 @@ def _data_digits(arguments: argparse.Namespace) -> int:
 
 def _data_check(arguments: argparse.Namespace) -> int:
     from fastkd.files import new_folder, require_new
-    from fastkd.yolov3.data_check import check_set, compare_sets, write_samples
-    from fastkd.yolov3.formats import require_sets
+    from fastkd.yolov3.data.check import check_set, compare_sets, write_samples
+    from fastkd.yolov3.data.formats import require_sets
 
     samples = (Path(arguments.out) if arguments.out else new_folder("runs/data-check")) / "samples.png"
     if not arguments.quick:
@@ -571,7 +571,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 
 def _data_convert(arguments: argparse.Namespace) -> int:
-    from fastkd.yolov3.convert import convert
+    from fastkd.yolov3.data.convert import convert
 
     written = convert(arguments.folder, arguments.out, arguments.to, names=arguments.set, copy=arguments.copy)
     _tell_written(written, arguments.out)
@@ -579,8 +579,8 @@ def _data_convert(arguments: argparse.Namespace) -> int:
 
 
 def _data_split(arguments: argparse.Namespace) -> int:
-    from fastkd.yolov3.convert import write_sets
-    from fastkd.yolov3.split import split_folder
+    from fastkd.yolov3.data.convert import write_sets
+    from fastkd.yolov3.data.split import split_folder
 
     shares = {name: getattr(arguments, name) for name in ("val", "test") if getattr(arguments, name)}
     parts = split_folder(arguments.folder, shares, name=arguments.set, seed=arguments.seed)
@@ -589,7 +589,7 @@ def _data_split(arguments: argparse.Namespace) -> int:
 
 
 def _tell_written(written: dict[str, Annotations], out: str) -> None:
-    from fastkd.yolov3.annotations import some_of
+    from fastkd.yolov3.data.annotations import some_of
 
     for name, found in written.items():
         print(f"{name}: {len(found)} images, {len(found.boxes)} boxes")
@@ -599,7 +599,7 @@ def _tell_written(written: dict[str, Annotations], out: str) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from fastkd.yolov3.demo import run_demo
+    from fastkd.yolov3.show.demo import run_demo
 
     run_demo(arguments.out, seeds=arguments.seeds)
     return 0
@@ -664,7 +664,7 @@ def _check_small_pair() -> Report:
 
 def _check_run(folder: str) -> Report:
     """The models, weights and first images of a run of ``fastkd train``."""
-    from fastkd.yolov3.config import read_config
-    from fastkd.yolov3.train import check_distillation
+    from fastkd.yolov3.train.config import read_config
+    from fastkd.yolov3.train.run import check_distillation
 
     return check_distillation(read_config(folder))

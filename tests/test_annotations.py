@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from fastkd.cli import main
-from fastkd.yolov3.data import DetectionDataset
-from fastkd.yolov3.data_check import _are_parts
-from fastkd.yolov3.evaluate import score
-from fastkd.yolov3.formats import find_set, read_images, read_set, require_sets, sets_in
+from fastkd.yolov3.data.check import _are_parts
+from fastkd.yolov3.data.dataset import DetectionDataset
+from fastkd.yolov3.data.formats import find_set, read_images, read_set, require_sets, sets_in
 from fastkd.yolov3.model import YOLOv3Tiny
-from fastkd.yolov3.predict import predict
+from fastkd.yolov3.show.predict import predict
+from fastkd.yolov3.train.evaluate import score
 
 NAMES = ["cat", "dög"]
 # image to (class, x, y, width, height, difficult), whole pixels of 64 x 48

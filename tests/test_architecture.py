@@ -12,12 +12,12 @@ PAGE = (ROOT / "docs/architecture.md").read_text()
 INSTALLED = {"torch", "filelock", "triton"}  # what torch needs comes with it; triton only where it is installed
 
 
-def floors() -> dict[str, int]:
-    """The floor of each module or folder of fastkd, as the drawing has it."""
+def floors(drawing: int = 0) -> dict[str, int]:
+    """The floor of each module or folder, as a drawing of the page has it: 0 of fastkd, 1 of fastkd.yolov3."""
     found: dict[str, int] = {}
     floor = -1
-    for line in PAGE.split("```")[1].splitlines():
-        names = line[:42]
+    for line in PAGE.split("```")[1 + 2 * drawing].splitlines():
+        names = line[: (42, 26)[drawing]]
         if names[:2].strip().isdigit():
             floor = int(names[:2])
             names = names[2:]
@@ -63,6 +63,17 @@ def test_no_floor_imports_one_above_it() -> None:
             name = place(other)
             if other.startswith("fastkd.") and name in floor:
                 assert floor[name] <= floor[place(module)], f"{module} imports {other}"
+
+
+def test_the_detector_knows_no_data_and_data_no_training() -> None:
+    floor = floors(1)
+    inside = {module: file for module, file in modules().items() if place(module) == "yolov3"}
+    assert {module.split(".")[2] for module in inside} == floor.keys()
+    for module, file in inside.items():
+        for other in imports(file):
+            name = other.split(".")[2] if other.startswith("fastkd.yolov3.") else ""
+            if name in floor:
+                assert floor[name] <= floor[module.split(".")[2]], f"{module} imports {other}"
 
 
 def test_yolov3_and_the_other_trainers_do_not_know_each_other() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastkd.yolov3.augment import FILL, Augmentation, augment, crop, flip, mosaic, recolour
+from fastkd.yolov3.data.augment import FILL, Augmentation, augment, crop, flip, mosaic, recolour
 
 STILL = Augmentation(zoom=(1, 1), translate=0, hue=0, saturation=0, value=0)
 RED = (255, 0, 0)

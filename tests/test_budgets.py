@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastkd
 from fastkd import DistillLoss
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
-from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.train.objective import Objective
 
 SIX = [(1, 8, 4, 4)] * 6
 WIDE = [(2, 64, 26, 26), (2, 128, 13, 13)]

@@ -18,10 +18,11 @@ from fastkd import cli
 from fastkd.cli import main
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, save_weights
 from fastkd.yolov3.checkpoint import save_detector
-from fastkd.yolov3.config import TrainConfig
-from fastkd.yolov3.digits import CLASS_NAMES
-from fastkd.yolov3.formats import find_set
-from fastkd.yolov3.predict import draw, predict
+from fastkd.yolov3.data.digits import CLASS_NAMES
+from fastkd.yolov3.data.draw import draw
+from fastkd.yolov3.data.formats import find_set
+from fastkd.yolov3.show.predict import predict
+from fastkd.yolov3.train.config import TrainConfig
 
 COMMANDS = ("train", "eval", "predict", "inspect", "data", "demo", "doctor")
 
@@ -142,10 +143,10 @@ def test_inspect_draws_a_run_and_tells_its_levels(runs, tmp_path, capsys):
 
 
 def test_inspect_compares_with_the_student_that_the_run_began_with(digits, runs):
-    from fastkd.yolov3.config import read_config
-    from fastkd.yolov3.data import collate
-    from fastkd.yolov3.inspect import inspect_run
-    from fastkd.yolov3.train import build_objective, training_set
+    from fastkd.yolov3.data.dataset import collate
+    from fastkd.yolov3.show.inspect import inspect_run
+    from fastkd.yolov3.train.config import read_config
+    from fastkd.yolov3.train.run import build_objective, training_set
 
     found = inspect_run(runs["distilled"], [digits / "images/train/000001.png"])
     assert found.files[0] == runs["distilled"] / "inspect" / "maps.png"
@@ -207,7 +208,7 @@ def test_doctor_finds_an_untrained_teacher_in_a_run(digits, tmp_path, capsys):
 
 
 def test_demo_is_run_with_its_options(monkeypatch, tmp_path):
-    from fastkd.yolov3 import demo
+    from fastkd.yolov3.show import demo
 
     calls = []
     monkeypatch.setattr(demo, "run_demo", lambda out, seeds: calls.append((out, seeds)))
@@ -279,7 +280,7 @@ def test_traceback_can_be_asked_for(tmp_path):
 
 
 def test_a_missing_extra_is_named_with_its_way_out(monkeypatch, capsys, digits, student):
-    monkeypatch.delitem(sys.modules, "fastkd.yolov3.evaluate", raising=False)
+    monkeypatch.delitem(sys.modules, "fastkd.yolov3.train.evaluate", raising=False)
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     assert main(["eval", str(student), "--data", str(digits)]) == 2
     assert "needs pycocotools, which is not installed: pip install 'fastkd[train]'" in capsys.readouterr().err

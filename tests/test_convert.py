@@ -12,10 +12,10 @@ import yaml
 from test_annotations import LAYOUTS, NAMES, OBJECTS, WRITERS, csv_file, make_image, write_coco, write_voc, write_yolo
 
 from fastkd.cli import main
-from fastkd.yolov3.annotations import Annotations, from_rows
-from fastkd.yolov3.convert import convert, write_sets
-from fastkd.yolov3.formats import find_set, read_set, sets_in
-from fastkd.yolov3.split import split, split_folder
+from fastkd.yolov3.data.annotations import Annotations, from_rows
+from fastkd.yolov3.data.convert import convert, write_sets
+from fastkd.yolov3.data.formats import find_set, read_set, sets_in
+from fastkd.yolov3.data.split import split, split_folder
 
 WRITTEN = {kind: (write, "train") for kind, write in WRITERS.items()} | LAYOUTS
 

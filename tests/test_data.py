@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fastkd.yolov3.augment import FILL, Augmentation
-from fastkd.yolov3.data import DetectionDataset, collate, fit, letterbox_of, read_image
-from fastkd.yolov3.evaluate import evaluate
-from fastkd.yolov3.inspect import _read
+from fastkd.yolov3.data.augment import FILL, Augmentation
+from fastkd.yolov3.data.dataset import DetectionDataset, collate, fit, letterbox_of, read_image, some_batch
 from fastkd.yolov3.model import YOLOv3Tiny
-from fastkd.yolov3.overlays import some_batch
+from fastkd.yolov3.show.inspect import _read
+from fastkd.yolov3.train.evaluate import evaluate
 
 
 def annotation(number, bbox, *, image_id=1, category_id=7, **more):

@@ -6,8 +6,8 @@ import statistics
 import cv2
 import pytest
 
-from fastkd.yolov3.config import read_config
-from fastkd.yolov3.demo import DISTILLED, DRAWN, PLAIN, Settings, run_demo
+from fastkd.yolov3.show.demo import DISTILLED, DRAWN, PLAIN, Settings, run_demo
+from fastkd.yolov3.train.config import read_config
 
 TINY = Settings(
     scenes=104,

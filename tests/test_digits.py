@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
-from fastkd.yolov3 import digits
-from fastkd.yolov3.data import DetectionDataset, read_image
-from fastkd.yolov3.digits import load_sources, make_scene, scene_rng, write_digits
+from fastkd.yolov3.data import digits
+from fastkd.yolov3.data.dataset import DetectionDataset, read_image
+from fastkd.yolov3.data.digits import load_sources, make_scene, scene_rng, write_digits
 
 
 def scenes(split, count, seed=0):

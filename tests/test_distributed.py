@@ -16,7 +16,7 @@ from fastkd.cli import main
 from fastkd.files import alone_in
 from fastkd.yolov3 import YOLOv3Tiny
 from fastkd.yolov3.checkpoint import load_detector, save_detector
-from fastkd.yolov3.digits import CLASS_NAMES, write_digits
+from fastkd.yolov3.data.digits import CLASS_NAMES, write_digits
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ROOT = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(
     dying = tmp_path / "dying.py"
     dying.write_text(
         "import os, signal, sys\n"
-        "from fastkd.yolov3.run_log import RunLog\n"
+        "from fastkd.yolov3.train.log import RunLog\n"
         "from fastkd.cli import main\n"
         "log = RunLog.step\n"
         "def step(self, number, *values):\n"

@@ -12,9 +12,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from fastkd.yolov3 import YOLOv3Tiny
-from fastkd.yolov3.augment import Augmentation
-from fastkd.yolov3.data import DetectionDataset
-from fastkd.yolov3.evaluate import detect_all, evaluate, score, write_detections
+from fastkd.yolov3.data.augment import Augmentation
+from fastkd.yolov3.data.dataset import DetectionDataset
+from fastkd.yolov3.train.evaluate import detect_all, evaluate, score, write_detections
 
 # One box centred in a cell each, so that a fake head can say it exactly: x, y, w, h in the original image.
 TRUTH = {1: (7, [64, 32, 40, 32]), 2: (9, [0, 0, 96, 64])}

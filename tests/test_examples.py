@@ -15,7 +15,7 @@ import torch
 
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
 from fastkd.yolov3.checkpoint import load_detector, save_detector
-from fastkd.yolov3.digits import CLASS_NAMES, write_digits
+from fastkd.yolov3.data.digits import CLASS_NAMES, write_digits
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"

@@ -19,7 +19,7 @@ from fastkd.cli import main
 from fastkd.files import alone_in, new_folder, replacing, require_new, save
 from fastkd.yolov3 import YOLOv3Tiny
 from fastkd.yolov3.checkpoint import save_detector
-from fastkd.yolov3.digits import CLASS_NAMES, write_digits
+from fastkd.yolov3.data.digits import CLASS_NAMES, write_digits
 
 SMALL = ["--width", "0.125", "--size", "64", "--batch", "4", "--cpu", "--val", "none", "--warmup", "1"]
 

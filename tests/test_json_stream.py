@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastkd.yolov3.json_stream import read_json
+from fastkd.yolov3.data.json_stream import read_json
 
 TEXTS = [
     "{}",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastkd import Distiller
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
-from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.train.objective import Objective
 
 
 def net(width: int) -> nn.Sequential:

@@ -14,11 +14,12 @@ from fastkd.cli import main
 from fastkd.yolov3 import YOLOv3Tiny
 from fastkd.yolov3.checkpoint import Trained, load_detector
 from fastkd.yolov3.class_names import COCO_NAMES, read_names, same_names
-from fastkd.yolov3.config import TrainConfig
-from fastkd.yolov3.data import read_image
-from fastkd.yolov3.digits import write_digits
-from fastkd.yolov3.predict import Image, detect_objects
-from fastkd.yolov3.train import build_objective, training_set
+from fastkd.yolov3.data.dataset import read_image
+from fastkd.yolov3.data.digits import write_digits
+from fastkd.yolov3.data.draw import Image
+from fastkd.yolov3.show.predict import detect_objects
+from fastkd.yolov3.train.config import TrainConfig
+from fastkd.yolov3.train.run import build_objective, training_set
 
 # ../shared/weights of the project's root; of a worktree deeper down, that of a folder above it
 PLACES = [folder / "shared" / "weights" for folder in Path(__file__).resolve().parents[1].parents]

@@ -16,8 +16,8 @@ import torch
 
 import fastkd
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
-from fastkd.yolov3.digits import write_digits
-from fastkd.yolov3.objective import Objective
+from fastkd.yolov3.data.digits import write_digits
+from fastkd.yolov3.train.objective import Objective
 from study import plan as study
 from study.logits import LogitObjective
 from study.maps import MAPS, SHUFFLED, prior_name

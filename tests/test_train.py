@@ -13,14 +13,14 @@ from torch import nn
 
 from fastkd import priors
 from fastkd.distiller import takes_output
-from fastkd.yolov3 import YOLOv3, YOLOv3Tiny, run_log
+from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
 from fastkd.yolov3.boxes import likely_boxes
 from fastkd.yolov3.checkpoint import load_detector, save_detector
-from fastkd.yolov3.config import TrainConfig, read_config
-from fastkd.yolov3.digits import CLASS_NAMES, write_digits
-from fastkd.yolov3.inspect import inspect_run, level_loss_figure
-from fastkd.yolov3.run_log import RunLog, read_log
-from fastkd.yolov3.train import (
+from fastkd.yolov3.data.digits import CLASS_NAMES, write_digits
+from fastkd.yolov3.show.inspect import inspect_run, level_loss_figure
+from fastkd.yolov3.train.config import TrainConfig, read_config
+from fastkd.yolov3.train.log import RunLog, read_log
+from fastkd.yolov3.train.run import (
     _Run,
     batches,
     build_objective,
@@ -483,7 +483,7 @@ def test_tensorboard_shows_what_distillation_looks_at(config, teacher, tmp_path)
 
 
 def test_figures_that_cost_too_much_wait_for_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_log, "FIGURE_SHARE", 0.0)
+    monkeypatch.setattr("fastkd.yolov3.train.log.FIGURE_SHARE", 0.0)
     log = RunLog(tmp_path, ["loss"], first=0, last=3, batch=1, every=1)
     drawn = []
     for step in (1, 2, 3):

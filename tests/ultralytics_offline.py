@@ -60,7 +60,7 @@ def write_yolo_digits(out: Path, *, train: int, val: int, size: int = 96, labell
     """
     import yaml
 
-    from fastkd.yolov3.digits import CLASS_NAMES, write_digits
+    from fastkd.yolov3.data.digits import CLASS_NAMES, write_digits
 
     coco = write_digits(out / "coco", train=train, val=val, test=0, size=size)
     for split in ("train", "val"):

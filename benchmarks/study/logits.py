@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastkd.distiller import Prior, takes_output
 from fastkd.loss_weight import LossWeight
 from fastkd.yolov3.boxes import head_cells, widen
-from fastkd.yolov3.objective import LevelPriors, Objective
+from fastkd.yolov3.train.objective import LevelPriors, Objective
 
 
 class LogitObjective(Objective):

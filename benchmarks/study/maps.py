@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastkd import priors
 from fastkd.ops import reference
 from fastkd.yolov3.boxes import likely_boxes
-from fastkd.yolov3.objective import PRIORS, PriorContext
+from fastkd.yolov3.train.objective import PRIORS, PriorContext
 
 TINY = torch.finfo(torch.float32).tiny
 SHARP_STEPS = 640

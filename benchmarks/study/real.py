@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from fastkd.files import replacing
 from fastkd.yolov3.boxes import Detections
 from fastkd.yolov3.checkpoint import load_detector
-from fastkd.yolov3.data import DetectionDataset
-from fastkd.yolov3.overlays import spread
-from fastkd.yolov3.predict import detect_objects, draw
+from fastkd.yolov3.data.dataset import DetectionDataset, spread
+from fastkd.yolov3.data.draw import draw
+from fastkd.yolov3.show.predict import detect_objects
 from study.protocol import Config
 from study.report import Interval, Row, gain, plot_gains
 from study.runs import SCORES, Bench, Ledger, Result, Run, model_file, read_results
@@ -60,6 +60,7 @@ class Regime:
         steps: of the distilled student, and of the one alone at equal steps.
         cost: a distilled step, in steps of the student alone, which trains for so many times the steps at equal time.
         alone, longer, distilled: settings of each to choose from, on the validation set with a seed of its own.
+        rows: of ``ROWS``.
     """
 
     share: float
@@ -68,6 +69,7 @@ class Regime:
     alone: tuple[Config, ...]
     longer: tuple[Config, ...]
     distilled: tuple[Config, ...]
+    rows: tuple[str, ...] = MAIN
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,6 @@ class Plan:
         usual: settings of all students.
         teacher: of the teacher.
         seeds: one student of every row each; and the one that settings are chosen with.
-        rows: of ``ROWS``.
     """
 
     usual: Config
@@ -86,7 +87,6 @@ class Plan:
     regimes: dict[str, Regime]
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 9
-    rows: tuple[str, ...] = tuple(ROWS)
 
 
 SMALL = {"width": 0.25, "flip": 0.5}
@@ -105,6 +105,39 @@ PLANS = {
                 alone=({"lr": 1e-2}, {"lr": 3e-2}),
                 longer=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
                 distilled=({"lr": 1e-2, "distill_share": 4.0}, {"lr": 1e-2, "distill_share": 1.0}),
+                rows=tuple(ROWS),
+            ),
+            "all labels": Regime(
+                share=1,
+                steps=1800,
+                cost=2.6,
+                alone=({"lr": 1e-2}, {"lr": 2e-2}),
+                longer=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
+                distilled=({"lr": 1e-2, "distill_share": 4.0}, {"lr": 1e-2, "distill_share": 1.0}),
+            ),
+        },
+    ),
+    "bccd": Plan(
+        usual=SMALL | {"size": 160, "model": "yolov3-tiny", "batch": 8, "weight_decay": 0.05},
+        teacher=SMALL
+        | {"size": 160, "model": "yolov3", "batch": 16, "match_threshold": 0.3, "epochs": 200}
+        | {"lr": 1e-2, "weight_decay": 0.05},
+        regimes={
+            "10 % of the labels": Regime(
+                share=0.1,
+                steps=800,
+                cost=4.2,
+                alone=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
+                longer=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
+                distilled=({"lr": 1e-2, "distill_share": 4.0}, {"lr": 1e-2, "distill_share": 1.0}),
+            ),
+            "all labels": Regime(
+                share=1,
+                steps=800,
+                cost=2.6,
+                alone=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
+                longer=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
+                distilled=({"lr": 1e-2, "distill_share": 4.0}, {"lr": 1e-2, "distill_share": 1.0}),
             ),
         },
     ),
@@ -121,9 +154,9 @@ PLANS = {
                 alone=({"lr": 2e-3},),
                 longer=({"lr": 2e-3},),
                 distilled=({"lr": 2e-3, "distill_share": 4.0},),
+                rows=("graded_iou",),
             ),
         },
-        rows=("graded_iou",),
     ),
 }
 
@@ -138,12 +171,11 @@ class Study:
         teacher = self._run("teacher", "all labels", 0, "test", 1.0, self.plan.teacher, None)
         (found,) = self.bench.teachers([teacher])
         chosen = {regime: self._choose(regime, r, found) for regime, r in self.plan.regimes.items()}
-        rows_of = self.plan.rows
-        for names in (tuple(x for x in rows_of if x in MAIN), tuple(x for x in rows_of if x not in MAIN)):
+        for first in (True, False):
             for regime, r in self.plan.regimes.items():
+                names = [x for x in r.rows if (x in MAIN) == first]
                 for seed in self.plan.seeds:
                     rows = {x: ROWS[x] | chosen[regime][MAIN[0]] for x in names}
-                    first = MAIN[0] in names
                     if first:
                         rows = {x: chosen[regime][x] for x in (ALONE, LONGER)} | rows
                     runs = [self._student(regime, r, row, seed, "test", c, found) for row, c in rows.items()]

@@ -26,14 +26,14 @@ from tqdm import tqdm
 
 from fastkd.files import hold, replacing
 from fastkd.health import fingerprint
-from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
-from fastkd.yolov3.config import PATHS, TrainConfig
-from fastkd.yolov3.data import DetectionDataset
-from fastkd.yolov3.evaluate import evaluate
-from fastkd.yolov3.objective import Objective
-from fastkd.yolov3.run_log import versions
-from fastkd.yolov3.train import epoch_steps, train, training_set
+from fastkd.yolov3.data.augment import Augmentation
+from fastkd.yolov3.data.dataset import DetectionDataset
+from fastkd.yolov3.train.config import PATHS, TrainConfig
+from fastkd.yolov3.train.evaluate import evaluate
+from fastkd.yolov3.train.log import versions
+from fastkd.yolov3.train.objective import Objective
+from fastkd.yolov3.train.run import epoch_steps, train, training_set
 from study import maps  # noqa: F401  # the priors that only the study knows
 from study.logits import LogitObjective
 from study.memo import remember

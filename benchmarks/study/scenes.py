@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fastkd.files import replacing
-from fastkd.yolov3.digits import write_digits
-from fastkd.yolov3.formats import find_set, read_set
+from fastkd.yolov3.data.digits import write_digits
+from fastkd.yolov3.data.formats import find_set, read_set
 
 
 def write_scenes(root: Path, *, train: int, val: int, test: int, size: int) -> None:

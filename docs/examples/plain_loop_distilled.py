@@ -18,9 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastkd
 from fastkd.yolov3 import DetectionLoss, YOLOv3Tiny
-from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector, save_detector
-from fastkd.yolov3.data import DetectionDataset, collate
+from fastkd.yolov3.data import Augmentation, DetectionDataset, collate
 
 
 class ModelWithLoss(nn.Module):

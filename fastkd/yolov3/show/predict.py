@@ -1,4 +1,4 @@
-"""Boxes drawn on images."""
+"""Objects found in images, and copies of these with their boxes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
-import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from fastkd.files import replacing, require_new
+from fastkd.files import require_new
 from fastkd.modes import eval_mode
-from fastkd.yolov3.annotations import some_of
 from fastkd.yolov3.boxes import Detections, detect
-from fastkd.yolov3.data import fit, read_image
-from fastkd.yolov3.formats import IMAGE_SUFFIXES
+from fastkd.yolov3.data.annotations import some_of
+from fastkd.yolov3.data.dataset import fit, read_image
+from fastkd.yolov3.data.draw import Image, draw, write_image
+from fastkd.yolov3.data.formats import IMAGE_SUFFIXES
 from fastkd.yolov3.model import Detector
-
-Image = npt.NDArray[np.uint8]
-
-# Okabe & Ito (2008): colours that colour-blind people tell apart; RGB
-COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
 
 def predict(
@@ -104,31 +97,6 @@ def detect_objects(
     return Detections(torch.from_numpy(boxes), found.scores, found.classes)
 
 
-def draw(image: Image, found: Detections, class_names: Sequence[str] = (), *, scores: bool = True) -> Image:
-    """A copy of an (H, W, 3) uint8 RGB image with boxes, names and, if asked, scores, the best on top."""
-    canvas: Image = image.copy()
-    scale = max(0.35, min(image.shape[:2]) / 900)
-    width = max(1, round(2 * scale))
-    columns = found.boxes.round().int().tolist(), found.scores.tolist(), found.classes.tolist()
-    for (x1, y1, x2, y2), score, index in reversed(list(zip(*columns, strict=True))):
-        colour = COLOURS[index % len(COLOURS)]
-        name = class_names[index] if class_names else str(index)
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, width)
-        _label(canvas, f"{name} {score:.2f}" if scores else name, (x1, y1), colour, scale)
-    return canvas
-
-
-def _label(canvas: Image, text: str, corner: tuple[int, int], colour: tuple[int, int, int], scale: float) -> None:
-    """Text on a filled bar above the corner, or below it where the image ends."""
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    (width, height), descent = cv2.getTextSize(text, font, scale, 1)
-    x = max(0, min(corner[0], canvas.shape[1] - width))
-    y = corner[1] if corner[1] >= height + descent else corner[1] + height + descent
-    cv2.rectangle(canvas, (x, y - height - descent), (x + width, y), colour, cv2.FILLED)
-    ink = (0, 0, 0) if sum(colour) > 330 else (255, 255, 255)
-    cv2.putText(canvas, text, (x, y - descent // 2), font, scale, ink, 1, cv2.LINE_AA)
-
-
 def listed(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
@@ -146,12 +114,3 @@ def listed(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 def _named(target: Path) -> Path:
     return target if target.suffix.lower() in IMAGE_SUFFIXES else target.with_suffix(".png")
-
-
-def write_image(target: Path, image: Image) -> None:
-    """An (H, W, 3) uint8 RGB image to a file, whole or not at all."""
-    done, encoded = cv2.imencode(target.suffix, cast(Image, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)))
-    if not done:
-        raise ValueError(f"{target}: this image could not be encoded as {target.suffix}")
-    with replacing(target) as part:
-        part.write_bytes(encoded.tobytes())

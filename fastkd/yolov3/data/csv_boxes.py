@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastkd.yolov3.annotations import Annotations, Array, from_rows, refuse_outside
-from fastkd.yolov3.format_images import ALIASES, ALL, SPLITS, require_there, size_of_image
-from fastkd.yolov3.format_voc import boxes_of_corners
+from fastkd.yolov3.data.annotations import Annotations, Array, from_rows, refuse_outside
+from fastkd.yolov3.data.images import ALIASES, ALL, SPLITS, require_there, size_of_image
+from fastkd.yolov3.data.voc import boxes_of_corners
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 COLUMNS = ("filename", "class", *CORNERS)  # width and height too, where they are there

@@ -11,9 +11,9 @@ from typing import Any
 
 from fastkd.ops.presets import CWD, PENALTIES, resolve
 from fastkd.passes import Passes
-from fastkd.yolov3.augment import Augmentation
+from fastkd.yolov3.data.augment import Augmentation
 from fastkd.yolov3.model import MODELS
-from fastkd.yolov3.objective import PRIORS, usual_prior
+from fastkd.yolov3.train.objective import PRIORS, usual_prior
 
 OPTIMIZERS = ("adamw", "sgd")
 # what a resumed run may change: it has no influence on the weights
@@ -36,7 +36,7 @@ class TrainConfig:
     (seed, step) only, so that a resumed run, or one with more workers or processes, sees the same batches.
 
     Args:
-        annotations, images: training set, as ``fastkd.yolov3.formats.read_set`` takes it: COCO's JSON file and the
+        annotations, images: training set, as ``fastkd.yolov3.data.formats.read_set`` takes it: COCO's JSON file and the
             folder of its images, say.
         out: folder of the run: ``checkpoint.pt`` to resume from, ``model.pt`` and ``model.weights`` (the detector
             alone), ``config.json``, ``metrics.jsonl``, ``tensorboard/``.

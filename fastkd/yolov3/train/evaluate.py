@@ -17,9 +17,9 @@ from tqdm import tqdm
 from fastkd.files import replacing
 from fastkd.modes import eval_mode
 from fastkd.yolov3.anchors import Heads
-from fastkd.yolov3.annotations import Annotations
 from fastkd.yolov3.boxes import detect
-from fastkd.yolov3.data import DetectionDataset, collate
+from fastkd.yolov3.data.annotations import Annotations
+from fastkd.yolov3.data.dataset import DetectionDataset, collate
 
 Detection = dict[str, Any]  # one entry of a COCO results file: image_id, category_id, bbox (x, y, w, h), score
 

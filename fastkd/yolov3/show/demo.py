@@ -20,18 +20,18 @@ from torch import Tensor
 import fastkd
 from fastkd import viz
 from fastkd.files import alone_in, new_folder, replacing
-from fastkd.yolov3.augment import Augmentation
 from fastkd.yolov3.checkpoint import load_detector
-from fastkd.yolov3.config import TrainConfig
-from fastkd.yolov3.data import Batch, DetectionDataset, collate
-from fastkd.yolov3.digits import write_digits
-from fastkd.yolov3.evaluate import Metrics, evaluate
-from fastkd.yolov3.inspect import inspect_run
-from fastkd.yolov3.objective import Objective
-from fastkd.yolov3.overlays import spread
-from fastkd.yolov3.predict import detect_objects, draw
-from fastkd.yolov3.run_log import read_log, versions
-from fastkd.yolov3.train import TrainResult, build_objective, load_checkpoint, train, training_set
+from fastkd.yolov3.data.augment import Augmentation
+from fastkd.yolov3.data.dataset import Batch, DetectionDataset, collate, spread
+from fastkd.yolov3.data.digits import write_digits
+from fastkd.yolov3.data.draw import draw
+from fastkd.yolov3.show.inspect import inspect_run
+from fastkd.yolov3.show.predict import detect_objects
+from fastkd.yolov3.train.config import TrainConfig
+from fastkd.yolov3.train.evaluate import Metrics, evaluate
+from fastkd.yolov3.train.log import read_log, versions
+from fastkd.yolov3.train.objective import Objective
+from fastkd.yolov3.train.run import TrainResult, build_objective, load_checkpoint, train, training_set
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fastkd.yolov3.annotations import Annotations, from_rows
 from fastkd.yolov3.class_names import read_names
-from fastkd.yolov3.format_images import (
+from fastkd.yolov3.data.annotations import Annotations, from_rows
+from fastkd.yolov3.data.images import (
     ALIASES,
     ALL,
     IMAGE_SUFFIXES,

@@ -14,8 +14,8 @@ import numpy as np
 from defusedxml import DefusedXmlException
 from defusedxml import ElementTree as XmlTree
 
-from fastkd.yolov3.annotations import Annotations, Array, from_rows, refuse_outside, some_of
-from fastkd.yolov3.format_images import IMAGE_SUFFIXES, LARGEST_SIDE, SPLITS, lines_of, require_there, size_of_image
+from fastkd.yolov3.data.annotations import Annotations, Array, from_rows, refuse_outside, some_of
+from fastkd.yolov3.data.images import IMAGE_SUFFIXES, LARGEST_SIDE, SPLITS, lines_of, require_there, size_of_image
 
 
 def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:

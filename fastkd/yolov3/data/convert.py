@@ -15,8 +15,8 @@ import numpy as np
 import yaml
 
 from fastkd.files import making, replacing
-from fastkd.yolov3.annotations import Annotations, Array, some_of
-from fastkd.yolov3.formats import find_set, read_set, require_sets
+from fastkd.yolov3.data.annotations import Annotations, Array, some_of
+from fastkd.yolov3.data.formats import find_set, read_set, require_sets
 
 FORMATS = ("coco", "yolo")
 KEYS = ("train", "val", "test")  # of a data.yaml

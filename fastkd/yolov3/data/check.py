@@ -17,11 +17,11 @@ import torch
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from fastkd.yolov3.annotations import Annotations, Array, some_of
 from fastkd.yolov3.boxes import Detections
-from fastkd.yolov3.data import decode, letterbox_of
-from fastkd.yolov3.formats import YAML, find_set, read_set
-from fastkd.yolov3.predict import Image, draw, write_image
+from fastkd.yolov3.data.annotations import Annotations, Array, some_of
+from fastkd.yolov3.data.dataset import decode, letterbox_of
+from fastkd.yolov3.data.draw import Image, draw, write_image
+from fastkd.yolov3.data.formats import YAML, find_set, read_set
 
 ORIENTATION = 0x0112  # of EXIF
 TINY = 2  # pixels of the network's input, under which a box has no cell of its own at any stride

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastkd.yolov3.annotations import Annotations, from_rows
+from fastkd.yolov3.data.annotations import Annotations, from_rows
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "val", "valid", "validation", "test")

@@ -15,13 +15,13 @@ from torch import Tensor
 from fastkd import viz
 from fastkd.files import new_folder, replacing, require_new
 from fastkd.level_maps import DistillMaps
-from fastkd.yolov3.annotations import Array
-from fastkd.yolov3.config import TrainConfig, read_config
-from fastkd.yolov3.data import fit, read_image
-from fastkd.yolov3.overlays import map_figures, some_batch, spread_readable
-from fastkd.yolov3.predict import listed, warn_left_out
-from fastkd.yolov3.run_log import read_log
-from fastkd.yolov3.train import build_objective, load_checkpoint, training_set, validation_set
+from fastkd.yolov3.data.annotations import Array
+from fastkd.yolov3.data.dataset import fit, read_image, some_batch, spread_readable
+from fastkd.yolov3.show.predict import listed, warn_left_out
+from fastkd.yolov3.train.config import TrainConfig, read_config
+from fastkd.yolov3.train.figures import map_figures
+from fastkd.yolov3.train.log import read_log
+from fastkd.yolov3.train.run import build_objective, load_checkpoint, training_set, validation_set
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,10 +6,10 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastkd.yolov3.annotations import Annotations, some_of
-from fastkd.yolov3.augment import FILL, Array, Augmentation, Labelled, augment, mosaic
-from fastkd.yolov3.formats import read_images, read_set
+from fastkd.yolov3.data.annotations import Annotations, some_of
+from fastkd.yolov3.data.augment import FILL, Array, Augmentation, Labelled, augment, mosaic
+from fastkd.yolov3.data.formats import read_images, read_set
 
+T = TypeVar("T")
 READ_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 JPEG_START, JPEG_END, JPEG_SCAN = b"\xff\xd8", b"\xff\xd9", b"\xda"  # markers
 JPEG_SEGMENT = re.compile(rb"\xff+([^\xff])(.{0,2})", re.DOTALL)  # fill bytes, marker and length
@@ -95,7 +96,7 @@ class DetectionDataset(Dataset[Sample]):
     - image without boxes: kept, as background.
 
     Args:
-        annotations, images: the set, see ``fastkd.yolov3.formats``; or an ``Annotations`` that has been read.
+        annotations, images: the set, see ``fastkd.yolov3.data.formats``; or an ``Annotations`` that has been read.
         size: side of the network's square input in pixels, a multiple of 32. Images are letterboxed to it.
         augmentation: what to vary at random while training; None for evaluation.
         seed: of the augmentation.
@@ -314,6 +315,36 @@ def collate(samples: Sequence[Sample]) -> Batch:
         image_ids=[sample.image_id for sample in kept],
         letterboxes=[sample.letterbox for sample in kept],
     )
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most ``count`` of ``total`` indices, evenly spaced."""
+    return [i * total // min(count, total) for i in range(min(count, total))]
+
+
+def spread_readable(total: int, count: int, read: Callable[[int], T | None]) -> list[T]:
+    """What ``read`` returns for ``spread`` indices, or for the next index in place of one where it returns None."""
+    found: dict[int, T | None] = {}
+    for start in spread(total, count):
+        for index in itertools.chain(range(start, total), range(start)):
+            if index not in found:
+                found[index] = read(index)
+                if found[index] is not None:
+                    break
+    return [x for x in found.values() if x is not None]
+
+
+def some_batch(data: DetectionDataset, count: int) -> Batch:
+    """At most ``count`` images of a data set, evenly spaced and always the same.
+
+    The next readable image takes the place of one that can't be read; the batch is empty where none can be read.
+    """
+
+    def read(index: int) -> Sample | None:
+        sample = data.sample(index, epoch=0)
+        return sample if sample.readable else None
+
+    return collate(spread_readable(len(data), count, read) or [data.sample(0, epoch=0)])
 
 
 class Decoded(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.yolov3.annotations import Annotations, Array, refuse_outside
-from fastkd.yolov3.format_images import LARGEST_SIDE
-from fastkd.yolov3.json_stream import read_json
+from fastkd.yolov3.data.annotations import Annotations, Array, refuse_outside
+from fastkd.yolov3.data.images import LARGEST_SIDE
+from fastkd.yolov3.data.json_stream import read_json
 
 TEXT_IDS = -(1 << 62)  # image ids that are text are numbered from here
 NOT_BOXES = {"segments_info": "the segments of panoptic segmentation", "caption": "captions"}

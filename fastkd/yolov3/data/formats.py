@@ -23,12 +23,12 @@ import os
 import re
 from pathlib import Path
 
-from fastkd.yolov3.annotations import Annotations
-from fastkd.yolov3.format_coco import read_coco
-from fastkd.yolov3.format_csv import HEADING, columns_of, read_csv, sets_of_csv
-from fastkd.yolov3.format_images import ALIASES, ALL, IMAGE_SUFFIXES, SPLITS, has_images, read_images, require_there
-from fastkd.yolov3.format_voc import read_voc
-from fastkd.yolov3.format_yolo import (
+from fastkd.yolov3.data.annotations import Annotations
+from fastkd.yolov3.data.coco import read_coco
+from fastkd.yolov3.data.csv_boxes import HEADING, columns_of, read_csv, sets_of_csv
+from fastkd.yolov3.data.images import ALIASES, ALL, IMAGE_SUFFIXES, SPLITS, has_images, read_images, require_there
+from fastkd.yolov3.data.voc import read_voc
+from fastkd.yolov3.data.yolo import (
     DARKNET,
     YAML,
     is_class_list,

@@ -31,13 +31,13 @@ from fastkd.ops.presets import CWD, resolve
 from fastkd.yolov3.anchors import dataset_anchors
 from fastkd.yolov3.checkpoint import Trained, load_detector, read_dictionary, save_detector
 from fastkd.yolov3.class_names import same_names
-from fastkd.yolov3.config import TrainConfig, read_config, require_same_run
-from fastkd.yolov3.data import Batch, DetectionDataset, Sample, collate
-from fastkd.yolov3.evaluate import Metrics, evaluate
+from fastkd.yolov3.data.dataset import Batch, DetectionDataset, Sample, collate, some_batch
 from fastkd.yolov3.model import MODELS, Detector, build_detector
-from fastkd.yolov3.objective import Objective
-from fastkd.yolov3.overlays import map_figures, some_batch
-from fastkd.yolov3.run_log import RunLog, read_log
+from fastkd.yolov3.train.config import TrainConfig, read_config, require_same_run
+from fastkd.yolov3.train.evaluate import Metrics, evaluate
+from fastkd.yolov3.train.figures import map_figures
+from fastkd.yolov3.train.log import RunLog, read_log
+from fastkd.yolov3.train.objective import Objective
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

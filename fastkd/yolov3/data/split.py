@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastkd.files import replacing
-from fastkd.yolov3.annotations import Annotations, Array
-from fastkd.yolov3.convert import as_coco, write_coco
-from fastkd.yolov3.formats import Pair, find_set, read_set, require_sets
+from fastkd.yolov3.data.annotations import Annotations, Array
+from fastkd.yolov3.data.convert import as_coco, write_coco
+from fastkd.yolov3.data.formats import Pair, find_set, read_set, require_sets
 
 SHARE = 0.1  # of the images that a run holds back for validation
 RECORD = "split.json"

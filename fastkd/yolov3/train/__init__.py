@@ -1,0 +1,1 @@
+"""The training loop: configuration, objective, evaluation and what a run writes."""
