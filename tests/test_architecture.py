@@ -16,7 +16,7 @@ def floors(drawing: int = 0) -> dict[str, int]:
     """The floor of each module or folder, as a drawing of the page has it: 0 of fastkd, 1 of fastkd.yolov3."""
     found: dict[str, int] = {}
     floor = -1
-    for line in PAGE.split("```")[1 + 2 * drawing].splitlines():
+    for line in PAGE.split("```")[1 + 2 * drawing].splitlines()[1:]:
         names = line[: (42, 26)[drawing]]
         if names[:2].strip().isdigit():
             floor = int(names[:2])

@@ -113,25 +113,3 @@ def test_the_accelerate_loop_resumes_and_trains_in_two_processes(files: Path, tm
     assert averages[0][2] / averages[0][0] < averages[1][2] / averages[1][0]
     exported = load_detector(tmp_path / "two" / "model.pt").model.state_dict()
     assert exported.keys() == YOLOv3Tiny(10, 0.125).state_dict().keys()
-
-
-def test_the_first_example_of_the_readme_runs_as_it_stands() -> None:
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) <= 15
-    small = code.replace("416", "64")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", small],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found = {line[6:23].strip(): line.split()[0] for line in done.stdout.splitlines() if line[:1].strip()}
-    assert {found[name] for name in ("teacher frozen", "hooks", "gradient", "optimizer")} == {"ok"}
-    assert found["teacher trained"] == "FAIL"  # as it is told there
-
-
-def test_no_page_has_a_place_left_to_fill() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    assert not [page.name for page in pages if "@@" in page.read_text()]

@@ -253,7 +253,7 @@ def _teachers_table(results: Sequence[Result]) -> str:
 def _effort_table(results: Sequence[Result], regimes: Sequence[str]) -> str:
     """Runs and hours; those of the plain student's and of the uniform one's choices side by side."""
     table: Table = [
-        ("", "runs to choose by: none", "uniform", "logit", "maps", "runs of the tables", "hours of training")
+        ("", "tuning runs: none", "uniform", "logit", "maps", "runs of the tables", "hours of training")
     ]
     for regime in [*regimes, "teachers"]:
         runs = [x for x in results if x.run.regime == regime]
