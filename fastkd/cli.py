@@ -1,4 +1,4 @@
-"""The command ``fastkd``: train, eval, predict, inspect, data, demo, doctor.
+"""The command ``fastkd``: train, eval, predict, export, inspect, data, demo, doctor.
 
 Heavy imports stay inside the commands.
 """
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastkd.health import Report
     from fastkd.yolov3.checkpoint import Trained
     from fastkd.yolov3.data.annotations import Annotations
+    from fastkd.yolov3.onnx_detector import Exported
     from fastkd.yolov3.train.config import TrainConfig
 
 # what the extra [train] brings: package to module
@@ -45,6 +46,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "tqdm": "tqdm",
 }
+EXPORT_EXTRAS = ("onnx", "onnxruntime", "onnxscript")  # what [export] brings
 
 OVERVIEW = """\
 Train small object detectors with the help of large ones (knowledge distillation).
@@ -85,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        if missing not in EXTRAS.values():
+        extra = "train" if missing in EXTRAS.values() else "export" if missing in EXPORT_EXTRAS else None
+        if extra is None:
             raise
-        return _fail(f"this command needs {missing}, which is not installed: pip install 'fastkd[train]'")
+        return _fail(f"this command needs {missing}, which is not installed: pip install 'fastkd[{extra}]'")
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if arguments.traceback:
             raise
@@ -118,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_predict(commands)
+    _add_export(commands)
     _add_inspect(commands)
     _add_data(commands)
     _add_demo(commands)
@@ -226,8 +230,8 @@ def _add_train(commands: Any) -> None:
     add(run, "--save-every", "epochs between checkpoints (default: 1)", type=int)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model.pt of a run, or Darknet .weights")
+def _add_model(parser: argparse.ArgumentParser, kinds: str) -> None:
+    parser.add_argument("model", metavar="MODEL", help=kinds)
     described = parser.add_argument_group("what a .weights file does not say (default: as the .cfg beside it does)")
     described.add_argument("--arch", choices=("yolov3", "yolov3-tiny"), help="(else: by the file's size)")
     described.add_argument("--classes", type=int, metavar="N", help="(else: by the file's size)")
@@ -283,7 +287,7 @@ Score a detector with COCO's metrics.
   fastkd eval yolov3-tiny.weights --data coco --set val2017
 """
     parser = _command(commands, "eval", _eval, "score a detector with COCO's metrics", text)
-    _add_model(parser)
+    _add_model(parser, "model.pt of a run, Darknet .weights, or the .onnx of fastkd export")
     parser.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
     parser.add_argument("--set", default="val", metavar="NAME", help="which set of it (default: val)")
     parser.add_argument("--batch", type=_count, default=32, metavar="N", help="images per step (default: 32)")
@@ -292,7 +296,11 @@ Score a detector with COCO's metrics.
     )
     parser.add_argument("--strict", action="store_true", help="stop at an image that can't be read")
     parser.add_argument("--json", metavar="FILE", help="write all metrics there")
-    parser.add_argument("--detections", metavar="FILE", help="write the detections there, as COCO results")
+    parser.add_argument(
+        "--detections",
+        metavar="FILE",
+        help="write the detections there, as COCO's server takes them: JSON, with image and category ids of the set",
+    )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
 
 
@@ -302,14 +310,36 @@ Draw what a detector finds.
 
   fastkd predict runs/student/model.pt photo.jpg holiday/ --out runs/found
   fastkd predict yolov3-tiny.weights photo.jpg
+  fastkd predict runs/student/model.onnx 'photos/**/*.jpg' clip.mp4 --detections found.json
 """
-    parser = _command(commands, "predict", _predict, "draw what a detector finds on images", text)
-    _add_model(parser)
-    parser.add_argument("paths", nargs="+", metavar="IMAGE", help="files, or folders of images")
-    out = "folder for the images with boxes (default: runs/predict, or predict-2 and so on)"
+    parser = _command(commands, "predict", _predict, "draw what a detector finds on images and videos", text)
+    _add_model(parser, "model.pt of a run, Darknet .weights, or the .onnx of fastkd export")
+    kinds = "images, videos (.mp4, .avi, .mov, .mkv, .webm), folders of them, or patterns in quotes: 'photos/*.jpg'"
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=kinds)
+    out = "folder for the images and videos with boxes (default: runs/predict, or predict-2 and so on)"
     parser.add_argument("--out", metavar="DIR", help=out)
     parser.add_argument("--score", type=float, default=0.3, metavar="N", help="least score of a box (default: 0.3)")
+    parser.add_argument(
+        "--detections",
+        metavar="FILE",
+        help="write what is drawn there, as COCO results: JSON, with the file's name as image_id, classes from 1 as "
+        "category_id, and frame, from 0, of a video",
+    )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+
+
+def _add_export(commands: Any) -> None:
+    text = """\
+Write a detector as ONNX, for programs without PyTorch, and compare the two: a file that computes something else is
+not kept. Boxes are decoded, to pixels of the input; non-maximum suppression is left to the program that runs it.
+
+  fastkd export runs/student/model.pt
+  fastkd export yolov3-tiny.weights --size 416 --out tiny.onnx
+"""
+    parser = _command(commands, "export", _export, "write a detector as ONNX", text)
+    _add_model(parser, "model.pt of a run, or Darknet .weights")
+    parser.add_argument("--format", choices=("onnx",), default="onnx", help="what to write (default: onnx)")
+    parser.add_argument("--out", metavar="FILE", help="file to write (default: MODEL with .onnx as its suffix)")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -453,8 +483,28 @@ def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig])
     return config_type(**options)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
+def _load(arguments: argparse.Namespace) -> tuple[Trained | Exported, int]:
     """The detector of the command line, on the device to use, and its input size."""
+    if Path(arguments.model).suffix == ".onnx":
+        return _load_onnx(arguments)
+    found, size = _load_trained(arguments)
+    found.model.to("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    return found, size
+
+
+def _load_onnx(arguments: argparse.Namespace) -> tuple[Exported, int]:
+    from fastkd.yolov3.class_names import read_names
+    from fastkd.yolov3.onnx_detector import load_onnx
+
+    found = load_onnx(arguments.model, class_names=None if arguments.names is None else read_names(arguments.names))
+    if arguments.size not in (None, found.size):
+        way_out = f"write another with fastkd export --size {arguments.size}"
+        raise ValueError(f"--size: expected {found.size}, that of {arguments.model}, got {arguments.size}; {way_out}")
+    return found, found.size
+
+
+def _load_trained(arguments: argparse.Namespace) -> tuple[Trained, int]:
+    """The detector of the command line, on the CPU, and its input size."""
     from fastkd.yolov3.checkpoint import load_detector
     from fastkd.yolov3.class_names import read_names
 
@@ -468,7 +518,6 @@ def _load(arguments: argparse.Namespace) -> tuple[Trained, int]:
     )
     for note in found.notes:
         print(note, file=sys.stderr)
-    found.model.to("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     return found, arguments.size or found.size or 416
 
 
@@ -507,9 +556,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from fastkd.files import new_folder
+    from fastkd.files import new_folder, require_new
     from fastkd.yolov3.show.predict import predict
+    from fastkd.yolov3.show.video import VIDEO_SUFFIXES
 
+    require_new(**{"--detections": arguments.detections})
     found, size = _load(arguments)
     out = arguments.out or new_folder("runs/predict")
     written = predict(
@@ -520,8 +571,26 @@ def _predict(arguments: argparse.Namespace) -> int:
         class_names=found.class_names,
         score_threshold=arguments.score,
         progress=True,
+        detections_file=arguments.detections,
     )
-    print(f"{len(written)} images in {out}")
+    videos = sum(file.suffix in VIDEO_SUFFIXES for file in written)
+    print(f"{len(written) - videos} images" + (f" and {videos} videos" if videos else "") + f" in {out}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from fastkd.files import require_new
+    from fastkd.yolov3.export import export_onnx
+
+    out = Path(arguments.out or Path(arguments.model).with_suffix(".onnx"))
+    require_new(**{"--out": out})
+    found, size = _load_trained(arguments)
+    agreement = export_onnx(found.model, out, size=size, class_names=found.class_names)
+    print(f"{out}: {found.model.num_classes} classes, images (N, 3, {size}, {size}), {out.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"greatest difference from PyTorch: scores {agreement.scores:.1e}, boxes {agreement.boxes:.1e} of the input's "
+        "side; non-maximum suppression is left to the program that runs it"
+    )
     return 0
 
 
@@ -619,6 +688,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     print("\ntraining, data and demo: " + (f"missing {', '.join(missing)}" if missing else "ok"))
     if missing:
         print("  pip install 'fastkd[train]'")
+    missing = [name for name in EXPORT_EXTRAS if not _imports(name)]
+    print("export to ONNX: " + (f"missing {', '.join(missing)}\n  pip install 'fastkd[export]'" if missing else "ok"))
     where = f"in {arguments.run}" if arguments.run else "on a small YOLOv3 and YOLOv3-tiny"
     print(f"\ndistillation, tried {where}")
     report = _check_run(arguments.run) if arguments.run else _check_small_pair()

@@ -24,7 +24,7 @@ from fastkd.yolov3.data.formats import find_set
 from fastkd.yolov3.show.predict import predict
 from fastkd.yolov3.train.config import TrainConfig
 
-COMMANDS = ("train", "eval", "predict", "inspect", "data", "demo", "doctor")
+COMMANDS = ("train", "eval", "predict", "export", "inspect", "data", "demo", "doctor")
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,13 @@ class Detections(NamedTuple):
     classes: Tensor  # (k,) int64
 
 
+class Decoded(NamedTuple):
+    """All boxes of a batch before suppression: what an exported detector returns in place of raw head maps."""
+
+    boxes: Tensor  # (N, M, 4) float32 or wider: x1, y1, x2, y2 in pixels of the network's input
+    scores: Tensor  # (N, M, K): objectness times class probability
+
+
 def head_cells(output: Tensor, anchors: int) -> Tensor:
     """View of a raw head map (N, A * (5 + K), H, W) as (N, A, H, W, 5 + K)."""
     n, channels, height, width = output.shape
@@ -71,6 +78,13 @@ def decode(outputs: Sequence[Tensor], anchors: Tensor, strides: Sequence[int]) -
     return torch.cat(decoded, 1)
 
 
+def boxes_and_scores(outputs: Sequence[Tensor], heads: Heads) -> Decoded:
+    """``decode``, with objectness and class probabilities multiplied. Raises ``ValueError`` as ``detect`` does."""
+    check_outputs(outputs, heads.anchors, heads.strides, heads.num_classes)
+    predictions = decode(outputs, heads.anchors, heads.strides)
+    return Decoded(predictions[..., :4], predictions[..., 4:5] * predictions[..., 5:])
+
+
 @torch.no_grad()
 def detect(
     outputs: Sequence[Tensor],
@@ -85,7 +99,7 @@ def detect(
     of box and class above the threshold are considered.
 
     Args:
-        outputs: raw head maps of a batch, as the detector returns them.
+        outputs: raw head maps of a batch, as the detector returns them; or ``Decoded``, as an ``OnnxDetector`` does.
         heads: the detector, or a ``HeadLayout``: anchors, strides, num_classes.
         score_threshold: least score, in [0, 1).
         iou_threshold: of two boxes of a class with a larger IoU, only the better is kept, in (0, 1].
@@ -103,12 +117,10 @@ def detect(
             "expected score_threshold in [0, 1), iou_threshold in (0, 1], max_detections >= 1; "
             f"got {score_threshold}, {iou_threshold}, {max_detections}"
         )
-    check_outputs(outputs, heads.anchors, heads.strides, heads.num_classes)
-    predictions = decode(outputs, heads.anchors, heads.strides)
-    scores = predictions[..., 4:5] * predictions[..., 5:]
+    found = outputs if isinstance(outputs, Decoded) else boxes_and_scores(outputs, heads)
     return [
-        _suppress(boxes, image_scores, score_threshold, iou_threshold, max_detections)
-        for boxes, image_scores in zip(predictions[..., :4], scores, strict=True)
+        _suppress(boxes, scores, score_threshold, iou_threshold, max_detections)
+        for boxes, scores in zip(found.boxes, found.scores, strict=True)
     ]
 
 

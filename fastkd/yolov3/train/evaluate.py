@@ -4,9 +4,12 @@ import contextlib
 import io
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -17,7 +20,7 @@ from tqdm import tqdm
 from fastkd.files import replacing
 from fastkd.modes import eval_mode
 from fastkd.yolov3.anchors import Heads
-from fastkd.yolov3.boxes import detect
+from fastkd.yolov3.boxes import Detections, detect
 from fastkd.yolov3.data.annotations import Annotations
 from fastkd.yolov3.data.dataset import DetectionDataset, collate
 
@@ -63,7 +66,7 @@ def evaluate(
     """Run a detector over a data set and score it with pycocotools.
 
     Args:
-        model: a detector that returns raw head maps and has `anchors` and `strides`, not wrapped.
+        model: a detector that returns raw head maps and has `anchors` and `strides`, not wrapped; or an `OnnxDetector`.
         dataset: without augmentation.
         batch_size: images per step.
         device: where to run; None: where the model's parameters are. The model is not moved.
@@ -125,12 +128,20 @@ def detect_all(
             found = detect(outputs, cast(Heads, model), score_threshold=score_threshold, iou_threshold=iou_threshold)
             for image_id, letterbox, detections in zip(batch.image_ids, batch.letterboxes, found, strict=True):
                 boxes = letterbox.to_original(detections.boxes.double().cpu().numpy())
-                boxes[:, 2:] -= boxes[:, :2]
-                scores, classes = detections.scores.tolist(), detections.classes.tolist()
-                for box, value, index in zip(boxes.tolist(), scores, classes, strict=True):
-                    category_id = dataset.annotations.category_ids[int(index)]
-                    results.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": value})
+                results += coco_results(image_id, detections, boxes, dataset.annotations.category_ids)
     return results
+
+
+def coco_results(
+    image_id: int | str, found: Detections, boxes: npt.NDArray[np.floating], category_ids: Sequence[int]
+) -> list[Detection]:
+    """What was found in one image, as COCO results; ``boxes`` are (k, 4) x1, y1, x2, y2 in the image's own pixels."""
+    boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    columns = zip(found.classes.tolist(), boxes.tolist(), found.scores.tolist(), strict=True)
+    return [
+        {"image_id": image_id, "category_id": category_ids[index], "bbox": box, "score": value}
+        for index, box, value in columns
+    ]
 
 
 def score(detections: list[Detection], dataset: DetectionDataset) -> Metrics:

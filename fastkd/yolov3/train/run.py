@@ -33,6 +33,7 @@ from fastkd.yolov3.checkpoint import Trained, load_detector, read_dictionary, sa
 from fastkd.yolov3.class_names import same_names
 from fastkd.yolov3.data.dataset import Batch, DetectionDataset, Sample, collate, some_batch
 from fastkd.yolov3.model import MODELS, Detector, build_detector
+from fastkd.yolov3.onnx_detector import Exported
 from fastkd.yolov3.train.config import TrainConfig, read_config, require_same_run
 from fastkd.yolov3.train.evaluate import Metrics, evaluate
 from fastkd.yolov3.train.figures import map_figures
@@ -669,7 +670,7 @@ def _require_scorable(val: DetectionDataset, data: DetectionDataset) -> None:
         raise ValueError("val_annotations: expected a set with boxes to find, got none; leave it out to train without")
 
 
-def require_classes(name: str, found: Trained, data: DetectionDataset) -> None:
+def require_classes(name: str, found: Trained | Exported, data: DetectionDataset) -> None:
     """A detector from a file must name the data set's classes, in their order, or no names at all.
 
     Raises:
@@ -683,7 +684,7 @@ def require_classes(name: str, found: Trained, data: DetectionDataset) -> None:
         )
 
 
-def _has_classes(found: Trained, data: DetectionDataset) -> bool:
+def _has_classes(found: Trained | Exported, data: DetectionDataset) -> bool:
     names = found.class_names or data.class_names
     return found.model.num_classes == data.num_classes and same_names(names, data.class_names)
 
