@@ -1,4 +1,4 @@
-"""Objects found in images, and copies of these with their boxes."""
+"""Detects objects in images, and writes copies of the images with boxes."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ def predict(
     iou_threshold: float = 0.5,
     progress: bool = False,
 ) -> list[Path]:
-    """Find objects in images, and write copies with boxes, class names and scores drawn on them.
+    """Detect objects in images, and write copies with boxes, class names and scores drawn on them.
 
     Args:
         model: the detector, on any device.
         paths: image files, or folders of them.
-        out: folder for the copies, which keep their names (PNG for what OpenCV cannot write).
+        out: folder for the copies, which keep their names (as PNG if OpenCV cannot write their format).
         size: side in pixels of the square network input, a multiple of 32.
-        class_names: one per class; numbers are drawn without.
-        score_threshold: least score of a drawn box, in [0, 1).
-        iou_threshold: of the non-maximum suppression.
-        progress: whether to show a bar, where the output is a terminal.
+        class_names: one per class; without names, class numbers are drawn.
+        score_threshold: minimum score of a drawn box, in [0, 1).
+        iou_threshold: threshold of the non-maximum suppression.
+        progress: whether to show a progress bar if the output is a terminal.
 
     Returns:
-        The files written, in order. An image that can't be read has none; one warning names them.
+        The files written, in order. Images that can't be read are left out, with one warning that names them.
 
     Raises:
-        FileNotFoundError: no such image or folder, or a folder without images.
-        FileExistsError: ``out`` has a file of one of these names.
-        ValueError: no file is an image that can be read, two have one name, or a threshold is out of range.
+        FileNotFoundError: there is no such image or folder, or a folder has no images.
+        FileExistsError: ``out`` has a file with one of these names.
+        ValueError: no image can be read, two have the same name, or a threshold is out of range.
     """
     files = listed(paths)
     targets = [_named(Path(out) / file.name) for file in files]
     if len(set(targets)) != len(targets):
-        raise ValueError("paths: expected different file names, got two alike; predict one folder at a time")
+        raise ValueError("paths: expected different file names, got the same one twice; predict one folder at a time")
     for target in targets:
         require_new(out=target)
     bar = tqdm(files, unit="image", leave=False, disable=None if progress else True)
@@ -75,7 +75,7 @@ def predict(
 
 
 def warn_left_out(faults: dict[Path, Exception], tried: int) -> None:
-    """One warning that names the images that can't be read; if those are all that were tried, the first one's error."""
+    """Warn once, with the names of the images that can't be read; if none can be read, raise the first error."""
     if len(faults) == tried:
         raise next(iter(faults.values()))
     if faults:
@@ -86,7 +86,11 @@ def warn_left_out(faults: dict[Path, Exception], tried: int) -> None:
 def detect_objects(
     model: Detector, image: Image, size: int, score_threshold: float = 0.3, iou_threshold: float = 0.5
 ) -> Detections:
-    """Objects in one image, (H, W, 3) uint8 RGB of any size; boxes in its own pixels, clipped to it."""
+    """Detect objects in one image, (H, W, 3) uint8 RGB of any size.
+
+    Returns:
+        The detections, with boxes in pixels of the image, clipped to it.
+    """
     square, letterbox = fit(image, size)
     pixels = torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1)))[None]
     device = next(model.parameters()).device
@@ -98,6 +102,11 @@ def detect_objects(
 
 
 def listed(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Return image files, with folders replaced by the images in them.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or a folder has no images.
+    """
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
