@@ -252,9 +252,7 @@ def _teachers_table(results: Sequence[Result]) -> str:
 
 def _effort_table(results: Sequence[Result], regimes: Sequence[str]) -> str:
     """Return the table of the number of runs, by kind, and of the hours of training."""
-    table: Table = [
-        ("", "tuning runs: none", "uniform", "logit", "maps", "runs of the tables", "hours of training")
-    ]
+    table: Table = [("", "tuning runs: none", "uniform", "logit", "maps", "runs of the tables", "hours of training")]
     for regime in [*regimes, "teachers"]:
         runs = [x for x in results if x.run.regime == regime]
         tried = [x.run.row for x in runs if x.run.scored_on == "val"]
