@@ -311,13 +311,13 @@ Draw the objects that a detector finds.
 
 def _add_inspect(commands: Any) -> None:
     text = """\
-Draw where the distillation of a run has its weight: the information maps of backbone and neck, the differences between
-student and teacher (initially and now), and the loss of each level over the training. Also print a table of them.
+Draw the distillation maps of a run: the information maps of backbone and neck, the differences between student and
+teacher (initially and now), and the loss of each level over the training. Also print a table of them.
 
   fastkd inspect runs/student
   fastkd inspect runs/student photo.jpg holiday/ --count 6 --out runs/seen
 """
-    parser = _command(commands, "inspect", _inspect, "draw where a run's distillation has its weight", text)
+    parser = _command(commands, "inspect", _inspect, "draw the distillation maps of a run", text)
     parser.add_argument("run", metavar="RUN", help="folder of a run of fastkd train --teacher")
     parser.add_argument(
         "paths", nargs="*", metavar="IMAGE", help="files, or folders of images (default: images of the run)"

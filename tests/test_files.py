@@ -78,7 +78,7 @@ def test_a_run_that_ended_before_its_first_checkpoint(
     for file in ("checkpoint.pt", "model.pt", "model.weights", "model.cfg", "model.names"):
         (run / file).unlink()
     assert train(digits, run, "--lr", "0.5", "--resume") == 2
-    assert "it differs in lr (0.001 then, 0.5 now)" in capsys.readouterr().err
+    assert "got another lr (0.001 then, 0.5 now)" in capsys.readouterr().err
     assert train(digits, run) == 2
     assert train(digits, run, "--resume") == 0
     for file in ("checkpoint.pt", "model.pt", "model.weights", "model.cfg", "model.names", "metrics.jsonl"):
