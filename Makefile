@@ -9,7 +9,7 @@ RESULTS := benchmarks/results
 
 setup: $(VENV)/installed
 
-# torch first: the extension is built against the one that it will run with
+# torch comes first, because the extension is built against the torch that it will run with
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
@@ -20,11 +20,11 @@ $(VENV)/installed: $(SOURCES)
 demo: setup
 	$(BIN)/fastkd demo
 
-# hours on two cores; stopped, it goes on
+# takes hours on two cores; if it is stopped, the same command continues
 study: setup
 	PYTHONPATH=benchmarks $(BIN)/python -m study --results docs/study/results.jsonl --report docs/study
 
-# passive: the threads of two workers share two cores, and must not wait for each other by spinning
+# passive: the threads of the two workers share two cores, so idle threads must sleep and not spin
 test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
@@ -35,11 +35,11 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(MAKE) docs
 
-# every warning is an error: a link or a name that leads nowhere fails
+# every warning is an error, so a broken link or an unknown name fails
 docs: setup
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky -b html docs build/docs
 
-# under 10 minutes on two cores, which must have nothing else to do: threads that wait for each other are not the loss
+# takes under 10 minutes on two cores; nothing else may run on them, or the times include waiting threads
 bench: setup
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest -q -p no:xdist benchmarks/bench_step.py benchmarks/bench_training.py benchmarks/bench_loss.py \
@@ -49,12 +49,13 @@ bench: setup
 kernels-report: setup
 	$(BIN)/python benchmarks/kernels_report.py
 
-# on a machine with a GPU, with its own torch, Triton and pytest: nothing is fetched. fastkd/_C.abi3.so is taken if it was
-# built before and has code for the card; else nvcc builds it
+# runs on a machine with a GPU, with the torch, Triton and pytest that are installed there: nothing is downloaded. An
+# existing fastkd/_C.abi3.so is used if it has code for the card; else nvcc builds it
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
 
-# at full width and 416 pixels: make gpu-train DATA=path/to/neu-det; stopped after 8 minutes, it goes on the next time
+# the study at full width and 416 pixels: make gpu-train DATA=path/to/neu-det; it stops after 8 minutes, and the next
+# call continues
 gpu-train:
 	PYTHONPATH=benchmarks $(PYTHON) -m study.real neu-det-gpu --data $(DATA) --minutes 8
 

@@ -1,8 +1,11 @@
-"""Builds fastkd._C on the LibTorch stable ABI, one binary for every Python >= 3.10 and torch >= 2.10: the CPU kernels,
-and the CUDA ones where an nvcc is found (no GPU and no CUDA torch needed; the binary loads without either).
+"""Builds fastkd._C on the LibTorch stable ABI: one binary for every Python >= 3.10 and torch >= 2.10.
 
-FASTKD_CPP=0 leaves the extension out, and the library computes through its other backends. FASTKD_CUDA=0 leaves out the
-CUDA kernels. FASTKD_CUDA_ARCH="80;90;100;120" says which cards they are for; the newest one's PTX runs on later cards.
+It has the CPU kernels and, if an nvcc is found, the CUDA kernels. Neither building nor loading it needs a GPU or a
+torch with CUDA.
+
+FASTKD_CPP=0 builds no extension; the library then uses its other backends. FASTKD_CUDA=0 builds no CUDA kernels.
+FASTKD_CUDA_ARCH="80;90;100;120" lists the compute capabilities to compile for; PTX of the highest one also runs on
+newer cards.
 """
 
 import os
@@ -22,9 +25,9 @@ TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def torch_directory() -> Path:
-    """Folder of the torch that fastkd will run with, without importing it, also from pip's isolated build."""
+    """Return the folder of the torch that fastkd will run with, also in pip's isolated build; torch is not imported."""
     find = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
-    for flags in ([], ["-I"]):  # -I ignores PYTHONPATH, and with it pip's isolation
+    for flags in ([], ["-I"]):  # -I ignores PYTHONPATH, by which pip isolates the build
         found = subprocess.run([sys.executable, *flags, "-c", find], capture_output=True, text=True).stdout.strip()
         if found:
             return Path(found)
@@ -39,9 +42,9 @@ def find_nvcc() -> str | None:
 
 
 def cuda_runtime(nvcc: str) -> Path:
-    """The static runtime: the extension then needs no libcudart of the machine that it runs on."""
-    says = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    tops = [line.partition("TOP=")[2].strip() for line in says.splitlines() if line.startswith("#$ TOP=")]
+    """Return the static CUDA runtime, with which the extension needs no libcudart where it runs."""
+    output = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    tops = [line.partition("TOP=")[2].strip() for line in output.splitlines() if line.startswith("#$ TOP=")]
     root = Path(tops[0]) if tops else Path(nvcc).parent.parent
     for folder in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib"):
         if (root / folder / "libcudart_static.a").exists():
@@ -58,7 +61,7 @@ def cuda_archs() -> list[str]:
 
 
 def host_compiler() -> list[str]:
-    """CXX, so that one compiler makes all objects: exceptions may not pass between those of two."""
+    """Return the option that makes nvcc use CXX: exceptions can't pass between objects of different compilers."""
     words = shlex.split(os.environ.get("CXX", ""))
     words = [word for word in words if Path(word).name not in ("ccache", "sccache", "distcc")]
     return [f"-ccbin={words[0]}"] if words and "NVCC_CCBIN" not in os.environ else []
@@ -74,13 +77,13 @@ def compile_cuda(nvcc: str, archs: list[str], include: Path, folder: Path, sourc
         *("-c", str(source), "-o", str(made)),
     ]
     if subprocess.run(command).returncode:
-        needs = "12.8 or newer is needed, and a host compiler that it knows: CXX or NVCC_CCBIN name another"
+        needs = "it must be 12.8 or newer and support the host compiler, which CXX or NVCC_CCBIN chooses"
         sys.exit(f"fastkd: {nvcc} failed ({needs}); to build without CUDA kernels: FASTKD_CUDA=0")
     return made
 
 
 class Build(build_ext):
-    """All sources side by side, as many as MAX_JOBS or as there are cores: each takes a minute or more."""
+    """Compiles the sources in parallel, with MAX_JOBS jobs or one per core: each source takes a minute or more."""
 
     def build_extension(self, ext: Extension) -> None:
         self.force = True  # setuptools does not see a changed header
@@ -105,7 +108,7 @@ class Build(build_ext):
 
         self.compiler.compile = compile_all
         if nvcc:
-            # libtorch.so is empty, but of a CUDA torch it brings libtorch_cuda, whose current stream we ask for
+            # libtorch.so is empty, but in a torch with CUDA it loads libtorch_cuda, which has the current stream
             ext.extra_link_args += [str(cuda_runtime(nvcc)), "-Wl,--no-as-needed", "-ltorch", "-lrt", "-ldl"]
         super().build_extension(ext)
 
@@ -132,5 +135,5 @@ extension = Extension(
 if os.environ.get("FASTKD_CPP", "1") == "0":
     setup()
 else:
-    torch_directory()  # before anything is built: one line that says what to install
+    torch_directory()  # a missing torch ends the build early, with a message
     setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -1,7 +1,7 @@
-"""Seconds and memory to read the annotations of a large set in each format: ``python benchmarks/annotations.py``.
+"""Measures time and memory of reading the annotations of a large set: ``python benchmarks/annotations.py``.
 
-Makes the sets first, in a folder that it deletes: one small PNG under many names (hard links), and annotations at
-random. Each format is read twice in a process of its own: the second reading has its files in the system's cache.
+It first writes the sets to a temporary folder: one small PNG under many names (hard links), and random annotations.
+Each format is read twice in a process of its own; for the second reading, the files are in the system's cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-BOXES = 7  # an image, on average as in COCO
+BOXES = 7  # mean number per image, as in COCO
 NAMES = [f"class{i}" for i in range(80)]
 SIDE = 64
 
@@ -34,16 +34,16 @@ def make(root: Path, count: int) -> None:
     pixels = cv2.imencode(".png", np.zeros((SIDE, SIDE, 3), np.uint8))[1].tobytes()
     images, annotations = [], []
     for i in range(count):
-        if i % 30_000 == 0:  # as many links as common file systems allow
+        if i % 30_000 == 0:  # common file systems limit the number of links
             (root / f"{i}.png").write_bytes(pixels)
         for folder in ("images/train", "JPEGImages"):
             os.link(root / f"{i // 30_000 * 30_000}.png", root / folder / f"{i:06}.png")
         images.append({"id": i, "file_name": f"{i:06}.png", "width": SIDE, "height": SIDE})
         lines, objects = [], []
         for j in range(ends[i] - boxes_of[i], ends[i]):
-            x, y, w, h = (corners[j] + (0, 0, 2, 2)).tolist()  # VOC's corners are pixels, so no box of one
+            x, y, w, h = (corners[j] + (0, 0, 2, 2)).tolist()  # a box of one pixel would have no area in VOC
             number = int(classes[j])
-            polygon = [float(v) for v in rng.random(16)]  # which detection drops
+            polygon = [float(v) for v in rng.random(16)]  # not read for detection
             annotations.append(
                 {
                     "id": j,
@@ -69,13 +69,13 @@ def make(root: Path, count: int) -> None:
 
 
 def most_memory() -> int:
-    """KiB; getrusage's also counts what the process was before its exec, a copy of its parent."""
+    """Return the peak of this process in KiB; getrusage's also counts the process before its exec, a parent's copy."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def read(annotations: str, images: str) -> dict[str, float]:
-    """Of this process: seconds of two readings, and the most memory above what the imports take."""
+    """Read a set twice; return the seconds, the peak of memory in MiB, its part above the imports, and the boxes."""
     from fastkd.yolov3.data.dataset import DetectionDataset
 
     before = most_memory()
@@ -111,7 +111,7 @@ def main() -> None:
             "VOC": ("ImageSets/Main/train.txt", "JPEGImages"),
             "YOLO": ("data.yaml", "images/train"),
         }
-        print(f"{options.images} images\n\n| format | boxes | s, first | s, again | MiB at most | of these the set |")
+        print(f"{options.images} images\n\n| format | boxes | s, first | s, second | MiB, peak | MiB of the set |")
         print("|---|---|---|---|---|---|")
         for name, (annotations, images) in sets.items():
             command = [sys.executable, __file__, "--read", str(root / annotations), str(root / images)]

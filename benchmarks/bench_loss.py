@@ -1,10 +1,11 @@
-"""The loss by itself, forward and backward: providers beside each other and the floor, by pytest-benchmark.
+"""Benchmarks of the loss alone, forward and backward, for several providers, with pytest-benchmark.
 
     python -m pytest benchmarks/bench_loss.py --benchmark-json=loss.json
 
-One benchmark is one case of several providers. Each round times them all one after the other, each after the floor (one
-read of student and teacher, one write of the gradient, by ``torch.add``); pytest-benchmark's own numbers are those of
-the first. ``extra_info`` has the case, and of each step the times by round, the page faults and the peak of memory.
+A benchmark is one case with several providers. Each round times all providers one after the other, each after the
+floor: one read of student and teacher and one write of the gradient, by ``torch.add``. The numbers of pytest-benchmark
+itself are those of the first provider. ``extra_info`` has the case and, for each step, the times by round, the page
+faults and the peak of memory.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ EVERYONE = ("fastkd", "eager", "torch.compile")
 
 @dataclass(frozen=True)
 class Case:
-    """What one benchmark times."""
+    """The case of one benchmark."""
 
-    group: str  # of the report
+    group: str  # table of the report
     providers: tuple[str, ...] = EVERYONE
     workload: str = "same6"
     batch: int = 4
     mode: str = "step"  # forward and backward; or "forward"
     dtype: str = "float32"
     layout: str = "contiguous"
-    threads: int = 0  # 0: as many as PyTorch takes
+    threads: int = 0  # 0: PyTorch's default
 
     def __str__(self) -> str:
         sizes = f"{self.workload}-N{self.batch}"
@@ -74,7 +75,7 @@ def loss_of(provider: str, teacher: Sequence[Tensor]) -> Loss:
 
 
 class Provider(Contender):
-    """A loss on features of its own, and what was measured of it."""
+    """A loss on features of its own, and its measurements."""
 
     def __init__(self, provider: str, case: Case) -> None:
         dtype, channels_last = getattr(torch, case.dtype), case.layout == "channels_last"
@@ -83,7 +84,7 @@ class Provider(Contender):
         super().__init__(provider, self.run, floor=floor(self.student, self.teacher))
 
     def run(self) -> tuple[Tensor, ...]:
-        """Loss and, where asked for, the gradient of each level."""
+        """Return the loss and, unless only the forward is timed, the gradient of each level."""
         if self.forward_only:
             with torch.no_grad():
                 return (self.loss(self.student, self.teacher),)
@@ -98,7 +99,7 @@ class Provider(Contender):
         return {**found, "elements": sum(s.numel() for s in self.student), "faults": faults}
 
     def check(self) -> None:
-        """A provider of one of our formulas must give its numbers, as in float64; others have formulas of their own."""
+        """Compare loss and gradients with those in float64, if the provider computes one of fastkd's formulas."""
         s, t = ([x.detach().double() for x in features] for features in (self.student, self.teacher))
         reference: Loss = eager
         for peer in PEERS:
@@ -110,7 +111,7 @@ class Provider(Contender):
         expected = [loss.detach()] if self.forward_only else [loss.detach(), *torch.autograd.grad(loss, s)]
         for i, (x, y) in enumerate(zip(self.run(), expected, strict=True)):
             error = ((x.double() - y).norm() / y.norm()).item()
-            limit = 1e-5 if i == 0 else 4 * torch.finfo(x.dtype).eps  # rounded once, and in eager more often
+            limit = 1e-5 if i == 0 else 4 * torch.finfo(x.dtype).eps  # fastkd rounds once, eager more often
             assert error < limit, f"{self.provider}: {'loss' if i == 0 else f'gradient {i - 1}'} is off by {error:.1e}"
 
 
@@ -119,7 +120,7 @@ def page_faults() -> int:
 
 
 def peak_bytes(step: Provider) -> int | None:
-    """The most memory that the process had during a step, beyond what it had before; None where Linux does not say."""
+    """Return the peak of the process's memory in a step, above the memory before it; None if Linux does not tell."""
 
     def status(key: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -128,8 +129,8 @@ def peak_bytes(step: Provider) -> int | None:
     try:
         step.prepare()
         gc.collect()
-        CDLL("libc.so.6").malloc_trim(0)  # what PyTorch freed is not kept for later
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins now
+        CDLL("libc.so.6").malloc_trim(0)  # return freed memory to the system
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = status("VmRSS")
         step()
         return max(status("VmHWM") - before, 0)
@@ -148,12 +149,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_loss(case: Case, benchmark: Any, rounds: Callable[[float], int]) -> None:
-    torch._dynamo.reset()  # else the ninth shape would run uncompiled
+    torch._dynamo.reset()  # without it, the ninth shape would not be compiled
     steps = [Provider(name, case) for name in case.providers]
     for step in steps:
         step.check()  # compiles
     peaks = [peak_bytes(step) for step in steps]
-    for _ in range(2):  # until what the measuring of memory threw away is there again
+    for _ in range(2):  # allocate again what was freed to measure memory
         for step in steps:
             step.measure()
     compete(benchmark, steps, rounds)

@@ -1,13 +1,14 @@
-"""The step of the loss that people run, by pytest-benchmark: the first table of ``make bench``.
+"""Benchmarks of the loss as it is used in training, with pytest-benchmark: the first tables of ``make bench``.
 
     python -m pytest benchmarks/bench_step.py --benchmark-json=step.json
 
-``DistillLoss(weight="auto")`` in training, calibrated, with the trainer's map, ``graded_iou``, and a task loss that
-falls from step to step. Inside the time, of each provider: the prior from the boxes (``priors.iou_mask``, one op for
-all levels), the adapters if the case has them, the loss with its factor, the averages that give the next factor, and
-the gradients of the student's features and of the adapters. ``fastkd`` is called as a ``Distiller`` calls it, whose
-gradients take the memory of the teacher's features; *features kept* as a trainer calls it that still needs them. Also
-the loss alone with a constant weight, the host's time at levels that take no other, and the operations of a step.
+The loss is ``DistillLoss(weight="auto")`` in training, calibrated, with the trainer's map ``graded_iou`` and a task
+loss that decreases from step to step. The time of each provider includes the prior from the boxes (``priors.iou_mask``,
+one op for all levels), the adapters if the case has them, the loss with its factor, the averages for the next factor,
+and the gradients of the student's features and of the adapters. ``fastkd`` is called as a ``Distiller`` calls it: the
+teacher's features are donated, so that the gradients take their memory. *Features kept* is without donation, for a
+trainer that still needs them. Other benchmarks here are the loss alone with a constant weight, the time of the host
+for tiny levels, and the number of operations in a step.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from fastkd.yolov3.train.objective import Objective
 
 KEPT = "fastkd, features kept"
 PROVIDERS = ("fastkd", KEPT, "eager", "torch.compile")
-CALLS = 50  # of a host's step in a round
+CALLS = 50  # calls per round when the host's time is measured
 Rounds = Callable[[float], int]
 
 
@@ -52,8 +53,8 @@ class Case:
 
     workload: str
     batch: int
-    adapters: bool = False  # 1x1 convolutions with bias from the widths of YOLOv3-tiny; else the identity
-    turn: int = 1  # of several, minutes apart, that the report takes together: one bad minute must not decide
+    adapters: bool = False  # 1x1 convolutions with bias from the widths of YOLOv3-tiny; False: the identity
+    turn: int = 1  # turns are minutes apart, and the report joins them, so that one slow minute does not decide
 
     def __str__(self) -> str:
         return f"{self.workload}-N{self.batch}{'-adapters' * self.adapters}-turn{self.turn}"
@@ -90,7 +91,7 @@ def test_step(case: Case, benchmark: Any, rounds: Rounds) -> None:
 
 
 def require_same(x: StepInputs, steps: dict[str, Step]) -> None:
-    """All providers give the same loss and gradients, from the second step on, where all know a factor."""
+    """Check that all providers give the same loss and gradients in a later step, when all have a factor."""
     task = FallingTask()
     for _ in range(3):
         value, results = task.fall(), []
@@ -105,7 +106,7 @@ def require_same(x: StepInputs, steps: dict[str, Step]) -> None:
 
 @pytest.mark.parametrize("turn", [1, 2])
 def test_constant_weight(turn: int, benchmark: Any, rounds: Rounds) -> None:
-    """The loss with a constant weight and a map that is normalised over each image."""
+    """The loss with a constant weight, and a map with a softmax over each image."""
     x = step_inputs("same6", 16)
     info = InfoMap("energy", "softmax")
     layers = [nn.Identity() for _ in x.teacher]
@@ -130,7 +131,7 @@ def test_constant_weight(turn: int, benchmark: Any, rounds: Rounds) -> None:
 
 
 def test_host_time(benchmark: Any, rounds: Rounds) -> None:
-    """Thread CPU time on one thread, in rounds of many calls."""
+    """CPU time on one thread, in rounds of many calls."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -161,7 +162,7 @@ def test_dispatched_operations(benchmark: Any) -> None:
 
 
 def operations() -> dict[str, dict[str, int]]:
-    """By name, the operations that launch something, each with how often it is dispatched."""
+    """Return, by name, the operations that launch a kernel, each with the number of times it is dispatched."""
     steps = host_steps()
     boxes = torch.tensor([[0.0, 10, 10, 60, 80], [0, 30, 40, 100, 90], [0, 1, 1, 20, 20]])
     sizes, anchors = [(8, 8), (4, 4), (2, 2), (4, 4), (2, 2)], [torch.tensor([[10.0, 13], [16, 30], [33, 23]])] * 5
@@ -174,7 +175,7 @@ def operations() -> dict[str, dict[str, int]]:
 
 
 def trainer_operations() -> dict[str, int]:
-    """Forward and backward of the trainer's objective with a teacher, less those without one and of the teacher."""
+    """Return the operations of the trainer's objective without those of student, task loss, teacher and adapters."""
     images, targets = torch.rand(1, 3, 64, 64), random_targets(1, 64)
     student = YOLOv3Tiny(num_classes=80, width=0.125)
     teacher = YOLOv3(num_classes=80, width=0.125).eval().requires_grad_(False)

@@ -1,11 +1,12 @@
-"""A whole training step, YOLOv3 teaches YOLOv3-tiny, beside its rivals and the student alone, by pytest-benchmark.
+"""Benchmarks of a whole training step in which YOLOv3 teaches YOLOv3-tiny, with pytest-benchmark.
 
     python -m pytest benchmarks/bench_training.py --benchmark-json=training.json
 
-At 416 px, 80 classes, random weights and boxes, with the trainer's defaults: student forward, detection loss, teacher
-forward, graded IoU prior, distillation of backbone and neck through 1x1 adapters with ``weight="auto"``, backward, SGD.
-Each round takes one step of each. ``extra_info`` also has what prior, loss and gradient take by themselves, on the
-features of that step after the adapters.
+fastkd is compared with plain PyTorch, ``torch.compile`` and the student alone, at 416 px, with 80 classes, random
+weights and boxes, and the trainer's defaults: student forward, detection loss, teacher forward, graded IoU prior,
+distillation of backbone and neck through 1x1 adapters with ``weight="auto"``, backward, SGD. A round has one step of
+each. ``extra_info`` also has the time of prior, loss and gradient alone, on the features of that step after the
+adapters.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from fastkd.yolov3.train.objective import Objective
 ALONE = "student alone"
 PROVIDERS = (ALONE, "fastkd", "eager", "torch.compile")
 ROUNDS = {1: 7, 4: 5}  # by batch
-WARM_UP = 4  # calls of the loss alone: the first calibrate and compile
-CACHES = 1 << 28  # bytes, more than any holds
+WARM_UP = 4  # calls of the loss alone that are not timed, as the first ones calibrate and compile
+CACHES = 1 << 28  # bytes, more than the caches of any processor
 
 
 def random_images(batch: int, side: int, device: str = "cpu") -> Tensor:
@@ -39,7 +40,7 @@ def random_images(batch: int, side: int, device: str = "cpu") -> Tensor:
 
 
 class CompiledLoss(DistillLoss):
-    """``DistillLoss`` with its plain formula compiled, of which moments, prior and factor are inputs."""
+    """``DistillLoss`` with its plain formula compiled; moments, prior and factor are inputs of the formula."""
 
     def _weighted(self, levels: LevelTensors, task: Tensor | None, learns: bool) -> tuple[Tensor, Tensor]:
         weight = self.loss_weight
@@ -68,17 +69,17 @@ def options_of(provider: str) -> dict[str, Any]:
 
 
 def make_objective(provider: str, images: Tensor, width: float = 1.0, **options: Any) -> Objective:
-    """What the trainer minimises, with its defaults; the rivals compute the feature term in plain PyTorch."""
+    """Return the trainer's objective with its defaults; eager and torch.compile use plain PyTorch's feature loss."""
     torch.manual_seed(0)
     student = YOLOv3Tiny(num_classes=80, width=width)
     if provider == ALONE:
         return Objective(student).to(images.device, memory_format=torch.channels_last)
     teacher = YOLOv3(num_classes=80, width=width)
-    # who writes a step in plain PyTorch runs the teacher as it is
+    # a step in plain PyTorch runs the teacher without folded batch norms
     fold = {"fold_teacher": provider == "fastkd"}
     objective = Objective(student, teacher, prior="graded_iou", **options_of(provider), **fold, **options)
     assert objective.distiller is not None
-    objective.distiller.prepare(images.cpu())  # the adapters' widths, before they get another layout
+    objective.distiller.prepare(images.cpu())  # makes the adapters, before the layout is changed
     for module in (objective, teacher):
         module.to(images.device, memory_format=torch.channels_last)
     objective.distiller.criterion.__class__ = kind_of(provider)
@@ -86,7 +87,7 @@ def make_objective(provider: str, images: Tensor, width: float = 1.0, **options:
 
 
 def make_step(objective: Objective, images: Tensor, autocast: bool = False) -> Callable[[], None]:
-    """One step of the optimiser; ``autocast`` computes in bfloat16."""
+    """Return a training step; with ``autocast`` it computes in bfloat16."""
     device = images.device.type
     targets = random_targets(len(images), images.shape[2], device)
     optimizer = torch.optim.SGD(objective.parameters(), lr=1e-4, momentum=0.9)
@@ -102,9 +103,9 @@ def make_step(objective: Objective, images: Tensor, autocast: bool = False) -> C
 
 
 def loss_alone(objective: Objective, images: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of prior, loss and gradient by themselves, on this model's features after the adapters.
+    """Return the milliseconds of prior, loss and gradient alone, on this model's features after the adapters.
 
-    From cold caches, as the rest of the step leaves them; of all providers in the same rounds.
+    Caches are cold, as in a training step; all providers are timed in the same rounds.
     """
     student, teacher, heads = caught_features(objective, images)
     prior = objective.prior_of(images, random_targets(len(images), images.shape[2]))
@@ -131,12 +132,12 @@ def loss_alone(objective: Objective, images: Tensor, rounds: int) -> dict[str, l
 
 
 def caught_features(objective: Objective, images: Tensor) -> tuple[list[Tensor], list[Tensor], Any]:
-    """Student's features after the adapters, the teacher's, and the outputs of its heads."""
+    """Return the student's features after the adapters, the teacher's features, and the outputs of its heads."""
     distiller, caught = objective.distiller, []
     assert distiller is not None
 
     def catch(_: nn.Module, features: Any, more: Any) -> None:
-        caught.append([[x.clone() for x in level] for level in features[:2]])  # the loss may overwrite the teacher's
+        caught.append([[x.clone() for x in level] for level in features[:2]])  # the teacher's are donated
 
     handle = distiller.criterion.register_forward_pre_hook(catch, with_kwargs=True)
     targets = random_targets(len(images), images.shape[2])
@@ -156,7 +157,7 @@ def test_training_step(batch: int, benchmark: Any, request: pytest.FixtureReques
     objectives = {provider: make_objective(provider, images) for provider in PROVIDERS}
     contenders = [Contender(provider, make_step(x, images)) for provider, x in objectives.items()]
     for contender in contenders:
-        contender.measure()  # the first step has no factor yet, so that the second compiles once more
+        contender.measure()  # the second step compiles again, as only it has a factor
     compete(benchmark, contenders, lambda _: count)
     alone = loss_alone(objectives["fastkd"], images, 2 * count)
     steps = [{**c.measured(), "loss_ms": alone.get(c.provider, [])} for c in contenders]

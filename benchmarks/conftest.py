@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and what pytest-benchmark is to write about the machine: no names of hosts."""
+"""Options of the benchmarks; and what pytest-benchmark writes about the machine, without the name of the host."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-LEAST, MOST = 12, 60  # rounds a case
+MIN_ROUNDS, MAX_ROUNDS = 12, 60  # per case
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seconds", type=float, default=4.0, help="of rounds a case")
-    parser.addoption("--rounds", type=int, default=0, help="a case, whatever they take: to see that all of it runs")
+    parser.addoption("--seconds", type=float, default=4.0, help="time of the rounds of a case")
+    parser.addoption("--rounds", type=int, default=0, help="number of rounds per case, for a quick trial of all cases")
 
 
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> Callable[[float], int]:
-    """How many rounds a case gets, from the milliseconds of one."""
+    """Return a function from the milliseconds of a round to the number of rounds of the case."""
     option = request.config.getoption
-    return lambda ms: option("--rounds") or round(min(max(1e3 * option("--seconds") / ms, LEAST), MOST))
+    return lambda ms: option("--rounds") or round(min(max(1e3 * option("--seconds") / ms, MIN_ROUNDS), MAX_ROUNDS))
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

@@ -1,18 +1,18 @@
-"""Decides on the GPU that is here whether the kernels are right, what they take, and what a user gets of them.
+"""Checks on a GPU that the kernels are correct, how fast they are, and what that is worth in training.
 
     make gpu-check                                                    # on a machine with a GPU
-    python benchmarks/gpu_check.py --dry                              # the schedule, without a GPU
-    python benchmarks/gpu_check.py --device cpu --tiny --seconds 300  # that the rows' code runs, on a CPU
+    python benchmarks/gpu_check.py --dry                              # print the schedule, without a GPU
+    python benchmarks/gpu_check.py --device cpu --tiny --seconds 300  # check on a CPU that the code of the rows runs
 
-Offline, on a machine that has torch, Triton, pytest and, unless the extension was built before, nvcc. ``ROWS`` stand in
-order of worth, each with the seconds that it needs, what it decides and what was predicted for an H200. The budget is
-spent from the top, and what does not fit is skipped. ``gpu_timing.py`` has the rows, in a worker process of its own:
-one that hangs or breaks the device costs its row alone. Compilers run on the upper cores, and are stopped while a row
-takes times. benchmarks/results/<gpu name>.json is written after every row, the Markdown at the end; the status is 1 if
-there was any failure.
+It needs no network, but torch, Triton, pytest and, unless the extension is built, nvcc. ``ROWS`` are sorted by
+importance, each with the seconds that it needs, the question that it decides and the prediction for an H200. They run
+in this order until the time is spent; a row that does not fit is skipped. The code of the rows is in ``gpu_timing.py``
+and runs in a worker process, so that a row that hangs or breaks the device fails alone. Compilers run in the background
+on the upper half of the cores, and are stopped while a row measures times. benchmarks/results/<gpu name>.json is
+written after every row, the Markdown file at the end. The exit status is 1 if there was a failure.
 
-An extension that was built beforehand (fastkd/_C.abi3.so) is taken if it loads and has code for this card; else it is
-built, which takes a minute. Import nothing of fastkd here: that comes after.
+An existing extension (fastkd/_C.abi3.so) is used if it loads and has code for this card; else it is built, which takes
+a minute. This module must not import fastkd, because the extension may be built only later.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LOGS = ROOT / "build" / "gpu_check"
 TIMING = str(ROOT / "benchmarks" / "gpu_timing.py")
-WRITING = 10  # seconds kept for the reports
+WRITING = 10  # seconds that are reserved for the reports
 WARMERS = 6  # processes that compile Triton's kernels
 COMPILED = 3  # cases of torch.compile, each compiled by a process
 TESTS = ("parity", "ops", "one_pass", "info_map", "gpu", "priors", "loss")
@@ -52,32 +52,32 @@ Result = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """One thing that the GPU decides."""
+    """One question that is decided on the GPU."""
 
-    name: str  # of the function in ``gpu_timing.py``, or of one here
-    seconds: float  # that it may take; it gets what is left if it is the last
+    name: str  # name of the function in ``gpu_timing.py``, or in this module
+    seconds: float  # time that it may take; the last row gets all the time that is left
     decides: str
     predicted: str  # for an H200
-    needs: tuple[str, ...] = ()  # compilers in the background that it waits for
-    timed: bool = True  # whether compilers are stopped meanwhile
+    needs: tuple[str, ...] = ()  # background compilers that it waits for
+    timed: bool = True  # whether background compilers are stopped during the row
 
 
 ROWS = (
     Row(
-        "build", 15, "whether the carried extension loads and has code for the card; else a minute of building",
+        "build", 15, "whether the existing extension loads and has code for the card; else it is built, in a minute",
         "loads (abi3; glibc 2.36 on 2.39)", timed=False,
     ),
     Row(
-        "correct", 50, "whether the rows below count: 24 combinations of backend, dtype, layout and map against "
-        "float64, in memory poisoned with NaN, and the ops of prior and factor against the CPU's",
-        "all right, the same bits in two runs", needs=("triton",), timed=False,
+        "correct", 50, "whether results are correct: 24 combinations of backend, dtype, layout and map against "
+        "float64, in memory filled with NaN, and the ops of prior and factor against those of the CPU",
+        "all correct, the same bits in two runs", needs=("triton",), timed=False,
     ),
     Row(
-        "ceilings", 15, "the true floor, two reads and one write, and what the adapters' bias costs in cuDNN",
+        "ceilings", 15, "the time of the floor, two reads and one write, and of the adapters' bias in cuDNN",
         "add at 4.2 TB/s or more; the bias about 0.1 ms of tiny5, N = 64",
     ),
     Row(
-        "host", 25, "the host path: one autograd.Function, cached plans, priors and factor as one op each",
+        "host", 25, "the time on the host: one autograd.Function, cached plans, priors and factor as one op each",
         "distill_loss 0.25 ms, was 1.2; DistillLoss 0.4, was 2.5; a prior under 0.05, was 5 to 7",
     ),
     Row(
@@ -85,35 +85,35 @@ ROWS = (
         "large6 bf16 N = 64 0.39 to 0.43 ms, same6 0.17 to 0.19; float32 0.80 and 0.34", needs=("triton",),
     ),
     Row(
-        "score_pass", 25, "other maps: a score pass over the teacher and then the stream, or tiles held on chip",
-        "large6 bf16 N = 64 0.55 to 0.58 ms; above 1.45 times the floor, hold tiles on chip", needs=("triton",),
+        "score_pass", 25, "for other maps: a score pass over the teacher and then the stream, or tiles kept on chip",
+        "large6 bf16 N = 64 0.55 to 0.58 ms; above 1.45 times the floor, keep tiles on chip", needs=("triton",),
     ),
     Row(
-        "wall", 15, "what the caller waits at a size where the host decides (same6, N = 16)",
+        "wall", 15, "the time until the caller has the result, at a size where the host decides (same6, N = 16)",
         "0.25 to 0.40 ms, was 1.46",
     ),
     Row(
-        "compiled", 45, "whether torch.compile of the plain step is beaten, in two cases",
-        "torch.compile large6 0.72 ms of the device, same6 1.3 ms of the wall", needs=("compile 0", "compile 1"),
+        "compiled", 45, "whether fastkd is faster than torch.compile of the plain step, in two cases",
+        "torch.compile large6 0.72 ms on the device, same6 1.3 ms by the wall", needs=("compile 0", "compile 1"),
     ),
     Row(
-        "training", 60, "what a user gets: a step of YOLOv3 to YOLOv3-tiny at 416 px, N = 16 and 64, bfloat16",
-        "was 8 to 10 ms of host for distillation; now ahead of eager at both",
+        "training", 60, "the gain in training: a step of YOLOv3 to YOLOv3-tiny at 416 px, N = 16 and 64, bfloat16",
+        "was 8 to 10 ms on the host for distillation; now faster than eager at both",
     ),
     Row(
-        "two_passes", 20, "whether the loops of the functional passes are pipelined",
-        "forward of large6 bf16 0.38 to 0.30 ms",
+        "two_passes", 20, "whether the loops of the two functional passes are pipelined",
+        "forward of large6 bf16 0.30 ms, was 0.38",
     ),
     Row(
         "adapters", 20, "the bias in the loss, against a convolution with bias (tiny5, N = 64)",
         "conv and loss 0.84 ms, bias folded 0.67, and streaming 0.50",
     ),
     Row(
-        "rescale", 12, "what an upstream gradient costs that is 1, and one that is not",
+        "rescale", 12, "the cost of an upstream gradient of 1, and of another one",
         "under 0.01 ms, and two units",
     ),
     Row(
-        "bytes_moved", 35, "units really moved, by ncu",
+        "bytes_moved", 35, "units that are moved, as measured by ncu",
         "stream 3.0, score pass and stream 4.0; forward 2.0, backward 3.0",
     ),
     Row(
@@ -122,7 +122,7 @@ ROWS = (
     ),
     Row("others", 25, "no regressions: N = 1, NCHW, float16, in a CUDA graph", "at most today's times"),
     Row(
-        "tests", 30, "that nothing is broken: sanitizers over a small matrix, and the tests, beside each other, in all "
+        "tests", 30, "whether anything is broken: sanitizers over a small matrix, and the tests, in parallel, in all "
         "the time that is left", "ok", timed=False,
     ),
 )  # fmt: skip
@@ -167,7 +167,7 @@ print("LOADS", fastkd.backends(device)["cpp"] or f"no {', '.join(missing)}" * bo
 
 
 def run(command: Sequence[str], seconds: float, **environment: str) -> tuple[int, str]:
-    """Exit status and output; 124 where it took longer, and was ended with all that it had started."""
+    """Run a command; return exit status and output. After the timeout it is killed with its children: status 124."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=variables(**environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
@@ -175,7 +175,7 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> tuple[int
     try:
         output, _ = process.communicate(timeout=max(seconds, 1))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its workers too: they would disturb what is timed next
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too, which would disturb the next times
         output, _ = process.communicate()
         return 124, output
     return process.returncode, output
@@ -189,14 +189,14 @@ def variables(**more: str) -> dict[str, str]:
 
 
 def on_cores(upper: bool) -> list[str]:
-    """The start of a command that keeps to half of the cores: the upper half compiles, the lower one is timed."""
+    """Return a command prefix for half of the cores: the upper half is for compilers, the lower half for timing."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     half = cores[len(cores) // 2 :] if upper else cores[: len(cores) // 2]
     return ["taskset", "-c", ",".join(map(str, half))] if half and shutil.which("taskset") else []
 
 
 class Background:
-    """Compilers that fill caches beside rows that take no times, by the name that rows need them by."""
+    """Background compilers, which fill the caches of Triton and torch.compile, by the names in ``Row.needs``."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         of = [*on_cores(upper=True), "nice", sys.executable, TIMING, *target(options)]
@@ -221,7 +221,10 @@ class Background:
                     os.killpg(job.pid, number)
 
     def wait(self, names: Sequence[str], seconds: float) -> None:
-        """Then the row compiles what is missing; torch.compile would wait for a lock that a stopped process holds."""
+        """Wait for compilers; what they have not finished, the row compiles itself.
+
+        Compilers of torch.compile are then killed: stopped, they would keep a lock that the row waits for.
+        """
         end = time.monotonic() + seconds
         for job in self._of(names):
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -236,7 +239,7 @@ class Background:
 
 
 class Worker:
-    """The process that runs the rows of ``gpu_timing.py``; a new one where the last has ended."""
+    """The process that runs the rows of ``gpu_timing.py``; if it has ended, a new one is started."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.command = [*on_cores(upper=False), sys.executable, TIMING, *target(options)]
@@ -250,7 +253,7 @@ class Worker:
         print(json.dumps({"row": row, "seconds": seconds}), file=process.stdin, flush=True)
         answer = b""
         while not answer.endswith(b"\n"):
-            left = end + 5 - time.monotonic()  # a row watches its own time; this is for one that hangs
+            left = end + 5 - time.monotonic()  # rows watch their own time; this ends one that hangs
             if left <= 0 or not select.select([self.answers], [], [], left)[0]:
                 self.end()
                 return {"failures": ["not done in its time"]}
@@ -298,14 +301,14 @@ def last_line(output: str) -> str:
 
 
 def build(options: argparse.Namespace, seconds: float) -> Result:
-    """The extension that is there, if it serves; else one built for this card."""
+    """Use the existing extension if it loads and has the kernels; else build one for this card."""
     end = time.monotonic() + seconds
     code = f"device = {options.device!r}{LOADS}"
     found = loads(code, 60)
     if found != "yes" and options.device == "cuda":
         install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
         major, minor = torch.cuda.get_device_capability()
-        ways = [{"FASTKD_CPP": "0"}] if "fastkd.kernels" in found else []  # it may serve, once the package is installed
+        ways = [{"FASTKD_CPP": "0"}] if "fastkd.kernels" in found else []  # it may work once the package is installed
         for more in (*ways, {"FASTKD_CUDA_ARCH": f"{major}{minor}"}):
             status, output = run(install, max(end - time.monotonic(), 150), **more)
             keep("build", output)
@@ -314,7 +317,7 @@ def build(options: argparse.Namespace, seconds: float) -> Result:
             before, found = found, loads(code, 60)
             if found == "yes":
                 return {"failures": [], "summary": f"{'installed' if 'FASTKD_CPP' in more else 'built'}, as: {before}"}
-    return {"failures": [] if found == "yes" else [found], "summary": "the carried extension serves"}
+    return {"failures": [] if found == "yes" else [found], "summary": "the existing extension is used"}
 
 
 def loads(code: str, seconds: float) -> str:
@@ -324,7 +327,7 @@ def loads(code: str, seconds: float) -> str:
 
 
 def tests(options: argparse.Namespace, seconds: float) -> Result:
-    """Sanitizers and tests beside each other."""
+    """Run sanitizers and tests in parallel."""
     if options.device != "cuda":
         return {"failures": [], "summary": "only on a GPU"}
     with ThreadPoolExecutor() as pool:
@@ -350,7 +353,7 @@ def test(backend: str, full: bool, seconds: float) -> Result:
     errors = [re.sub(" +", " ", line) for line in errors]
     failures = failed_tests(output)
     if status == 124:
-        counts[-1] += "; the others had no time"
+        counts[-1] += "; the others did not run in time"
     elif status and not failures:
         failures = [f"exit status {status}: {last_line(output)}"]
     keep(f"tests {backend}", output)
@@ -358,7 +361,7 @@ def test(backend: str, full: bool, seconds: float) -> Result:
 
 
 def failed_tests(output: str) -> list[str]:
-    """From pytest's summary, with messages; or, where it did not come to that, from what it said test by test."""
+    """Return the failed tests, with messages, from pytest's summary or, if it has none, from its lines per test."""
     summary = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)
     one_by_one = re.findall(r"^\[gw\d+\] \[ *\d+%\] (?:FAILED|ERROR) (.*\S)", output, re.MULTILINE)
     one_by_one += re.findall(r"^(\S.*) (?:FAILED|ERROR) +\[ *\d+%\]$", output, re.MULTILINE)
@@ -380,11 +383,15 @@ def sanitize(tool: str, seconds: float) -> Result:
     failures = [f"{len(found)} reports, the first: {found[0]} at {at[0] if at else '?'}"] if found else []
     if status not in (0, 124) and not failures:
         failures = [f"exit status {status}: {last_line(output)}"]
-    return {"part": part, "failures": failures, "summary": "no time" if status == 124 else [*summaries, "?"][0]}
+    return {
+        "part": part,
+        "failures": failures,
+        "summary": "not finished in time" if status == 124 else [*summaries, "?"][0],
+    }
 
 
 def keep(name: str, output: str) -> None:
-    """The whole output, in ``build/gpu_check``."""
+    """Write the whole output to ``build/gpu_check``."""
     LOGS.mkdir(parents=True, exist_ok=True)
     (LOGS / f"{re.sub('[^a-z]+', '_', name)}.log").write_text(output)
 
@@ -396,7 +403,7 @@ HERE: dict[str, Callable[[argparse.Namespace, float], Result]] = {"build": build
 
 
 def plan(rows: Sequence[Row], seconds: float) -> Iterator[tuple[float, Row, bool]]:
-    """When each row would begin, and whether it fits, if all took the seconds that they may."""
+    """Yield for each row the start, and whether it fits, if all rows take the seconds that they may."""
     at, end = 0.0, seconds - WRITING
     for row in rows:
         fits = at + row.seconds <= end
@@ -411,7 +418,7 @@ def print_plan(rows: Sequence[Row], seconds: float) -> None:
 
 
 def decide(rows: Sequence[Row], options: argparse.Namespace, about: Result) -> list[Result]:
-    """Every row that fits, in order; what was found is on the disk after each."""
+    """Run every row that fits, in order; the results are written to the disk after each row."""
     end, found = time.monotonic() + options.seconds - WRITING, []
     worker, background = Worker(options), None
     LOGS.mkdir(parents=True, exist_ok=True)
@@ -433,7 +440,7 @@ def decide(rows: Sequence[Row], options: argparse.Namespace, about: Result) -> l
                 result |= attempt(HERE.get(row.name), options, worker, row, allowed)
                 result["seconds"] = round(time.monotonic() - begin, 1)
             found.append(result)
-            say(result)
+            print_result(result)
             write(options, about, found)
             if row.name == "build":
                 if result.get("failures"):
@@ -447,7 +454,7 @@ def decide(rows: Sequence[Row], options: argparse.Namespace, about: Result) -> l
 
 
 def attempt(here: Any, options: argparse.Namespace, worker: Worker, row: Row, seconds: float) -> Result:
-    """A row that breaks must not cost what the others find."""
+    """Run a row; an exception becomes its failure, so that the other rows still run."""
     try:
         found: Result = worker.ask(row.name, seconds) if here is None else here(options, seconds)
         return found
@@ -455,7 +462,7 @@ def attempt(here: Any, options: argparse.Namespace, worker: Worker, row: Row, se
         return {"failures": [f"{type(error).__name__}: {error}"]}
 
 
-def say(result: Result) -> None:
+def print_result(result: Result) -> None:
     for failure in result.get("failures", ()):
         print(f"FAIL {result['row']}: {failure}", flush=True)
     if "skipped" in result:
@@ -468,7 +475,7 @@ def say(result: Result) -> None:
 
 
 def machine(options: argparse.Namespace) -> Result:
-    """What the results are of, and are named after."""
+    """Describe the machine, after which the files are named."""
     about: Result = {"gpu": "cpu, tiny" if options.tiny else "cpu"}
     if options.device == "cuda":
         card = torch.cuda.get_device_properties(0)
@@ -500,7 +507,7 @@ def write(options: argparse.Namespace, about: Result, found: list[Result]) -> Pa
 
 
 def replace(path: Path, text: str) -> None:
-    """Written beside and renamed, so that a reader never finds half of it."""
+    """Write a file atomically: a file beside it is written and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
     beside.write_text(text)
@@ -508,18 +515,18 @@ def replace(path: Path, text: str) -> None:
 
 
 def report(about: Result, found: Sequence[Result]) -> str:
-    """Markdown: what was asked of the card, then every row with its prediction and its table."""
+    """Return the report as Markdown: the targets, then every row with its prediction and its table."""
     lines = [
         f"# {about['gpu']}", "",
         ", ".join(f"{key} {value}" for key, value in about.items() if key != "gpu" and value is not None), "",
-        "`make gpu-check`, in order of worth. Times are medians (and quartiles). Those of the device are by events, "
-        "each after a flush of the L2 cache and behind a sleep of the device; *wall* has the launches in it. "
+        "`make gpu-check`, in order of importance. Times are medians (and quartiles). Times of the device are measured "
+        "by events, each after a flush of the L2 cache and a sleep of the device; *wall* includes the launches. "
         "Contenders of a table were timed in the same rounds. The floor is `torch.add` of student and teacher into a "
         "third tensor: three times the bytes of all student features.", "",
     ]  # fmt: skip
     asked = [x for result in found for x in result.get("targets", ())]
     if asked:
-        lines += ["| what, as asked of an H200 | asked | measured | |", "|---|---|---|---|"]
+        lines += ["| what, on an H200 | target | measured | |", "|---|---|---|---|"]
         lines += [
             f"| {x['what']} | {x['asked']} | {x['measured']} | {'met' if x['met'] else '**missed**'} |" for x in asked
         ]
@@ -543,7 +550,7 @@ def table(rows: Sequence[Result]) -> list[str]:
 
 
 def cell(value: Any) -> str:
-    """Quartiles are lists of three."""
+    """Return the text of a table's cell; a list of three numbers is the quartiles."""
     if isinstance(value, list):
         low, middle, high = (f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in value)
         return f"{middle} ({low} to {high})"
@@ -552,13 +559,13 @@ def cell(value: Any) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=520, help="for all of it")
-    parser.add_argument("--rows", help="only these, by commas, in the order of worth")
+    parser.add_argument("--seconds", type=float, default=520, help="time for all rows")
+    parser.add_argument("--rows", help="run only these, separated by commas, in the order of ROWS")
     parser.add_argument("--dry", action="store_true", help="print the schedule")
-    parser.add_argument("--full", action="store_true", help="all of Triton's parity tests: give it an hour")
+    parser.add_argument("--full", action="store_true", help="run all of Triton's parity tests, which takes an hour")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small sizes and few repeats: does it run at all?")
-    parser.add_argument("--results", type=Path, help="folder; by default benchmarks/results, of a CPU build/gpu_check")
+    parser.add_argument("--tiny", action="store_true", help="small sizes and few repeats, to check that the code runs")
+    parser.add_argument("--results", type=Path, help="folder (default: benchmarks/results; for a CPU build/gpu_check)")
     options = parser.parse_args()
     only = options.rows.split(",") if options.rows else [row.name for row in ROWS]
     rows = [row for row in ROWS if row.name in only]

@@ -1,10 +1,10 @@
-"""The rows of ``gpu_check.py``: what each of them runs, in a worker that is asked for them by name.
+"""The code of the rows of ``gpu_check.py``, and the worker process that runs them by name.
 
-    python benchmarks/gpu_timing.py --row stream --device cpu --tiny    # one row, printed
+    python benchmarks/gpu_timing.py --row stream --device cpu --tiny    # run one row and print its result
 
-Times of the device are by CUDA events, each after a flush of the L2 cache and behind a sleep of the device, so that it
-never waits for a launch. Contenders of a case are timed in the same rounds. On a CPU all times are the wall clock's:
-only that the code runs is of interest there.
+Times of the device are measured by CUDA events, each after a flush of the L2 cache and a sleep of the device, during
+which all kernels are launched, so that the device never waits for a launch. Contenders of a case are timed in the same
+rounds. On a CPU all times are by the wall clock, and serve only to check that the code runs.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from fastkd.statistics import ChannelStatistics
 Call = Callable[[], object]
 Row = dict[str, Any]
 REPEATS = 25
-SLEEP_CYCLES, MOST_CYCLES = 12_000_000, 200_000_000  # about 6 ms, and at most 100: longer than a step's launches
-HELD_PAYS_ABOVE = 1.45  # times the floor, for maps that take a score pass
+SLEEP_CYCLES, MAX_CYCLES = 12_000_000, 200_000_000  # about 6 ms, and at most 100: longer than a step's launches
+TILES_PAY_ABOVE = 1.45  # times the floor: above it, tiles kept on chip may be faster than a score pass
 COMPILED = (("large6", 64, "graded_iou"), ("same6", 16, "graded_iou"), ("large6", 64, "self_information"))
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
 
 
 class Machine:
-    """The device, how long a row may take, and how to take times."""
+    """The device, the end of a row's time, and the methods that measure times."""
 
     def __init__(self, device: str, tiny: bool) -> None:
         self.device, self.tiny, self.on_gpu = device, tiny, device == "cuda"
@@ -78,14 +78,14 @@ class Machine:
 
     @property
     def backends(self) -> list[str]:
-        """The compiled ones that work here, that which is taken by default first."""
+        """The backends with compiled kernels that work here, the default one first."""
         return [name for name, refusal in fastkd.backends(self.device).items() if not refusal and name != "reference"]
 
     def inputs(self, workload: str, n: int, dtype: torch.dtype = BF16, adapters: bool = False) -> StepInputs:
         return step_inputs(workload, self.batch(n), dtype, True, self.device, adapters)
 
     def over(self) -> bool:
-        """Whether the row's time is over, so that it leaves out what is left."""
+        """Whether the row's time is over; the row then leaves out its remaining cases."""
         return time.monotonic() > self.end
 
     def sync(self) -> None:
@@ -93,7 +93,7 @@ class Machine:
             torch.cuda.synchronize()
 
     def events(self, *runs: Call) -> list[float]:
-        """Milliseconds of the device for each of the runs, one after the other."""
+        """Return the milliseconds on the device of each of the runs, one after the other."""
         if not self.on_gpu:
             return [1e3 * seconds(call) for call in runs]
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
@@ -104,19 +104,19 @@ class Machine:
             mark.record()
         awake = marks[0].query()
         torch.cuda.synchronize()
-        if awake:  # before all was launched, so that launches were timed
+        if awake:  # the device woke up before all was launched, so the time includes launches
             self.sleep_cycles *= 2
-            if self.sleep_cycles > MOST_CYCLES:
+            if self.sleep_cycles > MAX_CYCLES:
                 raise RuntimeError("a contender takes too long to launch to be timed on the device")
             return self.events(*runs)
         return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
     def device_ms(self, contenders: dict[str, Call]) -> dict[str, list[float]]:
-        """Quartiles of each."""
+        """Return the quartiles of each contender's time on the device."""
         return self._rounds(contenders, lambda call: self.events(call)[0])
 
     def wall_ms(self, contenders: dict[str, Call]) -> dict[str, list[float]]:
-        """Quartiles of each, from the call until the device is done."""
+        """Return the quartiles of each contender's time from the call until the device is done."""
 
         def one(call: Call) -> float:
             self.sync()
@@ -125,7 +125,7 @@ class Machine:
         return self._rounds(contenders, one)
 
     def host_us(self, contenders: dict[str, Call]) -> dict[str, list[float]]:
-        """Quartiles of each, of calls that follow each other without waiting for the device."""
+        """Return the quartiles of each contender's time on the host, in calls that do not wait for the device."""
 
         def one(call: Call) -> float:
             self.sync()
@@ -137,7 +137,7 @@ class Machine:
     def passes_ms(
         self, loss: Callable[[], Tensor], wanted: Sequence[Tensor], upstream: Tensor | None = None
     ) -> tuple[list[float], list[float]]:
-        """Quartiles of the device's time of forward and backward, apart."""
+        """Return the quartiles of the device's time of forward and of backward."""
         kept: list[Tensor] = []
         times = []
         for _ in range(3 + self.repeats):
@@ -177,7 +177,7 @@ def target(what: str, asked: float, measured: float, unit: str = " ms", least: b
 
 
 def beside_floor(case: Row, times: dict[str, list[float]], unit: str = "device, ms") -> list[Row]:
-    """A line of each contender, with its time in multiples of the floor's."""
+    """Return a line per contender, with its time as a multiple of the floor's."""
     base = times.get("floor", [0.0, 0.0, 0.0])[1]
     return [
         {**case, "contender": name, unit: t, "times floor": t[1] / base if base else None} for name, t in times.items()
@@ -188,11 +188,11 @@ def gradient_of(loss: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Call:
     return lambda: torch.autograd.grad(loss(), wanted)
 
 
-# ---- what is right
+# ---- correctness
 
 
 class Sample:
-    """A call with everything that the loss may get, in one dtype and layout."""
+    """A call of the loss with all optional inputs, in one dtype and layout."""
 
     def __init__(self, dtype: torch.dtype, channels_last: bool, device: str) -> None:
         shapes = [(2, 64, 13, 13), (1, 256, 26, 26), (2, 7, 5, 3)]
@@ -207,7 +207,7 @@ class Sample:
         self.bias = [random(c).requires_grad_() for _, c, _, _ in shapes]
 
     def results(self, info_map: str, backend: str, wide: bool = False) -> list[Tensor]:
-        """Losses of the levels and gradients, with a factor of 1.5 and an upstream gradient of 2."""
+        """Return the level losses and the gradients, with a factor of 1.5 and an upstream gradient of 2."""
 
         def of(xs: Sequence[Tensor]) -> list[Tensor]:
             return [x.detach().double().requires_grad_(x.requires_grad) for x in xs] if wide else list(xs)
@@ -223,7 +223,7 @@ class Sample:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that is allocated without a value is NaN: what is not written shows."""
+    """Fill uninitialised memory with NaN, so that results that are not written are noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -237,7 +237,7 @@ def combinations(m: Machine) -> list[tuple[str, torch.dtype, bool, str]]:
 
 
 def correct(m: Machine) -> Row:
-    """Every combination against float64: at most twice the error of eager PyTorch, and the same bits again."""
+    """Compare every combination with float64: at most twice the error of eager PyTorch, and the same bits twice."""
     lines, failures = [], []
     for backend, dtype, channels_last, info_map in combinations(m):
         name = f"{backend}, {dtype_name(dtype)}, {layout(channels_last)}, {info_map}"
@@ -257,7 +257,7 @@ def correct(m: Machine) -> Row:
 
 
 def errors(sample: Sample, info_map: str, backend: str) -> tuple[list[float], list[float], bool, list[float]]:
-    """Relative errors of loss and gradients, ours and eager's; whether the bits were the same again; what is none."""
+    """Return relative errors of loss and gradients, fastkd's and eager's; whether two runs agree; allowed errors."""
     exact = sample.results(info_map, "reference", wide=True)
     plain = sample.results(info_map, "reference")
     with poisoned():
@@ -267,12 +267,12 @@ def errors(sample: Sample, info_map: str, backend: str) -> tuple[list[float], li
         return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(got, exact, strict=True)]
 
     same = all(torch.equal(x, y) for x, y in zip(ours, again, strict=True))
-    smallest = [2e-7 if x.dtype == F32 else 6e-8 for x in ours]  # eager's own roundings may cancel
+    smallest = [2e-7 if x.dtype == F32 else 6e-8 for x in ours]  # as eager's rounding errors may cancel
     return off(ours), off(plain), same, smallest
 
 
 def wrong_small_ops(m: Machine) -> list[str]:
-    """Priors and the factor against the CPU's, which the tests hold against their definitions."""
+    """Compare priors and factor with those of the CPU, which the tests compare with their definitions."""
     x, host = m.inputs("same6", 2), step_inputs("same6", 2, BF16, True)
     sizes, side = [(t.shape[2], t.shape[3]) for t in x.teacher], 8 * x.teacher[0].shape[2]
     priors: dict[str, Callable[[StepInputs], list[Tensor]]] = {
@@ -297,7 +297,7 @@ def wrong_small_ops(m: Machine) -> list[str]:
     return failures
 
 
-# ---- what it takes
+# ---- times
 
 
 def ceilings(m: Machine) -> Row:
@@ -323,7 +323,7 @@ def ceilings(m: Machine) -> Row:
 
 
 def host(m: Machine) -> Row:
-    """Microseconds of the host at sizes that take no other, and the operations dispatched."""
+    """Measure microseconds on the host, at sizes that take hardly any time on the device; and count operations."""
     steps: dict[str, Call] = dict(host_steps(m.device))
     boxes = torch.tensor([[0.0, 10, 10, 60, 80], [0, 30, 40, 100, 90]], device=m.device)
     sizes, anchors = [(8, 8), (4, 4), (2, 2), (4, 4), (2, 2)], [torch.rand(3, 2, device=m.device) * 50 + 1] * 5
@@ -362,7 +362,7 @@ def objective_step(objective: nn.Module, images: Tensor, targets: Tensor) -> Cal
 
 
 def op_steps(m: Machine, x: StepInputs, info_map: str) -> dict[str, Call]:
-    """The floor, and ``distill_loss`` by each backend, with the prior and the moments at hand."""
+    """Return the floor, and ``distill_loss`` for each backend, with prior and moments computed beforehand."""
     prior = x.prior() if info_map == "graded_iou" else None
     moments = [(torch.zeros(t.shape[1], device=m.device), torch.ones(t.shape[1], device=m.device)) for t in x.teacher]
     if info_map == "attention":
@@ -391,7 +391,7 @@ def op_rows(
 
 
 def best(lines: Sequence[Row], case: str, key: str = "device, ms") -> float:
-    """The median of our fastest backend."""
+    """Return the median of the fastest of fastkd's backends."""
     return min(x[key][1] for x in lines if x["case"] == case and x["contender"].startswith("fastkd"))
 
 
@@ -408,8 +408,8 @@ def score_pass(m: Machine) -> Row:
     asked = target("self_information, large6, N = 64, device", 0.60, best(lines, case))
     lines += op_rows(m, [("large6", 64, BF16)], "attention")
     times = min(x["times floor"] for x in lines if x["case"] == case and x["contender"].startswith("fastkd"))
-    held = "may pay" if times > HELD_PAYS_ABOVE else "waits"
-    summary = f"{times:.2f} times the floor at best: holding tiles on chip {held}"
+    pays = "may pay" if times > TILES_PAY_ABOVE else "is not needed"
+    summary = f"{times:.2f} times the floor at best: keeping tiles on chip {pays}"
     return {"failures": [], "table": lines, "targets": [asked], "summary": summary}
 
 
@@ -428,7 +428,11 @@ def wall(m: Machine) -> Row:
 
 
 def rivals(m: Machine, workload: str, n: int, info_map: str) -> tuple[list[Row], list[Row]]:
-    """The step that people run, ours beside torch.compile's, on the device and by the wall: table and targets."""
+    """Time the training step's loss of fastkd and of torch.compile, on the device and by the wall clock.
+
+    Returns:
+        The lines of the table, and the targets.
+    """
     torch._dynamo.reset()
     x, task = m.inputs(workload, n), FallingTask(m.device)
     contenders: dict[str, Call] = {"floor": floor_of(x)}
@@ -461,7 +465,7 @@ def compiled_image(m: Machine) -> Row:
 
 
 def training(m: Machine) -> Row:
-    """Steps that follow each other, as in training; the student alone, eager's feature term and ours."""
+    """Time consecutive training steps: the student alone, with eager's feature loss, and with fastkd's."""
     lines, steps = [], 4
     for n in (16, 64):
         if lines and m.over():
@@ -490,7 +494,7 @@ def training(m: Machine) -> Row:
 
 
 def two_passes(m: Machine) -> Row:
-    """Forward and backward apart, as ``torch.compile`` and float16 take them."""
+    """Time forward and backward as two passes, which ``torch.compile`` and float16 use."""
     lines, x = [], m.inputs("large6", 64)
     unit = m.device_ms({"floor": floor_of(x)})["floor"][1] / 3
     for backend in m.backends:
@@ -509,7 +513,7 @@ def checked(x: StepInputs, backend: str, info_map: str = "energy") -> tuple[Leve
 
 
 def adapters(m: Machine) -> Row:
-    """tiny5 with its adapters: the bias in the loss, in the convolution, and in plain PyTorch."""
+    """Time tiny5 with its adapters: the bias in the loss, in the convolution, and in plain PyTorch."""
     x, task = m.inputs("tiny5", 64, adapters=True), FallingTask(m.device)
     contenders: dict[str, Call] = {"floor": floor_of(x), "the adapters alone, with bias": adapters_step(x)}
     ways = [(f"fastkd-{b}", fold) for b in m.backends for fold in (True, False)] + [("eager", False)]
@@ -521,7 +525,7 @@ def adapters(m: Machine) -> Row:
 
 
 def rescale(m: Machine) -> Row:
-    """The backward alone, of a loss whose upstream gradient is 1, and of one that is divided."""
+    """Time the backward alone, for an upstream gradient of 1 and of 0.5."""
     x, lines = m.inputs("large6", 64), []
     for backend in m.backends:
         levels, options = checked(x, backend, "graded_iou")
@@ -533,7 +537,7 @@ def rescale(m: Machine) -> Row:
 
 
 def others(m: Machine) -> Row:
-    """What must not have become slower: small batches, NCHW, float16, and a CUDA graph."""
+    """Time further cases, to find regressions: small batches, NCHW, float16, and a CUDA graph."""
     lines: list[Row] = []
     for n, dtype, channels_last in ((1, BF16, True), (16, BF16, False), (16, F16, True), (16, F32, False)):
         if lines and m.over():
@@ -565,7 +569,7 @@ def captured(call: Call) -> Call:
 
 
 def bytes_moved(m: Machine) -> Row:
-    """Bytes of DRAM of each pass, in units, as ncu counts them."""
+    """Measure the DRAM traffic of each pass with ncu, in units of the bytes of all student features."""
     program = shutil.which("ncu")
     if program is None or not m.on_gpu:
         return {"failures": [], "summary": "skipped: ncu is not on the PATH" if m.on_gpu else "only on a GPU"}
@@ -583,11 +587,11 @@ def bytes_moved(m: Machine) -> Row:
 
 
 def read_ncu(output: str, unit: int) -> list[Row]:
-    """A line per launch, from ncu's CSV of one metric a line; small ones are left out."""
+    """Return a line per launch, from ncu's CSV of one metric per line; small launches are left out."""
     start = output.find('"ID"')
     launches: dict[str, Row] = {}
     for x in csv.DictReader(output[start:].splitlines()) if start >= 0 else ():
-        if not x.get("Metric Value"):  # what else was printed
+        if not x.get("Metric Value"):  # other output
             continue
         launch = launches.setdefault(x["ID"], {"kernel": x["Kernel Name"].partition("(")[0][:60]})
         launch[x["Metric Name"]] = float(x["Metric Value"].replace(",", ""))
@@ -601,7 +605,7 @@ def read_ncu(output: str, unit: int) -> list[Row]:
 
 
 def once(m: Machine) -> None:
-    """Every pass once between the profiler's marks."""
+    """Run every pass once while the profiler records."""
     x = m.inputs("large6", 64)
     calls = [
         *(call for info_map in ("graded_iou", "self_information") for call in op_steps(m, x, info_map).values()),
@@ -630,7 +634,7 @@ ROWS: dict[str, Callable[[Machine], Row]] = {
 
 
 def warm(m: Machine, part: int, of: int) -> None:
-    """Compile Triton's kernels for what is checked, and for what is timed."""
+    """Compile one part of the Triton kernels that the rows check and time."""
     calls: list[Call] = [
         lambda c=c: Sample(c[1], c[2], m.device).results(c[3], c[0]) for c in combinations(m) if c[0] == "triton"
     ]
@@ -681,7 +685,7 @@ def layout(channels_last: bool) -> str:
 
 
 def serve(m: Machine, file: int) -> None:
-    """Answer each line of the standard input, until a failure of the device: it would be every later row's."""
+    """Answer each line of the standard input; end after a failure of the device, which later rows would repeat."""
     with os.fdopen(file, "w") as answers:
         for line in sys.stdin:
             asked = json.loads(line)
@@ -695,11 +699,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--row", choices=ROWS, help="run one row and print what it finds")
-    parser.add_argument("--answers", type=int, help="serve rows: the descriptor to answer to")
-    parser.add_argument("--warm", help="PART/OF: compile Triton's kernels")
-    parser.add_argument("--compile", type=int, help="compile one of torch.compile's cases")
-    parser.add_argument("--once", action="store_true", help="each pass once, for ncu")
+    parser.add_argument("--row", choices=ROWS, help="run one row and print its result")
+    parser.add_argument("--answers", type=int, help="serve rows; write answers to this file descriptor")
+    parser.add_argument("--warm", help="PART/OF: compile this part of Triton's kernels")
+    parser.add_argument("--compile", type=int, help="compile this case of torch.compile")
+    parser.add_argument("--once", action="store_true", help="run each pass once, for ncu")
     options = parser.parse_args()
     m = Machine(options.device, options.tiny)
     if options.warm:

@@ -1,9 +1,9 @@
-"""What the GPU kernels take of a card: the CUDA ones of the extension, and Triton's, compiled for GPUs not there.
+"""Reports the resources of the GPU kernels: those in CUDA of the extension, and those in Triton. It needs no GPU.
 
     python benchmarks/kernels_report.py
 
-Prints a Markdown table: registers, bytes of stack, local and shared memory, instructions that spill, and the bytes of
-the widest global load and store of a thread; then what is wrong, if anything, and ends with status 1. Run it without
+It prints a Markdown table: registers, bytes of stack, local and shared memory, instructions that spill, and the bytes
+of the widest global load and store of a thread. Faults follow, and then the exit status is 1. Run it without
 TRITON_INTERPRET.
 """
 
@@ -35,7 +35,7 @@ SHAPES = [(2, 256, 16, 16), (2, 512, 8, 8)]  # aligned, as most levels of a dete
 
 
 class Driver:
-    """As much of a driver as Triton's front end asks for to compile for a GPU that is not there."""
+    """The part of a driver that Triton's front end needs to compile for a GPU that is not there."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -44,7 +44,7 @@ class Driver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # Triton keeps what it has compiled by device
+        return self.capability  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -60,7 +60,7 @@ def compiled_launches(
     penalty: str,
     divisor: str,
 ) -> Iterator[Kernel]:
-    """Every kernel, compiled by the very calls that launch them."""
+    """Yield every kernel, compiled by the calls that launch it."""
     name = str(dtype).removeprefix("torch.") + (", channels_last" if channels_last else ", NCHW")
     of_map, of_loss = f"{score}, {map_norm}", f"{penalty}, {'Z of the map' if divisor == 'map' else 'Z of sizes'}"
     kept: list[tuple[str, str, Any]] = []
@@ -96,7 +96,10 @@ def compiled_launches(
 
 
 def combinations(full: bool, dtype: torch.dtype) -> list[tuple[str, str, str, str]]:
-    """(score, map_norm, penalty, divisor): all of them; or each value once in bfloat16, and in the others together."""
+    """Return (score, map_norm, penalty, divisor): all combinations if ``full``.
+
+    Otherwise each value occurs once in bfloat16, and once in float16 and float32 together.
+    """
     every = itertools.product(SCORES, MAP_NORMS, PENALTIES, ("elements", "map"))
     some = [
         (SCORES[i], MAP_NORMS[(i + 1) % len(MAP_NORMS)], PENALTIES[i % len(PENALTIES)], ("elements", "map")[i % 2])
@@ -108,29 +111,29 @@ def combinations(full: bool, dtype: torch.dtype) -> list[tuple[str, str, str, st
 def triton_kernels(
     tool: str, full: bool, capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[torch.dtype] = DTYPES
 ) -> Iterator[Kernel]:
-    """Over targets, dtypes, layouts and options."""
+    """Yield Triton's kernels over targets, dtypes, layouts and options."""
     for capability, dtype, channels_last in itertools.product(capabilities, dtypes, (True, False)):
         seen = set()
         for options in combinations(full, dtype):
             for kernel in compiled_launches(tool, capability, dtype, channels_last, *options):
-                if kernel not in seen:  # backwards of one penalty are one kernel
+                if kernel not in seen:  # the backward depends on the penalty alone
                     seen.add(kernel)
                     yield kernel
 
 
 def cuda_kernels(tool: str) -> list[Kernel]:
-    """Those of the extension that is installed; none where it was built without."""
+    """Return the kernels of the installed extension; none if it was built without CUDA."""
     spec = importlib.util.find_spec("fastkd._C")
     return kernels(Path(spec.origin), tool) if spec and spec.origin and backends._cuda_archs else []
 
 
 def faults(kernel: Kernel) -> list[str]:
-    """What no kernel may do: keep many values in local memory, or read features in pieces where they lie in 16 bytes.
+    """Return the faults of a kernel: many values in local memory, or narrow accesses to aligned features.
 
-    A CUDA kernel has its code for features that are not aligned beside that for those that are; a Triton kernel is
-    compiled for the one or the other, here for aligned ones.
+    A CUDA kernel contains code for aligned and for other features; a Triton kernel is compiled for one of them, here
+    for aligned features.
     """
-    if kernel.name.startswith("_Z"):  # the small ops, which keep their mangled names, read no features
+    if kernel.name.startswith("_Z"):  # the small ops, whose names stay mangled, read no features
         return []
     found = {"local memory": kernel.leaks}
     if "channels_last" in kernel.options:
@@ -149,15 +152,16 @@ def row(k: Kernel) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("cuda", "triton"))
-    parser.add_argument("--full", action="store_true", help="every combination of options, not each value once")
-    parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="Triton's, as 90 for sm_90")
+    parser.add_argument("--full", action="store_true", help="report every combination of options, not each value once")
+    capability_help = "targets of the Triton kernels, for example 90 for sm_90"
+    parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help=capability_help)
     names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    parser.add_argument("--dtype", choices=names, nargs="+", default=list(names), help="Triton's")
+    parser.add_argument("--dtype", choices=names, nargs="+", default=list(names), help="dtypes of the Triton kernels")
     options = parser.parse_args()
     tool = find_cuobjdump()
     if tool is None:
         raise SystemExit(
-            "kernels_report: needs cuobjdump, of the CUDA toolkit or of Triton's wheel: pip install triton"
+            "kernels_report: needs cuobjdump, from the CUDA toolkit or from Triton's wheel: pip install triton"
         )
     wrong = []
     print("| kernel | of | target | registers | stack | local | shared | spills | load | store |")
@@ -168,7 +172,8 @@ def main() -> int:
     for kernel in itertools.chain(of_cuda, of_triton):
         wrong += [f"{kernel.name}, {kernel.options}, {kernel.target}: {fault}" for fault in faults(kernel)]
         print(row(kernel), flush=True)
-    print("\n".join(["", *wrong]) if wrong else "\nat most 32 bytes of local memory; aligned features move in 16 bytes")
+    fine = "\nat most 32 bytes of local memory; aligned features are loaded and stored 16 bytes at a time"
+    print("\n".join(["", *wrong]) if wrong else fine)
     return 1 if wrong else 0
 
 

@@ -1,6 +1,6 @@
-"""What kernels take of a card: registers, stack, shared memory, spills, width of global loads and stores.
+"""Reads the resources of GPU kernels: registers, stack, shared memory, spills, width of global loads and stores.
 
-Read from machine code with cuobjdump (of the CUDA toolkit, or of Triton's wheel), so it needs no GPU.
+They are read from machine code with cuobjdump (from the CUDA toolkit, or from Triton's wheel), so this needs no GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one target. Sizes in bytes; ``load`` and ``store`` are the widest of a thread, 0 where none.
+    """One kernel for one target.
 
-    ``options`` says what it was compiled for, where the name does not.
+    Sizes are in bytes; ``load`` and ``store`` are the widest global accesses of a thread, 0 if there are none.
+    ``options`` are the options that it was compiled for, if the name does not contain them.
     """
 
     target: str
@@ -39,16 +40,16 @@ class Kernel:
 
     @property
     def leaks(self) -> bool:
-        """Whether it keeps more than a few values in local memory, which is as far away as global memory.
+        """Whether it keeps more than a few values in local memory, which is as slow as global memory.
 
-        Few: the CUDA kernels spill up to 8 registers so that three blocks share an SM, not two, which took 7 to 20 %
-        off their time on an H200.
+        A few are allowed: the CUDA kernels spill up to 8 registers so that three blocks share an SM instead of two,
+        which made them 7 to 20 % faster on an H200.
         """
         return max(self.stack, self.local) > 32
 
 
 def find_cuobjdump() -> str | None:
-    """The tool's path; itself it looks for nvdisasm beside it or on PATH."""
+    """Return the path of cuobjdump, which itself looks for nvdisasm beside it or on PATH; None if there is none."""
     triton = importlib.util.find_spec("triton")
     folders = [Path(p) / "backends/nvidia/bin" for p in (triton.submodule_search_locations or ())] if triton else []
     return next(filter(None, (shutil.which("cuobjdump", path=p) for p in folders)), shutil.which("cuobjdump"))
@@ -63,7 +64,10 @@ def _run(tool: str, *arguments: str) -> list[str]:
 
 
 def _sections(lines: list[str], function: str, target: str) -> Iterator[tuple[str, str, list[str]]]:
-    """(target, mangled name, lines) of each function that a listing of cuobjdump names, which may name its targets."""
+    """Yield (target, mangled name, lines) of each function in a listing of cuobjdump.
+
+    ``target`` is the target of functions before the first line that names one.
+    """
     of, name, body = "", "", []
     for line in [*lines, f"{function} end:"]:
         if line.startswith("arch = "):
@@ -76,7 +80,7 @@ def _sections(lines: list[str], function: str, target: str) -> Iterator[tuple[st
 
 
 def readable(mangled: str) -> str:
-    """``forward<BFloat16, float>``, ``stream_pass<float, l1>`` from the mangled name of a feature kernel."""
+    """Return a readable name such as ``forward<BFloat16, float>`` or ``stream_pass<float, l1>`` of a feature kernel."""
     kernel = re.search(r"4cuda\d+(forward|backward|score|stream_pass|rescale)(?:I(.*?)EEv|E)NS", mangled)
     if kernel is None:
         return mangled
@@ -90,7 +94,7 @@ def readable(mangled: str) -> str:
 
 
 def widths(lines: list[str], instruction: str) -> list[int]:
-    """Bytes that each such instruction moves."""
+    """Return the number of bytes that each such instruction moves."""
     found_widths = []
     for line in lines:
         for found in GLOBAL.finditer(line):
@@ -101,7 +105,7 @@ def widths(lines: list[str], instruction: str) -> list[int]:
 
 
 def kernels(binary: Path, tool: str, target: str = "") -> list[Kernel]:
-    """Every kernel for every target in a shared library; or in a cubin, which does not say its one target."""
+    """Return every kernel for every target in a shared library, or in a cubin, which does not contain its target."""
     assembly, usages = (_run(tool, what, str(binary)) for what in ("-sass", "-res-usage"))
     code = {(of, name): body for of, name, body in _sections(assembly, "Function", target)}
     found = []

@@ -1,8 +1,8 @@
-"""What else people distil detectors with, from the formulas, in plain PyTorch as their users run it.
+"""Other distillation losses for detectors, written from their formulas in plain PyTorch, as their users run them.
 
-Each makes a loss of (student, teacher) lists of (N, C, H, W) features. Extra inputs of a formula (the teacher's class
-scores, masks, boxes) are random and made outside what is timed; FGD makes its masks inside its loss, box by box, and so
-does this.
+Each is a loss of (student, teacher) lists of (N, C, H, W) features. Extra inputs of a formula (the teacher's class
+scores, masks, boxes) are random and made before the timing. Only FGD's masks are made inside the loss, box by box, as
+in FGD itself.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 import fastkd
 
 TEMPERATURE = 0.5  # FGD, FBKD
-BOXES = 10  # an image
+BOXES = 10  # per image
 
 
 class ScoreWeighted:
-    """Ultralytics' distillation: per level sum w (s - t)^2 / (C sum w), w the teacher's best class score of a cell."""
+    """Ultralytics' distillation: per level sum w (s - t)^2 / (C sum w), w the teacher's best class score per cell."""
 
     name, same_as_ours = "Ultralytics SL2", "score"
 
@@ -41,7 +41,7 @@ class ScoreWeighted:
 
 
 class FineGrained:
-    """FGFI (Wang et al., 2019, eq. 3): sum of (s - t)^2 over cells near objects, over twice their number."""
+    """FGFI (Wang et al., 2019, eq. 3): sum of (s - t)^2 over cells near objects, divided by twice their number."""
 
     name, same_as_ours = "FGFI", "fgfi"
 
@@ -56,7 +56,7 @@ class FineGrained:
         return torch.stack(losses).sum()
 
     def ours(self, student: Sequence[Tensor], teacher: Sequence[Tensor], backend: str | None = None) -> Tensor:
-        half_channels = [s.shape[1] / 2 for s in student]  # ours is over C times the number
+        half_channels = [s.shape[1] / 2 for s in student]  # fastkd divides by C times the number
         return fastkd.distill_loss(
             student, teacher, info_map="fgfi", prior=self.prior, weights=half_channels, backend=backend
         )
@@ -71,7 +71,7 @@ class FocalAttention:
         generator = torch.Generator().manual_seed(3)
         corner = torch.rand(len(teacher[0]), BOXES, 2, generator=generator) * 0.7
         size = 0.05 + 0.25 * torch.rand(len(teacher[0]), BOXES, 2, generator=generator)
-        self.boxes = torch.cat([corner, corner + size], 2)  # shares of the image
+        self.boxes = torch.cat([corner, corner + size], 2)  # fractions of the image
 
     def masks(self, t: Tensor) -> tuple[Tensor, Tensor]:
         height, width = t.shape[2:]
@@ -106,7 +106,7 @@ ROUND = (torch.floor, torch.floor, torch.ceil, torch.ceil)
 class BothAttend:
     """FBKD's first term (Zhang & Ma, 2021, eq. 5): 7e-5 sqrt(sum M (s - t)^2), M the mean of both attention maps."""
 
-    name, same_as_ours = "FBKD, first term", None  # its map depends on the student, and a root is over the sum
+    name, same_as_ours = "FBKD, first term", None  # its map depends on the student, and it has a root of the sum
 
     def __init__(self, teacher: Sequence[Tensor]) -> None:
         del teacher

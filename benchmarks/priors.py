@@ -1,10 +1,11 @@
-"""Time of the priors from boxes against their plain PyTorch and loops over images and boxes, all in one run.
+"""Times the priors that are computed from boxes, their plain PyTorch formulas, and loops over images and boxes.
 
     python benchmarks/priors.py --images 64 --boxes 100
 
-Three levels of a 640 px input (80 x 80, 40 x 40, 20 x 20 cells), three anchors each. The loops are written from the
-formulas, with each level's anchors placed once, outside what is timed. Prints a Markdown table: median and quartiles
-in ms and their ratio to ours; and fails unless the float64 loops give the same maps. Random boxes have no ties.
+There are three levels of a 640 px input (80 x 80, 40 x 40, 20 x 20 cells) with three anchors each. The loops are
+written from the formulas; the anchors of each level are placed once, before the timing. The output is a Markdown table
+with median and quartiles in ms and the ratio to fastkd's time. The program fails unless loops in float64 give the same
+maps; random boxes have no ties.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ANCHORS = [
 
 
 def random_boxes(images: int, count: int) -> Tensor:
-    """(images * count, 5): sides from 8 to 320 px, evenly in their logarithm, within the image."""
+    """Return (images * count, 5) boxes within the images, with sides from 8 to 320 px, uniform in their logarithm."""
     u = torch.rand(images, count, 4, generator=torch.Generator().manual_seed(0))
     size = 8 * (u[..., 2:] * math.log(40)).exp()
     corner = u[..., :2] * (IMAGE[0] - size)
@@ -42,14 +43,14 @@ def random_boxes(images: int, count: int) -> Tensor:
 
 
 def placed(anchors: Tensor, size: tuple[int, int]) -> Tensor:
-    """(H, W, A, 4): every anchor of a level, as corners in pixels."""
+    """Return every anchor of a level, (H, W, A, 4), as corners in pixels."""
     y, x = ((torch.arange(n, dtype=anchors.dtype, device=anchors.device) + 0.5) * IMAGE[0] / n for n in size)
     centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[:, :, None]
     return torch.cat([centre - anchors / 2, centre + anchors / 2], -1)
 
 
 def iou(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """(..., 4) against (..., 4), broadcast."""
+    """Return the IoU (...) of (..., 4) and (..., 4), with broadcasting."""
     low, high = torch.maximum(anchors[..., :2], boxes[..., :2]), torch.minimum(anchors[..., 2:], boxes[..., 2:])
     overlap = (high - low).clamp(min=0).prod(-1)
     return overlap / (
@@ -58,7 +59,7 @@ def iou(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def loop_iou_mask(boxes: Tensor, levels: list[Tensor], images: int, graded: bool) -> list[Tensor]:
-    """Image by image, box by box."""
+    """Compute the prior image by image and box by box."""
     maps = []
     for anchors in levels:
         result = torch.zeros(images, *anchors.shape[:2], device=boxes.device)
@@ -72,7 +73,7 @@ def loop_iou_mask(boxes: Tensor, levels: list[Tensor], images: int, graded: bool
 
 
 def images_iou_mask(boxes: Tensor, levels: list[Tensor], images: int, graded: bool) -> list[Tensor]:
-    """Image by image, all its boxes at once: (boxes, H, W, A) at a time."""
+    """Compute the prior image by image, with all boxes of an image at once: (boxes, H, W, A)."""
     maps = []
     for anchors in levels:
         result = torch.zeros(images, *anchors.shape[:2], device=boxes.device)
@@ -87,7 +88,7 @@ def images_iou_mask(boxes: Tensor, levels: list[Tensor], images: int, graded: bo
 
 
 def loop_box_balance(boxes: Tensor, images: int) -> list[Tensor]:
-    """Image by image, box by box."""
+    """Compute the prior image by image and box by box."""
     maps = []
     for height, width in SIZES:
         result = torch.zeros(images, height, width, device=boxes.device)
@@ -109,13 +110,13 @@ def milliseconds(run: Callable[[], object], repeats: int, device: torch.device) 
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if repeat:  # the first warms up
+        if repeat:  # the first run warms up
             measured.append(1e3 * (time.perf_counter() - start))
     return measured
 
 
 class Case(NamedTuple):
-    """A prior: ours, what to beat, and the loop in float64 that says what is right."""
+    """A prior: fastkd's op, the loops to compare it with, and the loop in float64 that gives the expected maps."""
 
     name: str
     ours: Maps
@@ -169,7 +170,7 @@ def main() -> None:
     device = options.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{options.images} images x {options.boxes} boxes at {IMAGE[0]} px; torch {torch.__version__}, {where}\n")
-    print("| prior | provider | ms (quartiles) | times ours |\n|---|---|---|---|")
+    print("| prior | provider | ms (quartiles) | times fastkd's |\n|---|---|---|---|")
     for case in cases(random_boxes(options.images, options.boxes).to(device), options.images):
         for ours, right in zip(case.ours(), case.truth(), strict=True):
             torch.testing.assert_close(ours, right, rtol=case.tolerance, atol=case.tolerance)

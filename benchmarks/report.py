@@ -1,8 +1,8 @@
-"""The benchmarks' JSON as a Markdown report with plots: what ``make bench`` ends with.
+"""Writes the report of the benchmarks, as Markdown with plots, from their JSON file: the last step of ``make bench``.
 
     python benchmarks/report.py benchmarks/results/cpu.json
 
-Writes cpu.md and three figures beside it.
+It writes cpu.md and three figures beside the JSON file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BESIDE = ("eager", "torch.compile")
 FLOOR = "the floor"
 STEP_TARGETS = ((16, FLOOR, 1.4), (16, "eager", 7.0), (16, "torch.compile", 1.8),
                 (1, FLOOR, 1.7), (1, "eager", 4.0), (1, "torch.compile", 1.7))  # fmt: skip
-CONSTANT_TARGET = 1.3  # times the floor: what it took before the step was one pass
+CONSTANT_TARGET = 1.3  # times the floor, as before the step was one pass
 HOST_TARGETS = {"distill_loss": 5.0, 'DistillLoss("auto"), graded_iou': 9.0}
 OPERATION_TARGETS = {
     "distill_loss": 4,
@@ -31,13 +31,14 @@ COLOURS = {"fastkd": "#1b6ca8", "eager": "#c44536", "torch.compile": "#e09f3e", 
 
 
 def read(path: Path) -> tuple[Row, list[Row]]:
-    """Machine and versions, and each benchmark's ``extra_info``; of one case's turns one, with the rounds of all."""
+    """Return machine and versions, and each benchmark's ``extra_info``; the turns of a case are joined into one."""
     found = json.loads(path.read_text())
     infos = [x["extra_info"] for x in found["benchmarks"]]
     return {**found["machine_info"], "date": found["datetime"]}, together(infos)
 
 
 def together(infos: Iterable[Row]) -> list[Row]:
+    """Join the rounds of benchmarks that are turns of the same case."""
     of: dict[str, Row] = {}
     for info in infos:
         title = str({key: value for key, value in info.items() if not isinstance(value, (list, dict))})
@@ -50,7 +51,7 @@ def together(infos: Iterable[Row]) -> list[Row]:
 
 
 def rows_of(infos: Iterable[Row], kind: str) -> Iterator[Row]:
-    """One row per provider of a kind's benchmarks; ``rounds`` has the times of all providers in the same rounds."""
+    """Yield a row per provider of a kind's benchmarks; ``rounds`` has the times of all providers in the same rounds."""
     for info in pick(infos, kind=kind):
         rounds = {step["provider"]: step["ms"] for step in info["steps"]}
         for step in info["steps"]:
@@ -78,7 +79,7 @@ def one(rows: Iterable[Row], **wanted: Any) -> Row:
 
 
 def faster(row: Row, other: str) -> list[float]:
-    """How many times as fast as another in each round: times of one round share the machine's speed."""
+    """Return how many times as fast as another provider it is in each round, which cancels the machine's speed."""
     return ratios(row["rounds"][other], row["ms"])
 
 
@@ -90,12 +91,12 @@ def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
     return [x / y for x, y in zip(times, others, strict=True)]
 
 
-# ---- the step, against its targets
+# ---- the step, and its targets
 
 
 def targets(infos: Sequence[Row]) -> list[str]:
-    """What was asked of the step, and whether it is met."""
-    lines = ["| what | asked | measured, median (quartiles) | |", "|---|---|---|---|"]
+    """Return a table of the targets of the step, and whether they are met."""
+    lines = ["| what | target | measured, median (quartiles) | |", "|---|---|---|---|"]
     lines += [*step_targets(infos), *constant_target(infos), *host_targets(infos), *operation_targets(infos)]
     return [*lines, ""]
 
@@ -167,7 +168,7 @@ def step_tables(infos: Sequence[Row]) -> list[str]:
 
 
 def table(rows: Sequence[Row], beside: Sequence[str] = ()) -> list[str]:
-    """One line per provider: time, how many times as fast as others of the same case, floor, memory."""
+    """Return one line per provider: time, how many times as fast as others in the same case, floor, memory."""
     memory = ("page faults", "peak MiB") if "faults" in rows[0] else ()
     lines = [
         f"| provider | ms, median (quartiles) | {' | '.join([*beside, 'times floor', *memory])} |",
@@ -279,17 +280,17 @@ def report(about: Row, infos: Sequence[Row], loss: Sequence[Row], figures: dict[
         "",
         f"`make bench`, {about['date'][:10]}: {machine}; torch {about.get('torch')}, Python {about['python_version']}.",
         "",
-        "## The step that people run",
+        "## The loss in training",
         "",
-        '`DistillLoss(weight="auto")` in training, calibrated, with the trainer\'s map and a task loss that falls from',
-        "step to step. Inside the time of each provider: the prior from 8 boxes per image (`priors.iou_mask`, graded),",
-        "the adapters where there are any, the loss with its factor, the averages that give the next step's factor,",
+        '`DistillLoss(weight="auto")` in training, calibrated, with the trainer\'s map and a task loss that decreases',
+        "from step to step. The time of each provider includes the prior from 8 boxes per image (`priors.iou_mask`,",
+        "graded), the adapters if there are any, the loss with its factor, the averages for the next step's factor,",
         "and the gradients of the student's features and the adapters. *eager* is the same loss with",
         '`backend="reference"`; *torch.compile* compiles its formula and the adapters, and gets prior and factor from',
-        "our ops. *The floor* is one read of student and teacher and one write of the gradient, by `torch.add(out=)`,",
-        "three times the bytes of all student features. All were timed in the same rounds, each after the floor;",
-        "ratios are medians over rounds of the ratio within a round, as the machine's speed comes and goes by half.",
-        "All first had to give the same loss and gradients.",
+        "fastkd's ops. *The floor* is one read of student and teacher and one write of the gradient, by",
+        "`torch.add(out=)`: three times the bytes of all student features. All providers were timed in the same",
+        "rounds, each after the floor; ratios are medians over rounds of the ratio within a round, because the",
+        "machine's speed varies by half. Before the timing, all had to give the same loss and gradients.",
         "",
         *targets(infos),
         *step_tables(infos),
@@ -297,16 +298,16 @@ def report(about: Row, infos: Sequence[Row], loss: Sequence[Row], figures: dict[
         "",
         "YOLOv3 teaches YOLOv3-tiny at 416 px, both of full width, float32, with the trainer's defaults: detection",
         'loss, graded_iou with its prior, `weight="auto"`, backbone and neck through 1×1 adapters, SGD; one step of',
-        "each per round. The teacher's forward is in every step but the student's alone. The last column is measured",
-        "by itself, from cold caches, after the adapters.",
+        "each per round. Every step except that of the student alone includes the teacher's forward. The last column",
+        "was measured separately, with cold caches, after the adapters.",
         "",
         *training_table(infos),
         "## The loss alone",
         "",
         "Forward and backward of the default map (energy, mean) with a constant weight. Columns *eager* and",
-        "*torch.compile* say how many times as fast as these a provider is. *Page faults* are those of one step: fresh",
-        "pages can cost eager half of its time. Peak memory is of the process, in one step, beyond the features and",
-        "what was allocated before.",
+        "*torch.compile* give how many times as fast as these a provider is. *Page faults* are those of one step: new",
+        "pages can take half of eager's time. Peak memory is that of the process in one step, above the memory before",
+        "it, which includes the features.",
         "",
         f"![time against batch and size]({figures['scaling'].name})",
         "",
@@ -321,9 +322,10 @@ def report(about: Row, infos: Sequence[Row], loss: Sequence[Row], figures: dict[
         "**On one thread, same6, N = 4**",
         "",
         *table(pick(loss, group="threads"), BESIDE),
-        "## Against what else is used",
+        "## Other distillation losses",
         "",
-        "From the formulas, in plain PyTorch as their users run it; ours of the same formula beside it, if it has one.",
+        "They are written from their formulas in plain PyTorch, as their users run them.",
+        "*fastkd, as ...* is fastkd's loss with the same formula.",
         "",
         f"![time of each]({figures['peers'].name})",
         "",

@@ -1,4 +1,4 @@
-"""Contenders beside each other: each round times them all one after the other, so that a slow moment hits all alike."""
+"""Times contenders in rounds: each round times all of them one after the other, so that a slow moment affects all."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ def milliseconds(run: Run) -> float:
 
 
 class Contender:
-    """A step and its times by round.
+    """A function that is timed, and its times by round.
 
     Args:
-        run: what is timed; its result goes at once.
-        prepare: what is run before each round, untimed.
-        floor: what is timed before each run, after a run of its own, so that all find the caches alike.
+        provider: its name.
+        run: the function; its result is freed at once.
+        prepare: is called before each round, without timing.
+        floor: is called twice before each run, the second time with timing, so that the caches are the same for all
+            contenders.
     """
 
     def __init__(self, provider: str, run: Run, *, prepare: Run | None = None, floor: Run | None = None) -> None:
@@ -40,12 +42,12 @@ class Contender:
             self.floor_ms.append(milliseconds(self._floor))
 
     def measure(self) -> None:
-        """One round."""
+        """Run and time one round."""
         self.prepare()
         self.ms.append(milliseconds(self))
 
     def forget(self) -> None:
-        """What was measured so far."""
+        """Drop the times so far."""
         self.ms.clear()
         self.floor_ms.clear()
 
@@ -55,12 +57,12 @@ class Contender:
 
 
 def compete(benchmark: Any, contenders: Sequence[Contender], rounds: Callable[[float], int]) -> None:
-    """Time all in the same rounds; pytest-benchmark's own numbers are those of the first.
+    """Time all contenders in the same rounds; pytest-benchmark's own numbers are those of the first.
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        contenders: warmed up.
-        rounds: how many, from the milliseconds of one.
+        contenders: the contenders, warmed up.
+        rounds: returns the number of rounds from the milliseconds of one.
     """
     first, *others = contenders
 

@@ -1,7 +1,8 @@
-"""What the parts of a training step take: ``python benchmarks/step_parts.py``, for the student alone and distilled.
+"""Times the parts of a training step, for the student alone and distilled: ``python benchmarks/step_parts.py``.
 
-YOLOv3 teaches YOLOv3-tiny with the trainer's defaults: the student alone, the same distillation in plain PyTorch with
-the teacher as it is, and fastkd. Each round takes one step of each; medians and, of the whole step, quartiles.
+YOLOv3 teaches YOLOv3-tiny with the trainer's defaults. The contenders are the student alone, the same distillation in
+plain PyTorch without folding the teacher's batch norms, and fastkd. A round has one step of each; the tables give
+medians and, for the whole step, quartiles.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from workloads import random_targets
 from fastkd.distiller import takes_output
 from fastkd.yolov3.train.objective import Objective
 
-FEWER: dict[str, dict[str, Any]] = {  # passes of the teacher
+FEWER: dict[str, dict[str, Any]] = {  # options for fewer passes of the teacher
     "every 2nd step": {"teacher_every": 2},
     "every 4th step": {"teacher_every": 4},
     "half of the images": {"teacher_images": 0.5},
@@ -35,7 +36,7 @@ PARTS = ("student's forward", "detection loss", "teacher", "prior", "adapters an
 
 
 class Clock:
-    """Milliseconds of functions by name, one list entry a step."""
+    """Records the milliseconds of functions by name, with one list entry per step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -67,7 +68,7 @@ class Clock:
 
 
 class Step:
-    """A step of the optimiser, its parts timed; the mean of as many as the teacher runs in one of."""
+    """A training step with timed parts; the mean of ``teacher_every`` steps, in one of which the teacher runs."""
 
     def __init__(self, provider: str, width: float, side: int, batch: int, device: str) -> None:
         images = random_images(batch, side, device)
@@ -104,7 +105,7 @@ class Step:
 
         def timed_prior(*args: Any) -> Any:
             prior = prior_of(*args)
-            if provider == "eager" and not takes_output(prior):  # who writes a step in plain PyTorch runs the teacher
+            if provider == "eager" and not takes_output(prior):  # plain PyTorch runs the whole teacher
                 sizes_alone = prior
                 prior = lambda output, sizes: sizes_alone(sizes)  # noqa: E731
             return self.clock.timed("prior", prior)
@@ -115,7 +116,7 @@ class Step:
 def report(width: float, side: int, batch: int, rounds: int, device: str) -> str:
     steps = {provider: Step(provider, width, side, batch, device) for provider in PROVIDERS}
     for i in range(rounds + 4):
-        if i == 4:  # the first ones calibrate, fold and look for the best convolutions
+        if i == 4:  # the first rounds calibrate, fold batch norms and choose convolution algorithms
             for step in steps.values():
                 step.clock.steps.clear()
         for step in steps.values():
@@ -147,7 +148,7 @@ def spread(times: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="instead of each setting's own")
+    parser.add_argument("--rounds", type=int, help="number of rounds, instead of each setting's own")
     parser.add_argument("--device", choices=SETTINGS, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     for width, side, batch, rounds in SETTINGS[options.device]:

@@ -1,12 +1,13 @@
-"""Distillation in Ultralytics' trainer side by side: none, Ultralytics' own ``distill_model``, fastkd.
+"""Compares distillation methods in Ultralytics' trainer: none, Ultralytics' own ``distill_model``, and fastkd.
 
     .venv/bin/python benchmarks/ultralytics_side_by_side.py            # half an hour on two idle cores
-    .venv/bin/python benchmarks/ultralytics_side_by_side.py --smoke    # does it run at all?
+    .venv/bin/python benchmarks/ultralytics_side_by_side.py --smoke    # a short trial that it runs
 
-On digits scenes, with the pair that Ultralytics' own accepts (heads of equal length): a YOLOv8 of nano width, which saw
-many scenes, teaches one of half its width, which sees few. Same teacher, scenes, seeds, initial weights and settings
-for all; each method has its own defaults. The scenes of the validation choose nothing: the last weights are scored.
-Writes ``ultralytics.json`` and ``ultralytics.md``. Needs what ``make setup`` installs; nothing is downloaded.
+The data are digits scenes. The models are a pair that Ultralytics' own method accepts (heads of equal length): a YOLOv8
+of nano width, trained on many scenes, teaches a YOLOv8 of half the width, which is trained on few. All methods have the
+same teacher, scenes, seeds, initial weights and settings, and otherwise their own defaults. The validation scenes are
+not used to choose anything: the last weights are scored. The program writes ``ultralytics.json`` and
+``ultralytics.md``. It needs what ``make setup`` installs, and downloads nothing.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ METHODS = ("no teacher", "Ultralytics distill_model", "fastkd")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=40, help="of a student")
-    parser.add_argument("--scenes", type=int, default=200, help="that a student sees")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of a student")
+    parser.add_argument("--scenes", type=int, default=200, help="training scenes of a student")
     parser.add_argument("--teacher-epochs", type=int, default=8)
     parser.add_argument("--teacher-scenes", type=int, default=3000)
     parser.add_argument("--val-scenes", type=int, default=300)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--smoke", action="store_true", help="the least of everything, into a folder that goes away")
+    parser.add_argument("--smoke", action="store_true", help="a short trial; its results are not kept")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if "YOLO_CONFIG_DIR" not in os.environ:
@@ -63,9 +64,9 @@ def main() -> None:
 
 
 def _start_again(scratch: Path) -> int:
-    """The same in a process that sees Ultralytics; its exit status."""
+    """Run this program again in a process that can import Ultralytics; return its exit status."""
     if packages() is None:
-        sys.exit("Ultralytics is not installed for benchmarks; run: make setup")
+        sys.exit("Ultralytics is not installed; run: make setup")
     env = environment(scratch)
     env.pop("OMP_NUM_THREADS")
     return subprocess.run([sys.executable, *sys.argv], env=env).returncode
@@ -86,7 +87,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "lr0": 0.003,
         "warmup_epochs": 1,
         "mosaic": 0.0,
-        "fliplr": 0.0,  # a mirrored digit is none
+        "fliplr": 0.0,  # a mirrored digit is not a digit
         "device": "cpu",
         "val": False,
         "plots": False,
@@ -102,7 +103,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     runs = []
     for seed in range(args.seeds):
-        for method, way in ways.items():  # in turns, as the machine's speed comes and goes
+        for method, way in ways.items():  # methods alternate, because the machine's speed varies
             more = {"data": str(few), "epochs": args.epochs, "seed": seed, **way()}
             runs.append({"method": method, "seed": seed, **run(yaml_of[0.125], f"s{len(runs)}", {**settings, **more})})
     return {
@@ -116,7 +117,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def run(model: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """mAP of the last weights, in percent, and seconds an epoch, of a training run."""
+    """Train a model; return mAP of the last weights, in percent, and seconds per epoch."""
     from ultralytics import YOLO
 
     student = YOLO(model)
@@ -124,7 +125,7 @@ def run(model: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     folder = Path(student.trainer.save_dir)
     with (folder / "results.csv").open() as file:
         clock = [float(row["time"]) for row in csv.DictReader(file)]
-    between = [b - a for a, b in zip([0.0, *clock], clock, strict=False)][:-1]  # the last epoch's has the validation
+    between = [b - a for a, b in zip([0.0, *clock], clock, strict=False)][:-1]  # the last epoch includes the validation
     last = YOLO(folder / "weights" / "last.pt")
     box = last.val(data=settings["data"], imgsz=96, batch=32, device="cpu", plots=False, verbose=False).box
     return {
@@ -152,12 +153,12 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"Ultralytics {report['versions']['ultralytics']}, torch {report['versions']['torch']}, "
         f"{report['machine']['threads']} threads; {settings['scenes']} scenes, {settings['epochs']} epochs, {seeds} "
-        f"seeds; scored on {settings['val_scenes']} scenes that chose nothing. The teacher, YOLOv8 of "
-        f"{teacher['parameters']:,} parameters, saw {settings['teacher_scenes']} scenes for "
+        f"seeds; scored on {settings['val_scenes']} scenes that were not used to choose anything. The teacher, a "
+        f"YOLOv8 of {teacher['parameters']:,} parameters, was trained on {settings['teacher_scenes']} scenes for "
         f"{settings['teacher_epochs']} epochs: {teacher['map50_95']:.1f} mAP50-95. The student has "
-        f"{runs[0]['parameters']:,} parameters. Each method with its own defaults; neither was tuned.",
+        f"{runs[0]['parameters']:,} parameters. Each method has its own defaults; none was tuned.",
         "",
-        "| student | mAP50-95, mean | each seed | mAP50, mean | s an epoch, median |",
+        "| student | mAP50-95, mean | each seed | mAP50, mean | s per epoch, median |",
         "|---|---|---|---|---|",
     ]
     for method in METHODS:

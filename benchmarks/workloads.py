@@ -1,4 +1,4 @@
-"""The workloads that every benchmark names, the step of the loss that people run on them, and its rivals."""
+"""The workloads of the benchmarks, and steps of the loss on them: fastkd's, plain PyTorch's and torch.compile's."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fastkd.loss_weight import LossWeight
 from fastkd.priors import iou_mask
 from fastkd.yolov3 import YOLOv3
 
-# (channels, height) of each level, teacher side: YOLOv3's backbone and neck
+# (channels, height) of the teacher's features at each level of YOLOv3's backbone and neck
 WORKLOADS = {
     "same6": [(256, 52), (512, 26), (1024, 13), (128, 52), (256, 26), (512, 13)],
     "tiny5": [(256, 52), (512, 26), (1024, 13), (512, 26), (1024, 13)],
     "large6": [(256, 80), (512, 40), (1024, 20), (128, 80), (256, 40), (512, 20)],
 }
-STUDENT_CHANNELS = {"tiny5": [128, 256, 512, 256, 512]}  # YOLOv3-tiny's, where adapters are part of a step
+STUDENT_CHANNELS = {"tiny5": [128, 256, 512, 256, 512]}  # YOLOv3-tiny's, for steps with adapters
 BOXES = 8  # per image
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 Step = Callable[[Tensor], tuple[Tensor, ...]]  # from the task loss to the loss and the gradients
 
 
 def shrink() -> None:
-    """Make all workloads tiny, to see that code runs."""
+    """Make all workloads tiny, to check that code runs."""
     for name, levels in WORKLOADS.items():
         WORKLOADS[name] = [(max(c // 32, 4), 8 * h // levels[0][1]) for c, h in levels]
     for name, channels in STUDENT_CHANNELS.items():
@@ -40,14 +40,14 @@ def shrink() -> None:
 def features(
     workload: str, n: int, dtype: torch.dtype, channels_last: bool, device: str = "cpu"
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Random student (requires grad) and teacher features of a workload, after the adapters."""
+    """Return random features of a workload after the adapters: the student's, which require grad, and the teacher's."""
     return random_features([(n, c, h, h) for c, h in WORKLOADS[workload]], dtype, channels_last, device)
 
 
 def random_features(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, channels_last: bool, device: str = "cpu"
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Random student (requires grad) and teacher features of these shapes."""
+    """Return random features of these shapes: the student's, which require grad, and the teacher's."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     generator = torch.Generator(device).manual_seed(0)
     student, teacher = (
@@ -58,7 +58,7 @@ def random_features(
 
 
 def random_targets(n: int, side: int, device: str = "cpu") -> Tensor:
-    """(M, 6): image, class and corners in pixels of square images of this side, as ``DetectionLoss`` takes them."""
+    """Return targets (M, 6) of square images of this side, as ``DetectionLoss`` takes them: image, class, corners."""
     g = torch.Generator().manual_seed(0)
     image = torch.arange(n).repeat_interleave(BOXES)[:, None].float()
     label = torch.randint(80, (n * BOXES, 1), generator=g).float()
@@ -68,22 +68,22 @@ def random_targets(n: int, side: int, device: str = "cpu") -> Tensor:
 
 @dataclass
 class StepInputs:
-    """What one step of the loss gets: features, and the boxes that its prior comes from."""
+    """The inputs of a step of the loss: features, and the boxes from which its prior is computed."""
 
     student: list[Tensor]
     teacher: list[Tensor]
     boxes: Tensor  # (M, 5): image and corners in pixels
-    anchors: list[Tensor]  # of each level
-    adapters: bool  # whether the student's features still lack the teacher's widths
-    saved: list[Tensor] = field(default_factory=list)  # the teacher's features, to write them again
+    anchors: list[Tensor]  # anchors of each level, (A, 2)
+    adapters: bool  # whether the student's features still need adapters to the teacher's widths
+    saved: list[Tensor] = field(default_factory=list)  # a copy of the teacher's features
 
     def restore(self) -> None:
-        """Write the teacher's features again, whose memory a gradient may have taken."""
+        """Restore the teacher's features, which may have been donated to a gradient."""
         self.saved = self.saved or [t.clone() for t in self.teacher]
         torch._foreach_copy_(self.teacher, self.saved)
 
     def prior(self) -> list[Tensor]:
-        """The graded IoU mask of the boxes, which is the trainer's default."""
+        """Return the graded IoU mask of the boxes, the trainer's default prior."""
         sizes = [(t.shape[2], t.shape[3]) for t in self.teacher]
         side = YOLOv3.strides[0] * sizes[0][0]
         return iou_mask(self.boxes, self.anchors, sizes, (side, side), len(self.teacher[0]), graded=True)
@@ -97,7 +97,7 @@ def step_inputs(
     device: str = "cpu",
     adapters: bool = False,
 ) -> StepInputs:
-    """Random inputs of a step; with ``adapters``, the student's features have the student's widths."""
+    """Return random inputs of a step; with ``adapters``, the student's features have the student's widths."""
     student, teacher = features(workload, n, dtype, channels_last, device)
     if adapters:
         narrow = [(n, c, *t.shape[2:]) for c, t in zip(STUDENT_CHANNELS[workload], teacher, strict=True)]
@@ -113,23 +113,25 @@ def step_inputs(
 def eager(
     student: Sequence[Tensor], teacher: Sequence[Tensor], info_map: str | InfoMap = "self_information", **more: Any
 ) -> Tensor:
-    """The loss in plain PyTorch."""
+    """Return the loss in plain PyTorch."""
     return fastkd.distill_loss(student, teacher, info_map=info_map, backend="reference", **more)
 
 
 def loss_step(
     provider: str, x: StepInputs, info_map: str = "graded_iou", *, fold_bias: bool = True, donate: bool = False
 ) -> Step:
-    """The step that people run: the prior from the boxes, adapters if any, the loss with its auto weight, gradients.
+    """Return a step of the loss as in training: prior from the boxes, adapters, loss with auto weight, gradients.
 
     Args:
-        provider: ``"fastkd"``, which takes the backend that suits most, or ``"fastkd-<backend>"``: ``DistillLoss`` in
-            training with ``weight="auto"``, calibrated. ``"eager"``: the same in plain PyTorch (the adapters with
-            their bias in the convolution). ``"torch.compile"``: the plain formula and the adapters, compiled; prior and
-            weight come from the same ops as ours, so that these cost all the same.
-        fold_bias: whether our adapters leave their bias to the loss; False: plain convolutions.
-        donate: whether the gradients take the memory of the teacher's features, as a ``Distiller`` has it where nobody
-            else holds them; ``x.restore()`` before each step.
+        provider: ``"fastkd"`` for the default backend, or ``"fastkd-<backend>"``: ``DistillLoss`` in training with
+            ``weight="auto"``, calibrated. ``"eager"``: the same in plain PyTorch (the adapters with their bias in the
+            convolution). ``"torch.compile"``: the plain formula and the adapters, compiled; prior and weight come from
+            the same ops as fastkd's, so that their cost is the same for all.
+        x: the inputs.
+        info_map: the information map.
+        fold_bias: whether fastkd's adapters leave their bias to the loss; False: plain convolutions.
+        donate: whether the teacher's features are donated to the gradients, as a ``Distiller`` does if it is the only
+            owner; call ``x.restore()`` before each step.
     """
     torch.manual_seed(0)
     device, kind = x.student[0].device, x.student[0].dtype
@@ -176,7 +178,7 @@ def _compiled_step(x: StepInputs, criterion: DistillLoss, info_map: str, wanted:
 
 
 class FallingTask:
-    """A task loss that is another at every step, as in training."""
+    """A task loss that decreases at every step, as in training."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.value = torch.tensor(10.0, device=device)
@@ -187,7 +189,7 @@ class FallingTask:
 
 
 def adapters_step(x: StepInputs, bias: bool = True) -> Callable[[], tuple[Tensor, ...]]:
-    """The adapters alone, forward and backward."""
+    """Return a step of the adapters alone, forward and backward."""
     layers = [
         nn.Conv2d(s.shape[1], t.shape[1], 1, bias=bias, device=s.device, dtype=s.dtype)
         for s, t in zip(x.student, x.teacher, strict=True)
@@ -201,7 +203,10 @@ def adapters_step(x: StepInputs, bias: bool = True) -> Callable[[], tuple[Tensor
 
 
 def floor(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Callable[[], None]:
-    """What no loss can beat: read student and teacher once, write one gradient (3 units of the student's bytes)."""
+    """Return a lower bound of a step: read student and teacher once, and write one gradient.
+
+    It moves three units, where one unit is the bytes of all student features.
+    """
     out = [torch.empty_like(s) for s in student]
 
     def run() -> None:
@@ -212,12 +217,12 @@ def floor(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Callable[[], 
 
 
 def floor_of(x: StepInputs) -> Callable[[], None]:
-    """The floor at the teacher's widths."""
+    """Return the floor at the teacher's widths."""
     return floor([torch.zeros_like(t) for t in x.teacher] if x.adapters else x.student, x.teacher)
 
 
 class TrivialFunction(torch.autograd.Function):
-    """What autograd takes by itself, forward and backward."""
+    """A function that does nothing, to measure the time of autograd itself, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -229,7 +234,7 @@ class TrivialFunction(torch.autograd.Function):
 
 
 def host_steps(device: str = "cpu") -> dict[str, Callable[[], object]]:
-    """Steps whose time is the host's alone: six levels of 128 elements, bfloat16, channels_last; the prior is made."""
+    """Return steps that take time on the host only: six levels of 128 elements, bfloat16, channels_last, with prior."""
     student, teacher = random_features([(1, 8, 4, 4)] * 6, torch.bfloat16, True, device)
     box, anchors = torch.tensor([[0.0, 10, 10, 60, 80]], device=device), torch.ones(6, 1, 2, device=device)
     prior = iou_mask(box, anchors, [(4, 4)] * 6, (128, 128), 1, graded=True)
@@ -248,13 +253,17 @@ def host_steps(device: str = "cpu") -> dict[str, Callable[[], object]]:
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts the operations that a block dispatches, by name; views and bare allocations launch nothing."""
+    """Counts the operations that a block dispatches, by name, without views and allocations, which launch no kernel."""
 
     NOTHING = ("detach", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view")
 
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return sum(self.names.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
@@ -265,7 +274,7 @@ class Dispatched(TorchDispatchMode):
 
 
 def dispatched(run: Callable[[], object]) -> Counter[str]:
-    """The operations of a call after two that warm it up, by name."""
+    """Return the operations of a call, by name, after two calls that warm up."""
     for _ in range(2):
         run()
     with Dispatched() as found:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fastkd.yolov3.onnx_detector import Exported
     from fastkd.yolov3.train.config import TrainConfig
 
-# what the extra [train] brings: package to module
+# packages of the extra [train], and the module of each
 EXTRAS = {
     "accelerate": "accelerate",
     "defusedxml": "defusedxml",
@@ -51,12 +51,12 @@ EXPORT_EXTRAS = ("onnx", "onnxruntime", "onnxscript")  # what [export] brings
 OVERVIEW = """\
 Train small object detectors with the help of large ones (knowledge distillation).
 
-  fastkd demo                                the whole story in minutes on a CPU
-  fastkd doctor                              is everything installed, does distillation work here
+  fastkd demo                                train a student with and without distillation, in minutes on a CPU
+  fastkd doctor                              check what is installed and whether distillation works
 """
 
 TRAIN = """\
-Train a detector; with --teacher, distil that teacher into it.
+Train a detector; with --teacher, it also learns from that teacher (knowledge distillation).
 
   fastkd data digits --out runs/digits
   fastkd train --data runs/digits --out runs/teacher --model yolov3 --width 0.25 --size 96 --steps 1200 \\
@@ -64,10 +64,10 @@ Train a detector; with --teacher, distil that teacher into it.
   fastkd train --data runs/digits --train train_100 --out runs/student --width 0.25 --size 96 --steps 1280 \\
                --lr 0.128 --weight-decay 0.05 --distill-share 4 --cache --teacher runs/teacher/model.pt
 
-The folder of --out gets model.pt (the detector alone), model.weights (Darknet's format), checkpoint.pt (to go on from,
-with --resume), metrics.jsonl and TensorBoard curves (tensorboard --logdir runs).
-Few images of your own? Begin with trained weights: --init yolov3-tiny.weights, whatever their classes.
-Several GPUs: torchrun --nproc-per-node 4 -m fastkd train ...
+The folder of --out gets model.pt (the detector alone), model.weights (Darknet's format), checkpoint.pt (from which
+--resume continues), metrics.jsonl and TensorBoard curves (tensorboard --logdir runs).
+With few images of your own, start from trained weights: --init yolov3-tiny.weights; their classes may be others.
+With several GPUs: torchrun --nproc-per-node 4 -m fastkd train ...
 """
 
 DATA_HELP = """data set: a folder in the layout of COCO (annotations/NAME.json or annotations/instances_NAME.json,
@@ -75,12 +75,12 @@ images in images/NAME, NAME or images; or NAME/_annotations.coco.json beside its
 (ImageSets/Main/NAME.txt, Annotations, JPEGImages; or .xml files beside the images of NAME), of YOLO (data.yaml, or
 images and labels with classes.txt), of Darknet (obj.data), or with NAME_labels.csv; docs/data.md shows them all"""
 
-HELP_OF_VAL = """validation set, or 'none' (default: val, for which a tenth of --train is held back where --data has
-none; --out's folder split says which)"""
+HELP_OF_VAL = """validation set, or 'none' (default: val; if --data has no such set, a tenth of --train is held back,
+and the folder split in --out lists its images)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 1 (doctor found a fault), 2 (wrong input), 130 (stopped)."""
+    """Run one command; return the exit status: 0, 1 (doctor or data check found a fault), 2 (error), 130 (stopped)."""
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.command(arguments)
@@ -96,13 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error))
     except KeyboardInterrupt:
-        way_on = "; the same command with --resume goes on" if arguments.command is _train else ""
-        print(f"\nstopped{way_on}", file=sys.stderr)
+        hint = "; to continue, run the same command with --resume" if arguments.command is _train else ""
+        print(f"\nstopped{hint}", file=sys.stderr)
         return 130
 
 
 def _fail(message: str) -> int:
-    if "Original Traceback" in message:  # of a process that loads images: its last line has the error itself
+    if "Original Traceback" in message:  # an error in a data loader process: the last line has the error itself
         message = message.strip().splitlines()[-1].partition(": ")[2]
     print(f"fastkd: error: {message}", file=sys.stderr)
     return 2
@@ -147,7 +147,7 @@ def _add_train(commands: Any) -> None:
     data.add_argument("--train", default="train", metavar="NAME", help="training set in --data (default: train)")
     data.add_argument("--val", default="val", metavar="NAME", help=HELP_OF_VAL)
 
-    # no defaults here: what is not given is left to TrainConfig, and a test compares the texts with it
+    # Without a default here, an option that is not given has the default of TrainConfig; a test compares the texts.
     def add(group: Any, flag: str, help_text: str, **options: Any) -> None:
         options.setdefault("default", argparse.SUPPRESS)
         if "action" not in options and "choices" not in options:
@@ -156,93 +156,86 @@ def _add_train(commands: Any) -> None:
 
     add(data, "--size", "side of the network's square input in pixels, a multiple of 32 (default: 416)", type=int)
     add(data, "--limit", "use the first N training images (default: all)", type=int)
-    add(data, "--workers", "processes that load images (default: 0)", type=int)
+    add(data, "--workers", "number of processes that load images (default: 0)", type=int)
     add(data, "--strict", "stop at an image that can't be read, instead of leaving it out", action="store_true")
-    add(data, "--cache", "keep decoded images in memory: faster, for sets that fit", action="store_true")
-    add(data, "--flip", "chance of mirroring an image; keep 0 where it changes the meaning (default: 0)", type=float)
-    add(data, "--mosaic", "chance of joining an image with three others (default: 0)", type=float)
+    add(data, "--cache", "keep decoded images in memory: faster, if they fit", action="store_true")
+    flip = "probability of mirroring an image; keep 0 if mirroring changes the class (default: 0)"
+    add(data, "--flip", flip, type=float)
+    add(data, "--mosaic", "probability of joining an image with three others (default: 0)", type=float)
 
     model = parser.add_argument_group("model")
     names = ("yolov3", "yolov3-tiny")
-    add(model, "--model", "what to train (default: yolov3-tiny)", choices=names)
+    add(model, "--model", "the detector to train (default: yolov3-tiny)", choices=names)
     add(model, "--width", "multiplier of its channels (default: 1.0)", type=float)
-    init = ".pt or .weights file to start from; of other classes, all but its heads' last layers"
+    init = ".pt or .weights file to start from; if its classes are others, the heads' last layers start at random"
     add(model, "--init", f"{init} (default: random weights)")
-    kept = "those of --init if it has the data's classes, else of the data"
-    anchors = f"found on the data, or those of --init or of the model (default: {kept})"
+    kept = "default if --init has the classes of the data, else data"
+    anchors = f"data: chosen for the training set; default: those of --init or of the model (default: {kept})"
     add(model, "--anchors", anchors, choices=("data", "default"))
 
-    match = (
-        "a box trains each anchor that fits its size with more IoU; teachers of more heads than the student want less"
-    )
-    add(model, "--match-threshold", f"{match}, 0.3 say (default: 0.5)", type=float)
+    match = "a box is assigned to each anchor whose size has a larger IoU with its own"
+    less = "take less, for example 0.3, for a teacher with more heads than the student"
+    add(model, "--match-threshold", f"{match}; {less} (default: 0.5)", type=float)
 
     kd = parser.add_argument_group("distillation")
     add(kd, "--teacher", "model.pt of a trained teacher, or Darknet .weights (default: no distillation)")
-    add(kd, "--teacher-model", "what a .weights teacher is (default: as its .cfg or its size says)", choices=names)
-    add(kd, "--teacher-every", "the teacher runs in one of so many steps: cheaper (default: 1)", type=int)
-    part = "part of a batch's images that it sees, for example 1/2 or 1/3: cheaper (default: 1.0)"
+    add(kd, "--teacher-model", "model of a .weights teacher (default: from its .cfg file, or its size)", choices=names)
+    add(kd, "--teacher-every", "run the teacher in one of N steps only: cheaper (default: 1)", type=int)
+    part = "fraction of a batch's images that the teacher sees, for example 1/2 or 1/3: cheaper (default: 1.0)"
     add(kd, "--teacher-images", part, type=_fraction, metavar="N")
-    add(
-        kd,
-        "--unlabelled",
-        "folder of images without labels, which the teacher explains (default: none)",
-        metavar="DIR",
-    )
-    add(kd, "--unlabelled-batch", "how many of them a step (default: as --batch)", type=int)
+    unlabelled = "folder of images without labels, which only the distillation loss uses (default: none)"
+    add(kd, "--unlabelled", unlabelled, metavar="DIR")
+    add(kd, "--unlabelled-batch", "number of unlabelled images per step (default: as --batch)", type=int)
     add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=weight_of, metavar="N")
-    add(kd, "--distill-share", "auto: hold it at so many times the detection loss (default: 1.0)", type=float)
-    add(kd, "--info-map", "where in the features to look (default: graded_iou)", metavar="NAME")
+    add(kd, "--distill-share", "with auto: keep it at N times the detection loss (default: 1.0)", type=float)
+    add(kd, "--info-map", "information map: how the cells are weighted (default: graded_iou)", metavar="NAME")
     priors = "score, confidence, iou_mask, graded_iou, box_balance or none"
-    add(kd, "--prior", f"what weighs the cells beside the map: {priors} (default: as the map)", metavar="NAME")
-    add(kd, "--penalty", "of the difference of the features (default: l2)", choices=(*PENALTIES, CWD))
-    add(
-        kd,
-        "--level-weights",
-        "factor of each level, backbone first, 0 for none of it (default: all 1)",
-        type=_numbers,
-        metavar="N,N,...",
-    )
+    add(kd, "--prior", f"further weights of the cells: {priors} (default: as the map needs)", metavar="NAME")
+    add(kd, "--penalty", "penalty of the features' difference (default: l2)", choices=(*PENALTIES, CWD))
+    levels = "factor of each level, backbone first; 0 leaves a level out (default: all 1)"
+    add(kd, "--level-weights", levels, type=_numbers, metavar="N,N,...")
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
-    add(kd, "--distill-stop", "epoch from which on nothing is distilled (default: never)", type=int)
-    add(kd, "--distill-decay", "fall to zero until then (default: no decay)", choices=DECAYS[1:])
+    add(kd, "--distill-stop", "stop the distillation after N epochs (default: never)", type=int)
+    add(kd, "--distill-decay", "decay to zero until --distill-stop or the end (default: no decay)", choices=DECAYS[1:])
 
     how = parser.add_argument_group("optimisation")
     add(how, "--epochs", "passes over the training set (default: 100)", type=int)
-    add(how, "--steps", "length in steps instead of --epochs", type=int)
+    add(how, "--steps", "number of steps, instead of --epochs", type=int)
     add(how, "--batch", "images per step, over all processes (default: 16)", type=int)
     add(how, "--optimizer", "(default: adamw)", choices=("adamw", "sgd"))
     add(how, "--lr", "highest learning rate (default: 0.001)", type=float)
     add(how, "--warmup", "steps until the learning rate is reached (default: 100)", type=int)
-    add(how, "--weight-decay", "of convolutions (default: 0.01)", type=float)
-    add(how, "--clip", "largest norm of the gradient, 0 for any (default: 10.0)", type=float)
-    add(how, "--freeze-batchnorm", "keep the statistics of --init's batch norms", action="store_true")
-    add(how, "--sync-batchnorm", "batch norm statistics over all GPUs", action="store_true")
-    add(how, "--ema", "decay of the averaged weights, 0 for none (default: 0.999)", type=float)
+    add(how, "--weight-decay", "weight decay of the convolutions (default: 0.01)", type=float)
+    add(how, "--clip", "largest norm of the gradient, 0 for no clipping (default: 10.0)", type=float)
+    add(how, "--freeze-batchnorm", "keep the batch norm statistics of --init", action="store_true")
+    add(how, "--sync-batchnorm", "compute batch norm statistics over all GPUs", action="store_true")
+    add(how, "--ema", "decay of the averaged weights, 0 for no average (default: 0.999)", type=float)
     add(how, "--mixed-precision", "(default: no)", choices=("no", "bf16", "fp16"))
-    add(how, "--seed", "of weights, order and augmentation (default: 0)", type=int)
+    add(how, "--seed", "seed of weights, order and augmentation (default: 0)", type=int)
     add(how, "--cpu", "do not use a GPU", action="store_true")
 
     run = parser.add_argument_group("run")
     add(run, "--out", "folder of the run", required=True, metavar="DIR")
-    add(run, "--resume", "go on from --out's checkpoint, if there is one", action="store_true")
-    add(run, "--eval-every", "epochs between evaluations, 0 for only at the end (default: 10)", type=int)
+    add(run, "--resume", "continue from the checkpoint in --out, if there is one", action="store_true")
+    add(run, "--eval-every", "epochs between evaluations, 0 for one at the end (default: 10)", type=int)
     add(run, "--save-every", "epochs between checkpoints (default: 1)", type=int)
 
 
 def _add_model(parser: argparse.ArgumentParser, kinds: str) -> None:
     parser.add_argument("model", metavar="MODEL", help=kinds)
-    described = parser.add_argument_group("what a .weights file does not say (default: as the .cfg beside it does)")
-    described.add_argument("--arch", choices=("yolov3", "yolov3-tiny"), help="(else: by the file's size)")
-    described.add_argument("--classes", type=int, metavar="N", help="(else: by the file's size)")
-    described.add_argument("--width", type=float, metavar="N", help="(else: 1.0)")
-    described.add_argument("--anchors", type=_sizes, metavar="W,H,...", help="(else: as published, or the model's own)")
+    described = parser.add_argument_group("for a .weights file (default: from the .cfg file beside it)")
+    described.add_argument("--arch", choices=("yolov3", "yolov3-tiny"), help="(without .cfg: from the file's size)")
+    described.add_argument("--classes", type=int, metavar="N", help="(without .cfg: from the file's size)")
+    described.add_argument("--width", type=float, metavar="N", help="(without .cfg: 1.0)")
+    described.add_argument(
+        "--anchors", type=_sizes, metavar="W,H,...", help="(without .cfg: as published, or the model's own)"
+    )
     described.add_argument("--size", type=int, metavar="N", help="input side in pixels (default: the model's, or 416)")
     described.add_argument(
         "--names",
         metavar="FILE",
-        help="class names: coco, or a file with one a line (default: those of MODEL or of the .names file beside it; "
-        "without any, COCO's for 80 classes)",
+        help="class names: coco, or a file with one per line (default: those of MODEL or of the .names file beside it; "
+        "without either, COCO's for 80 classes)",
     )
 
 
@@ -257,7 +250,7 @@ def _count_or_none(text: str) -> int:
 
 
 def _fraction(text: str) -> float:
-    """A number that may be written as a fraction."""
+    """Return a number, which may be written as a fraction."""
     try:
         return float(Fraction(text))
     except ZeroDivisionError:
@@ -272,7 +265,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _sizes(text: str) -> list[tuple[float, float]]:
-    """Box sizes from "10,14, 16,30, ..."."""
+    """Return box sizes from "10,14, 16,30, ..."."""
     numbers = _numbers(text)
     if len(numbers) % 2:
         raise argparse.ArgumentTypeError(f"expected pairs of width and height, got {len(numbers)} numbers")
@@ -289,41 +282,47 @@ Score a detector with COCO's metrics.
     parser = _command(commands, "eval", _eval, "score a detector with COCO's metrics", text)
     _add_model(parser, "model.pt of a run, Darknet .weights, or the .onnx of fastkd export")
     parser.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
-    parser.add_argument("--set", default="val", metavar="NAME", help="which set of it (default: val)")
+    parser.add_argument("--set", default="val", metavar="NAME", help="set in --data (default: val)")
     parser.add_argument("--batch", type=_count, default=32, metavar="N", help="images per step (default: 32)")
     parser.add_argument(
-        "--workers", type=_count_or_none, default=0, metavar="N", help="processes that load images (default: 0)"
+        "--workers",
+        type=_count_or_none,
+        default=0,
+        metavar="N",
+        help="number of processes that load images (default: 0)",
     )
     parser.add_argument("--strict", action="store_true", help="stop at an image that can't be read")
-    parser.add_argument("--json", metavar="FILE", help="write all metrics there")
+    parser.add_argument("--json", metavar="FILE", help="file to write all metrics to")
     parser.add_argument(
         "--detections",
         metavar="FILE",
-        help="write the detections there, as COCO's server takes them: JSON, with image and category ids of the set",
+        help="file to write the detections to, as COCO's server takes them: JSON with the set's image and category ids",
     )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
 
 
 def _add_predict(commands: Any) -> None:
     text = """\
-Draw what a detector finds.
+Draw the objects that a detector finds.
 
   fastkd predict runs/student/model.pt photo.jpg holiday/ --out runs/found
   fastkd predict yolov3-tiny.weights photo.jpg
   fastkd predict runs/student/model.onnx 'photos/**/*.jpg' clip.mp4 --detections found.json
 """
-    parser = _command(commands, "predict", _predict, "draw what a detector finds on images and videos", text)
+    parser = _command(
+        commands, "predict", _predict, "draw the objects that a detector finds in images and videos", text
+    )
     _add_model(parser, "model.pt of a run, Darknet .weights, or the .onnx of fastkd export")
     kinds = "images, videos (.mp4, .avi, .mov, .mkv, .webm), folders of them, or patterns in quotes: 'photos/*.jpg'"
     parser.add_argument("paths", nargs="+", metavar="PATH", help=kinds)
-    out = "folder for the images and videos with boxes (default: runs/predict, or predict-2 and so on)"
+    out = "folder for the images and videos with boxes (default: runs/predict, or predict-2 and so on if it exists)"
     parser.add_argument("--out", metavar="DIR", help=out)
-    parser.add_argument("--score", type=float, default=0.3, metavar="N", help="least score of a box (default: 0.3)")
+    parser.add_argument("--score", type=float, default=0.3, metavar="N", help="minimum score of a box (default: 0.3)")
     parser.add_argument(
         "--detections",
         metavar="FILE",
-        help="write what is drawn there, as COCO results: JSON, with the file's name as image_id, classes from 1 as "
-        "category_id, and frame, from 0, of a video",
+        help="file to write the drawn boxes to, as COCO results: JSON with the file's name as image_id, classes counted "
+        "from 1 as category_id, and for videos the frame, counted from 0",
     )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
 
@@ -344,51 +343,57 @@ not kept. Boxes are decoded, to pixels of the input; non-maximum suppression is 
 
 def _add_inspect(commands: Any) -> None:
     text = """\
-Draw what the distillation of a run looks at: the information maps of backbone and neck, where the student differs from
-the teacher (initially and now), each level's loss over the training; and tell it in a table.
+Draw the distillation maps of a run: the information maps of backbone and neck, the differences between student and
+teacher (initially and now), and the loss of each level over the training. Also print a table of them.
 
   fastkd inspect runs/student
   fastkd inspect runs/student photo.jpg holiday/ --count 6 --out runs/seen
 """
-    parser = _command(commands, "inspect", _inspect, "draw what a run's distillation looks at", text)
+    parser = _command(commands, "inspect", _inspect, "draw the distillation maps of a run", text)
     parser.add_argument("run", metavar="RUN", help="folder of a run of fastkd train --teacher")
     parser.add_argument(
-        "paths", nargs="*", metavar="IMAGE", help="files, or folders of images (default: the run's own)"
+        "paths", nargs="*", metavar="IMAGE", help="files, or folders of images (default: images of the run)"
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="folder for the three drawings (default: RUN/inspect, or inspect-2 and so on)"
+        "--out",
+        metavar="DIR",
+        help="folder for the three figures (default: RUN/inspect, or inspect-2 and so on if it exists)",
     )
     parser.add_argument(
-        "--set", metavar="NAME", help="whose images, train or val, without IMAGE (default: val, if the run has one)"
+        "--set", metavar="NAME", help="without IMAGE: images of train or val (default: val, if the run has one)"
     )
     parser.add_argument(
-        "--count", type=int, default=4, metavar="N", help="at most N images, evenly spaced among all (default: 4)"
+        "--count", type=int, default=4, metavar="N", help="at most N of these images, evenly spaced (default: 4)"
     )
 
 
 def _add_data(commands: Any) -> None:
-    parser = _command(commands, "data", None, "make a data set, or look for faults in one")
+    parser = _command(commands, "data", None, "make, check, convert or split a data set")
     sets = parser.add_subparsers(title="data sets", required=True, metavar="NAME")
-    text = "Handwritten digits in scenes, made from images that scikit-learn ships: nothing is downloaded."
-    digits = _command(sets, "digits", _data_digits, "handwritten digits in scenes, made on the spot", text)
+    text = "Write scenes with handwritten digits, made from images in scikit-learn: nothing is downloaded."
+    digits = _command(sets, "digits", _data_digits, "write scenes with handwritten digits", text)
     digits.add_argument("--out", required=True, metavar="DIR", help="folder to write, in COCO's format")
     for name, count in (("train", 4000), ("val", 300), ("test", 500)):
-        digits.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"scenes (default: {count})")
+        digits.add_argument(
+            f"--{name}", type=int, default=count, metavar="N", help=f"number of scenes (default: {count})"
+        )
     digits.add_argument("--size", type=int, default=96, metavar="N", help="side of a scene in pixels (default: 96)")
     digits.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
 
     text = (
-        "Count images, boxes and classes of each set, and look for faults: images that are missing, broken, of\n"
-        "another size or in two sets; boxes that don't fit; classes that differ. Status 1 if there are any."
+        "Count the images, boxes and classes of each set, and look for faults: images that are missing, damaged, of\n"
+        "another size or in two sets; boxes without area; classes that differ. The exit status is 1 if there are any."
     )
-    check = _command(sets, "check", _data_check, "what a data set holds, and what is wrong with it", text)
+    check = _command(sets, "check", _data_check, "count the contents of a data set and list its faults", text)
     check.add_argument("folder", metavar="DATA", help=DATA_HELP)
     check.add_argument(
-        "--set", action="append", metavar="NAME", help="look at this set; may be repeated (default: all)"
+        "--set", action="append", metavar="NAME", help="check this set only; may be repeated (default: all)"
     )
     check.add_argument("--size", type=int, default=416, metavar="N", help="input side of the network (default: 416)")
     check.add_argument(
-        "--out", metavar="DIR", help="for samples.png (default: runs/data-check, or data-check-2 and so on)"
+        "--out",
+        metavar="DIR",
+        help="folder for samples.png (default: runs/data-check, or data-check-2 and so on if it exists)",
     )
     check.add_argument("--quick", action="store_true", help="do not read the images")
     _add_convert(sets)
@@ -397,7 +402,7 @@ def _add_data(commands: Any) -> None:
 
 def _add_convert(sets: Any) -> None:
     text = """\
-Write the sets of a folder, in any layout that is read, as COCO JSON or YOLO text.
+Write the sets of a folder, in any layout that fastkd reads, as COCO JSON or YOLO text.
 
   fastkd data convert VOC2007 --to yolo --out voc-yolo
   fastkd data convert export/ --to coco --out mine --set train --copy
@@ -405,13 +410,15 @@ Write the sets of a folder, in any layout that is read, as COCO JSON or YOLO tex
     parser = _command(sets, "convert", _data_convert, "write a data set as COCO JSON or YOLO text", text)
     parser.add_argument("folder", metavar="DATA", help=DATA_HELP)
     _add_target(parser)
-    parser.add_argument("--set", action="append", metavar="NAME", help="only this set; may be repeated (default: all)")
+    parser.add_argument(
+        "--set", action="append", metavar="NAME", help="convert this set only; may be repeated (default: all)"
+    )
 
 
 def _add_split(sets: Any) -> None:
     text = """\
-Divide a set that is not split into train, val and test, at random by class, and write them. The other sets of the
-folder are written along.
+Divide a set into train, val and test, at random within each class, and write them. The other sets of the folder are
+written too.
 
   fastkd data split photos --val 0.1 --test 0.1 --out photos-split
 """
@@ -421,31 +428,34 @@ folder are written along.
     for name, share in (("val", 0.1), ("test", 0.0)):
         text = f"share of the images, 0 for none (default: {share:g})"
         parser.add_argument(f"--{name}", type=float, default=share, metavar="N", help=text)
-    parser.add_argument("--set", metavar="NAME", help="the set to divide, alone (default: train, or the only one)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one draws other parts (default: 0)")
+    parser.add_argument(
+        "--set", metavar="NAME", help="divide this set, and leave the others out (default: train, or the only set)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random parts (default: 0)")
 
 
 def _add_target(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     text = "format to write" + (f" (default: {default})" if default else "")
     parser.add_argument("--to", choices=("coco", "yolo"), default=default, required=default is None, help=text)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, which must not be there")
-    parser.add_argument("--copy", action="store_true", help="copy the images (default: links to them)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, which must not exist")
+    parser.add_argument("--copy", action="store_true", help="copy the images (default: link to them)")
 
 
 def _add_demo(commands: Any) -> None:
     text = (
-        "Make the digits scenes, train a teacher (or reuse it), then the same student without and with distillation,\n"
-        "and compare them in a table and in plots."
+        "Make scenes with digits, train a teacher (or use the one that is there), then train the same student without\n"
+        "and with distillation, and compare both in a table and in plots."
     )
-    parser = _command(commands, "demo", _demo, "what distillation is worth, in minutes on a CPU", text)
+    help_text = "train a student with and without distillation, in minutes on a CPU"
+    parser = _command(commands, "demo", _demo, help_text, text)
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the demo (default: runs/demo)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train both students N times (default: 1)")
 
 
 def _add_doctor(commands: Any) -> None:
-    text = "Say what is installed and whether distillation works here; with --run, whether it works in that run."
-    parser = _command(commands, "doctor", _doctor, "is everything installed, is distillation really on", text)
-    parser.add_argument("--run", metavar="DIR", help="folder of a run of fastkd train: check its models and data")
+    text = "Print what is installed, and check whether distillation works on this machine or, with --run, in that run."
+    parser = _command(commands, "doctor", _doctor, "check what is installed and whether distillation works", text)
+    parser.add_argument("--run", metavar="DIR", help="folder of a run of fastkd train, whose models and data to check")
 
 
 # ---- commands
@@ -456,7 +466,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from fastkd.yolov3.train.run import train
 
     config = _train_config(arguments, TrainConfig)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what torchrun and job queues send: stop as by Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # sent by torchrun and job queues: stop as after Ctrl-C
     result = train(config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -474,8 +484,8 @@ def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig])
     changes = {name: options.pop(name) for name in ("flip", "mosaic") if name in options}
     val = None if arguments.val == "none" else arguments.val
     sets = sets_of_run(arguments.data, arguments.out, train=arguments.train, val=val)
-    if sets.said and int(os.environ.get("RANK", 0)) == 0:
-        print(sets.said, flush=True)
+    if sets.note and int(os.environ.get("RANK", 0)) == 0:
+        print(sets.note, flush=True)
     options |= {"annotations": str(sets.train[0]), "images": str(sets.train[1])}
     if sets.val is not None:
         options |= {"val_annotations": str(sets.val[0]), "val_images": str(sets.val[1])}
@@ -484,7 +494,7 @@ def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig])
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Trained | Exported, int]:
-    """The detector of the command line, on the device to use, and its input size."""
+    """Return the detector that the arguments name, on the device to use, and its input size."""
     if Path(arguments.model).suffix == ".onnx":
         return _load_onnx(arguments)
     found, size = _load_trained(arguments)
@@ -498,13 +508,13 @@ def _load_onnx(arguments: argparse.Namespace) -> tuple[Exported, int]:
 
     found = load_onnx(arguments.model, class_names=None if arguments.names is None else read_names(arguments.names))
     if arguments.size not in (None, found.size):
-        way_out = f"write another with fastkd export --size {arguments.size}"
-        raise ValueError(f"--size: expected {found.size}, that of {arguments.model}, got {arguments.size}; {way_out}")
+        hint = f"write another with fastkd export --size {arguments.size}"
+        raise ValueError(f"--size: expected {found.size}, that of {arguments.model}, got {arguments.size}; {hint}")
     return found, found.size
 
 
 def _load_trained(arguments: argparse.Namespace) -> tuple[Trained, int]:
-    """The detector of the command line, on the CPU, and its input size."""
+    """Return the detector that the arguments name, on the CPU, and its input size."""
     from fastkd.yolov3.checkpoint import load_detector
     from fastkd.yolov3.class_names import read_names
 
@@ -533,7 +543,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     found, size = _load(arguments)
     held_back = split_of_run(Path(arguments.model).parent, arguments.data, arguments.set)
     if held_back:
-        print(f"{arguments.set}: as the training split the data, {held_back[0]}", file=sys.stderr)
+        print(f"{arguments.set}: the split that the training made of the data, {held_back[0]}", file=sys.stderr)
     pair = held_back or find_set(arguments.data, arguments.set)
     data = DetectionDataset(*pair, size, strict=arguments.strict)
     require_classes("MODEL", found, data)
@@ -599,7 +609,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     found = inspect_run(arguments.run, arguments.paths, out=arguments.out, split=arguments.set, count=arguments.count)
     print(found)
-    print("drawn: " + ", ".join(map(str, found.files)))
+    print("written: " + ", ".join(map(str, found.files)))
     return 0
 
 
@@ -626,13 +636,13 @@ def _data_check(arguments: argparse.Namespace) -> int:
         try:
             reports.append(check_set(arguments.folder, name, size=arguments.size, quick=arguments.quick, progress=True))
             print("\n".join(reports[-1].lines()) + "\n")
-        except (OSError, ValueError) as error:  # the other sets are looked at all the same
+        except (OSError, ValueError) as error:  # the other sets are still checked
             print(f"{name}: can't be read\n  FAULT: {error}\n")
             faults += 1
     between = compare_sets(reports)
     print("\n".join(between), end="\n" * bool(between))
     if not arguments.quick and write_samples(reports, samples):
-        print(f"samples with their boxes: {samples}")
+        print(f"sample images with their boxes: {samples}")
     faults += sum(line.startswith("FAULT") for line in between) + sum(len(report.faults) for report in reports)
     unread = " (the images were not read)" if arguments.quick else ""
     print((f"{faults} kinds of fault" if faults else "no fault found") + unread)
@@ -678,10 +688,11 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "torch finds none"
     print(f"fastkd {fastkd.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
-    spins = f"{os.environ['GOMP_SPINCOUNT']} times" if "GOMP_SPINCOUNT" in os.environ else "for good"
-    print(f"CPU threads: {torch.get_num_threads()}, which look {spins} for work before they sleep; GPU: {device}")
+    spins, policy = os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY", "not set")
+    idle = f"an idle one checks for work {spins} times before it sleeps" if spins else f"OMP_WAIT_POLICY is {policy}"
+    print(f"CPU threads: {torch.get_num_threads()} ({idle}); GPU: {device}")
     for kind in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         _print_backends(torch.device(kind))
     missing = [package for package, module in EXTRAS.items() if not _imports(module)]
@@ -714,7 +725,10 @@ def _imports(module: str) -> bool:
 
 
 def _check_small_pair() -> Report:
-    """Distillation between two small detectors, whose teacher has seen a batch so that it is not as initialised."""
+    """Check distillation between two small detectors.
+
+    The teacher sees a batch first: the check refuses a teacher whose batch norms are as initialised.
+    """
     from fastkd.distiller import Distiller
     from fastkd.yolov3.model import YOLOv3, YOLOv3Tiny
 
@@ -734,7 +748,7 @@ def _check_small_pair() -> Report:
 
 
 def _check_run(folder: str) -> Report:
-    """The models, weights and first images of a run of ``fastkd train``."""
+    """Check distillation with the models, weights and first images of a run of ``fastkd train``."""
     from fastkd.yolov3.train.config import read_config
     from fastkd.yolov3.train.run import check_distillation
 

@@ -1,6 +1,7 @@
-"""``--full``: the whole product of options in the parity tests, every card's machine code, and a table of errors.
+"""Options and fixtures of the tests.
 
-Without a GPU the Triton kernels are interpreted, which has to be said before they are imported.
+``--full`` runs all combinations of options in the parity tests, compiles for every card, and prints a table of errors.
+Without a GPU the Triton kernels are interpreted, which must be set before they are imported.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     from triton.runtime import interpreter
 
     def rounds(builder: Any, source: Any, dtype: Any, truncates: Any = interpreter.InterpreterBuilder.cast_impl) -> Any:
-        """Round float32 to the nearest bfloat16, as GPUs do; the interpreter truncates."""
+        """Round float32 to the nearest bfloat16, as GPUs do; the interpreter truncates instead."""
         if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
             return truncates(builder, source, dtype)
         bits = torch.tensor(source.data).bfloat16().view(torch.uint16).numpy()
@@ -33,7 +34,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Name of a backend, one of ``samples.TARGETS``; the test's tensors are made on its device."""
+    """Return the name of a backend, one of ``samples.TARGETS``; the test's tensors are made on its device."""
     name, device = request.param.split("-")
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield name

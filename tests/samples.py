@@ -1,16 +1,18 @@
-"""Sample inputs that feed parity, gradient, opcheck and edge tests alike."""
+"""Sample inputs for the tests of parity, gradients, ops and edge cases."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import InfoMap
@@ -37,17 +39,17 @@ def interpreted(backend: str) -> bool:
 
 
 def shapes_for(backend: str) -> list[tuple[int, ...]]:
-    """Triton's interpreter takes a second for one step of ``SHAPES``."""
+    """Return shapes for a backend: fewer for Triton's interpreter, which takes a second for one step of ``SHAPES``."""
     return [(2, 7, 5, 3), (1, 40, 9, 9), (1, 3, 1, 1), (2, 257, 3, 2)] if interpreted(backend) else SHAPES
 
 
 def random(distribution: Any, *size: int, generator: torch.Generator) -> Tensor:
-    """The same numbers on every device."""
+    """Return random numbers that are the same on every device."""
     return distribution(*size, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def feature(shape: tuple[int, ...], dtype: torch.dtype, layout: str, generator: torch.Generator) -> Tensor:
-    """Random values of one feature map.
+    """Return random values of one feature map.
 
     "cropped" has gaps between rows and between channels; "expanded" repeats its first row, or its first channel.
     """
@@ -68,7 +70,7 @@ def feature(shape: tuple[int, ...], dtype: torch.dtype, layout: str, generator: 
 def levels(
     dtype: torch.dtype = torch.float32, layout: str = "contiguous", seed: int = 0, shapes: list[Any] | None = None
 ) -> dict[str, Any]:
-    """Arguments of ``distill_loss`` with priors and moments, each absent at one level."""
+    """Return arguments of ``distill_loss`` with priors and moments, each missing at one level."""
     shapes = SHAPES if shapes is None else shapes
     g = torch.Generator(device="cpu").manual_seed(seed)
     of_student = {"student_channels_last": "channels_last", "teacher_channels_last": "contiguous"}.get(layout, layout)
@@ -89,7 +91,7 @@ def levels(
 
 
 def with_bias(sample: dict[str, Any]) -> dict[str, Any]:
-    """The same sample for ``loss_of``, with the biases of adapters, absent at one level."""
+    """Return the sample for ``loss_of``, with biases of adapters, missing at one level."""
     g = torch.Generator(device="cpu").manual_seed(7)
     dtype = torch.float64 if sample["student_feats"][0].dtype == torch.float64 else torch.float32
     bias: list[Any] = [random(torch.randn, x.shape[1], generator=g).to(dtype) for x in sample["student_feats"]]
@@ -97,7 +99,7 @@ def with_bias(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def widened(sample: dict[str, Any]) -> dict[str, Any]:
-    """The same sample in float64."""
+    """Return the sample in float64."""
     wide = {
         key: [x if x is None else x.detach().double() for x in sample[key]]
         for key in ("student_feats", "teacher_feats", "bias")
@@ -109,7 +111,7 @@ def widened(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def learning(sample: dict[str, Any]) -> list[Tensor]:
-    """What of a sample may get a gradient: the student's features, then the biases."""
+    """Return the tensors of a sample that may get a gradient: the student's features, then the biases."""
     return [*sample["student_feats"], *(b for b in sample.get("bias", ()) if b is not None)]
 
 
@@ -125,7 +127,7 @@ def loss_of(
     reduction: str = "sum",
     backend: str | None = None,
 ) -> Tensor:
-    """``distill_loss``, with what only ``DistillLoss`` adds to it: biases, a factor, and the choice of two passes."""
+    """Return ``distill_loss`` with the inputs that only ``DistillLoss`` has: biases, a factor, and one pass or two."""
     sample = dict(sample)
     weights = sample.pop("weights", None)
     options = options_of_call(info_map, weights, penalty, beta, divisor, reduction, backend)
@@ -134,7 +136,7 @@ def loss_of(
 
 
 def step(sample: dict[str, Any], upstream: Sequence[float] | float = 1.0, *args: Any, **options: Any) -> list[Tensor]:
-    """The losses of all levels and all gradients of one step, under one upstream gradient or one for each level."""
+    """Return all level losses and gradients of one step, with one upstream gradient for all or one for each level."""
     losses = loss_of(sample, *args, **options, reduction="none")
     given = torch.as_tensor(upstream, dtype=losses.dtype, device=losses.device).expand(losses.shape)
     wanted = [x for x in learning(sample) if x.requires_grad]
@@ -142,7 +144,7 @@ def step(sample: dict[str, Any], upstream: Sequence[float] | float = 1.0, *args:
 
 
 def loss_and_gradients(loss: Tensor, student: list[Tensor]) -> list[Tensor]:
-    """The losses of all levels, then the student's gradients under a random upstream gradient."""
+    """Return the losses of all levels, then the student's gradients for a random upstream gradient."""
     upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype, device=loss.device).view_as(loss)
     return [loss.detach(), *torch.autograd.grad(loss, student, upstream)]
 
@@ -152,29 +154,27 @@ def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         assert torch.equal(x, y)
 
 
-class Dispatched(TorchDispatchMode):
-    """Counts the operations that a block dispatches, by name; views and bare allocations launch nothing."""
+def compiled_for_host(source: str, folder: Path) -> Path:
+    """Compile a file of tests/cuda_on_host, which has CUDA kernels, for the host; return the shared library.
 
-    NOTHING = ("detach", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    @property
-    def total(self) -> int:
-        return sum(self.names.values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2]
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not is_view and name not in self.NOTHING:
-            self.names[name] += 1
-        return func(*args, **(kwargs or {}))
+    The test is skipped without g++ on Linux.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs g++ on Linux")
+    sources, torch_directory = Path(__file__).parent / "cuda_on_host", Path(torch.__file__).parent
+    library = folder / "on_host.so"
+    subprocess.run(
+        [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+         f"-I{sources}", f"-I{torch_directory / 'include'}", sources / source, "-o", library,
+         f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-lc10"],
+        check=True,
+    )  # fmt: skip
+    return library
 
 
 def allocated(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes that a call takes of PyTorch's allocator, and its result."""
+    """Return the number of bytes that a call allocates through PyTorch, and its result."""
     with torch.profiler.profile(profile_memory=True) as profile:
         result = run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]

@@ -1,4 +1,4 @@
-"""One set in COCO JSON, Pascal VOC XML and YOLO text is the same set; what is wrong in a file is named."""
+"""A set is the same in COCO JSON, Pascal VOC XML and YOLO text, and faults in a file are named."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_set_is_the_same_in_every_format(kind: str, tmp_path: Path) -> None:
         boxes = np.array([o[1:5] for o in objects], dtype=float).reshape(-1, 4)
         np.testing.assert_allclose(found.boxes[of], boxes, atol=1e-9)
         assert found.classes[of].tolist() == [o[0] for o in objects]
-        difficult = [o[5] and "yolo" not in kind for o in objects]  # which YOLO's text can't say
+        difficult = [o[5] and "yolo" not in kind for o in objects]  # YOLO's text can't mark them
         assert found.crowd[of].tolist() == difficult
         assert found.path(row).is_file()
     sample = DetectionDataset(found, None, 64)[order[2]]
@@ -132,7 +132,7 @@ def test_all_xml_files_of_a_folder_are_a_set_too(tmp_path: Path) -> None:
     (tmp_path / "ImageSets/Main/train.txt").write_text("c\n")
     part = read_set(*find_set(tmp_path, "train"))
     assert part.file_names == ["c.png"]
-    assert part.class_names == NAMES  # of all files, so that lists agree
+    assert part.class_names == NAMES  # the classes of all files, so that all lists agree
     assert len(read_set(tmp_path / "Annotations", tmp_path / "JPEGImages")) == 3
 
 
@@ -163,8 +163,8 @@ EXTERNAL = '<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/passwd">]><annotation><f
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ENTITY.format("x" * 100), r"c\.xml: refused, as it declares entities"),
-        (EXTERNAL, r"c\.xml: refused, as it declares entities"),
+        (ENTITY.format("x" * 100), r"c\.xml: refused, because it declares entities"),
+        (EXTERNAL, r"c\.xml: refused, because it declares entities"),
         ("<annotation><object>", r"c\.xml: not Pascal VOC XML"),
         (
             "<annotation><object><name>cat</name></object></annotation>",
@@ -203,7 +203,7 @@ def test_an_xml_file_that_is_wrong_or_malicious_is_named(text: str, message: str
         ("nan 0.5 0.5 0.1 0.1", "expected a class index"),
         ("0 0.5 0.5 0.1", "got 4 numbers"),
         ("0 0.5 0.5 0.1 0.1 0.2", "got 6 numbers"),
-        ("cat 0.5 0.5 0.1 0.1", "expected numbers, got 'cat 0.5.*; the first is the class as a number, not its name"),
+        ("cat 0.5 0.5 0.1 0.1", "expected numbers, got 'cat 0.5.*; write the class as its number, not its name"),
         ("0 0.5 nan 0.1 0.1", "expected finite numbers"),
         ("0 320 240 64 64", "expected numbers relative to the image"),
         ("0,.5,.5,.2,.2", "got '0,.5,.5,.2,.2'; are they separated by commas"),
@@ -278,7 +278,7 @@ def test_a_split_may_be_several_folders_and_lists(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("corner", "shift", "said"),
+    ("corner", "shift", "reported"),
     [
         ("0", 0, "points counted from 0"),
         ("1.5", 0, "points"),
@@ -287,7 +287,7 @@ def test_a_split_may_be_several_folders_and_lists(tmp_path: Path) -> None:
         ("-3", 1, "counted from 1"),
     ],
 )
-def test_voc_corners_are_counted_as_the_set_shows(corner: str, shift: int, said: str, tmp_path: Path) -> None:
+def test_voc_corners_are_counted_as_the_set_shows(corner: str, shift: int, reported: str, tmp_path: Path) -> None:
     write_voc(tmp_path)
     box = "<xmin>{}</xmin><ymin>2</ymin><xmax>{}</xmax><ymax>22</ymax>"
     sides = ((11, 31), (9, 9), (9, 8))
@@ -296,7 +296,7 @@ def test_voc_corners_are_counted_as_the_set_shows(corner: str, shift: int, said:
     last = f"<object><name>dog</name><bndbox>{box.format(corner, 64)}</bndbox></object>"
     (tmp_path / "Annotations/c.xml").write_text(f"<annotation>{last}</annotation>")
     found = read_set(*find_set(tmp_path, "train"))
-    assert said in found.notes[0]
+    assert reported in found.notes[0]
     clean = found.clean()
     assert clean.boxes[0].tolist() == [11 - shift, 2 - shift, 20 + shift, 20 + shift]
     assert clean.problems.pop("boxes without area in their image dropped") == ["a.png", "a.png"]
@@ -310,7 +310,7 @@ def test_the_image_of_an_xml_files_own_name_comes_before_the_one_that_it_names(t
     (tmp_path / "JPEGImages/b 2.png").rename(tmp_path / "JPEGImages/d.png")
     found = read_set(*find_set(tmp_path, "train"))
     assert found.file_names == ["a.png", "d.png", "c.png"]
-    assert any(note.endswith("own name is taken: a.xml says c.png") for note in found.notes)
+    assert any(note.endswith("own name: a.xml names c.png") for note in found.notes)
 
 
 @pytest.mark.parametrize("listed", ["a\nc\na\n", "a\nc\nsame\n"])
@@ -385,7 +385,7 @@ def test_other_layouts_are_found_and_valid_is_val(write: Any, tmp_path: Path) ->
     assert "val" in sets_in(tmp_path)
     found = DetectionDataset(*find_set(tmp_path, "val"), 64).annotations
     assert (len(found), len(found.boxes)) == (3, 3)
-    # classes are those of all XML files, train's too
+    # classes are those of all XML files, including train's
     assert found.class_names == (["ant"] if write is voc_beside else []) + NAMES
 
 
@@ -518,8 +518,8 @@ def test_csv_files_of_one_set_number_classes_alike(tmp_path: Path) -> None:
     )
     train, test = (read_set(*find_set(tmp_path, name)) for name in ("train", "test"))
     assert train.class_names == test.class_names == ["ant", *NAMES]
-    assert test.sizes.tolist() == [[64, 48]]  # the image's own, where no column has it
-    assert test.boxes.tolist() == [[0, 0, 5, 5]]  # corners are counted as train's show
+    assert test.sizes.tolist() == [[64, 48]]  # the size of the image, if no column has it
+    assert test.boxes.tolist() == [[0, 0, 5, 5]]  # corners are interpreted as train's are
 
 
 @pytest.mark.parametrize(
@@ -552,7 +552,7 @@ def test_a_split_beside_the_training_set_needs_no_key(tmp_path: Path) -> None:
     assert sets_in(tmp_path) == ["train", "test"]
     assert len(read_set(*find_set(tmp_path, "test")).boxes) == 3
     with pytest.raises(
-        FileNotFoundError, match="no such entry; sets found: train, test; write the line 'val: images/val'"
+        FileNotFoundError, match="no such entry; sets found: train, test; add a line such as 'val: images/val'"
     ):
         find_set(tmp_path / "data.yaml", "val")
     with pytest.raises(
@@ -569,16 +569,16 @@ DARKNET = "classes = 2\ntrain = data/train.txt\nvalid=data/test.txt\nnames = dat
     [
         (
             {"labels/train/a.txt": "", "images/train/a.txt": "", "images/valid/a.txt": ""},
-            r"one a line, or write .*data\.yaml with the lines 'train: images/train', 'val: images/valid', "
+            r"one per line, or write .*data\.yaml with the lines 'train: images/train', 'val: images/valid', "
             r"'names: \[first class, second",
         ),
         ({"labels/a.txt": "", "images/a.txt": ""}, r"the lines 'train: images', 'names: \[first class, second"),
         (
             {"data/obj.data": DARKNET, "data/obj.names": "cat\n"},
-            r"obj\.data: data/train\.txt is not there; looked for .*data/train\.txt",
+            r"obj\.data: data/train\.txt does not exist; looked for .*data/train\.txt",
         ),
         ({"weights.data": "\x00", "boxes.csv": "a,b\n"}, r"boxes\.csv: expected the first line 'filename,.* got 'a,b'"),
-        ({"a.txt": ""}, r"which holds a\.txt; looked for annotations/"),
+        ({"a.txt": ""}, r"which contains a\.txt; looked for annotations/"),
     ],
 )
 def test_a_layout_that_says_too_little_gets_the_lines_to_write(
@@ -619,7 +619,7 @@ def test_folders_that_are_absent_empty_or_of_nothing_known_are_errors(tmp_path: 
 
 def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_image(tmp_path / "a.png")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # who runs as root may read everything
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
     with pytest.raises(PermissionError, match="no permission to read"):
         read_images(tmp_path)
 
@@ -672,7 +672,7 @@ def test_a_coco_annotation_that_is_wrong_is_shown(change: dict[str, Any], messag
     file = tmp_path / "annotations/train.json"
     content = json.loads(file.read_text())
     whole = content["annotations"][0]
-    content["annotations"][0] = {**whole, "area": None, "iscrowd": None}  # as some tools write what they don't know
+    content["annotations"][0] = {**whole, "area": None, "iscrowd": None}  # some tools write null for unknown values
     file.write_text(json.dumps(content))
     assert len(read_set(*find_set(tmp_path, "train")).boxes) == len(content["annotations"])
     content["annotations"][0] = {**whole, **change}
@@ -722,13 +722,13 @@ def check(root: Path, out: Path, *more: str) -> int:
 def test_a_set_without_faults_passes_with_its_counts_and_an_image(kind: str, tmp_path: Path, capsys: Any) -> None:
     WRITERS[kind](tmp_path / "data")
     assert check(tmp_path / "data", tmp_path / "out") == 0
-    said = capsys.readouterr().out
-    assert "train: 3 images, 3 boxes" in said
-    assert "images without a box: 1" in said
-    assert "no fault found" in said
+    reported = capsys.readouterr().out
+    assert "train: 3 images, 3 boxes" in reported
+    assert "images without a box: 1" in reported
+    assert "no fault found" in reported
     samples = cv2.imread(str(tmp_path / "out/samples.png"))
     assert samples.shape == (480, 4 * 480, 3)
-    assert samples[:, 960:].min() == 255  # two images with boxes, and room for two more
+    assert samples[:, 960:].min() == 255  # two images with boxes, and two blank tiles
     assert samples[:, :960].std() > 10
 
 
@@ -743,7 +743,7 @@ def test_every_fault_is_found_and_named(tmp_path: Path, capsys: Any) -> None:
     (root / "images/train/a.png").write_bytes(b"no image")
     make_image(root / "images/train/c.png", width=32)
     assert check(root, tmp_path / "out") == 1
-    said = capsys.readouterr().out
+    reported = capsys.readouterr().out
     for line in (
         "images without a box: 1;",
         "FAULT: 1 images are missing: b 2.png",
@@ -752,8 +752,8 @@ def test_every_fault_is_found_and_named(tmp_path: Path, capsys: Any) -> None:
         "FAULT: 1 boxes without area in their image, or not finite: a.png",
         "note: 1 boxes are under 2 pixels",
     ):
-        assert line in said
-    assert "orientation" not in said
+        assert line in reported
+    assert "orientation" not in reported
     assert check(root, tmp_path / "out", "--quick") == 1
     assert "can't be read" not in capsys.readouterr().out
 
@@ -782,9 +782,9 @@ def test_what_sets_share_or_should_share_is_found(tmp_path: Path, capsys: Any) -
     for name in OBJECTS:
         make_image(tmp_path / f"images/val/{name}.png", seed=int(name != "c"))
     assert check(tmp_path, tmp_path / "out") == 1
-    said = capsys.readouterr().out
-    assert "FAULT: 1 images are in train and in val: c.png = c.png" in said
-    assert "FAULT: train and val have different classes, or another order of them: cat, cow" in said
+    reported = capsys.readouterr().out
+    assert "FAULT: 1 images are in train and in val: c.png = c.png" in reported
+    assert "FAULT: train and val have different classes, or another order of them: cat, cow" in reported
 
 
 def test_a_part_of_a_set_is_no_leak_but_said(tmp_path: Path, capsys: Any) -> None:
@@ -795,7 +795,7 @@ def test_a_part_of_a_set_is_no_leak_but_said(tmp_path: Path, capsys: Any) -> Non
     assert f"note: {len(names.splitlines())} images are in train and in trainval" in capsys.readouterr().out
     (tmp_path / "ImageSets/Main/test.txt").write_text(names)
     assert check(tmp_path, tmp_path / "other", "--set", "train", "--set", "test") == 1
-    assert check(tmp_path, tmp_path / "other") == 2  # samples are not written over
+    assert check(tmp_path, tmp_path / "other") == 2  # samples are not overwritten
 
 
 @pytest.mark.parametrize(
@@ -841,11 +841,11 @@ def test_a_set_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path, caps
     (tmp_path / "annotations/a.json").write_text("{")
     (tmp_path / "images/a").mkdir()
     assert check(tmp_path, tmp_path / "out") == 1
-    said = capsys.readouterr().out
-    assert "a: can't be read" in said
-    assert "a.json is not JSON" in said
-    assert "train: 3 images" in said
-    assert "1 kinds of fault" in said
+    reported = capsys.readouterr().out
+    assert "a: can't be read" in reported
+    assert "a.json is not JSON" in reported
+    assert "train: 3 images" in reported
+    assert "1 kinds of fault" in reported
 
 
 def test_nothing_to_check_is_an_error(tmp_path: Path, capsys: Any) -> None:
@@ -853,7 +853,7 @@ def test_nothing_to_check_is_an_error(tmp_path: Path, capsys: Any) -> None:
     assert "no set in" in capsys.readouterr().err
     (tmp_path / "data.yaml").write_text("names: [a]\n")
     assert check(tmp_path / "data.yaml", tmp_path / "out") == 2
-    assert "data.yaml, as none of train:, val: and test: is in it" in capsys.readouterr().err
+    assert "data.yaml, which has no train:, val: or test:" in capsys.readouterr().err
 
 
 def test_what_is_odd_is_noted(tmp_path: Path, capsys: Any) -> None:
@@ -863,15 +863,15 @@ def test_what_is_odd_is_noted(tmp_path: Path, capsys: Any) -> None:
     cv2.imwrite(str(root / "images/train/b 2.png"), np.full((48, 64), 4000, np.uint16))
     (root / "labels/train/a.txt").write_text("1 0.5 0.5 0.5 0.5\n" * 2 + "1 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2\n")
     assert check(root, tmp_path / "out") == 0
-    said = capsys.readouterr().out
+    reported = capsys.readouterr().out
     for line in (
-        "1 rows have corners, as those of oriented boxes; their upright",
+        "1 lines have the corners of oriented boxes; their upright",
         "1 boxes repeat another one of the same image and class: a.png",
         "1 images have the same content as another one of the set: d.png = c.png",
-        "1 classes have no box: cat; are the class numbers of the labels counted from 1?",
+        "1 classes have no box: cat; do the class numbers in the labels start at 1?",
         "1 images have 16 bits per channel",
     ):
-        assert f"note: {line}" in said
+        assert f"note: {line}" in reported
 
 
 def test_a_jpeg_without_its_end_is_a_fault(tmp_path: Path, capsys: Any) -> None:
@@ -895,9 +895,9 @@ def test_a_quick_check_finds_files_and_names_that_sets_share(tmp_path: Path, cap
     (tmp_path / "list.txt").write_text("images/train/a.png\nimages/val/b.png\n")
     (tmp_path / "data.yaml").write_text(text.format("list.txt"))
     assert check(tmp_path, tmp_path / "out", "--quick") == 1
-    said = capsys.readouterr().out
-    assert "FAULT: 1 images are in train and in val: a.png = images/train/a.png" in said
-    assert "file names are in" not in said
+    reported = capsys.readouterr().out
+    assert "FAULT: 1 images are in train and in val: a.png = images/train/a.png" in reported
+    assert "file names are in" not in reported
 
 
 @pytest.mark.filterwarnings("ignore")

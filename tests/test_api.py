@@ -1,4 +1,4 @@
-"""Bad input gets an error that names the argument, what was expected, what came, and the way out."""
+"""Bad input raises an error that names the argument, what was expected, what came, and what to do."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ STRANGE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # that some of these are prototypes
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch warns that some of these are prototypes
 @pytest.mark.parametrize("kind", STRANGE)
 def test_tensors_of_another_layout_are_refused_also_once_the_shapes_are_known(kind: str) -> None:
     change, message = STRANGE[kind]
@@ -212,7 +212,7 @@ def test_tensors_of_another_layout_are_refused_also_once_the_shapes_are_known(ki
             first, second = good[name]
             with pytest.raises(TypeError, match=rf"{name}\[0\]: expected a .*{message}"):
                 fastkd.distill_loss(**{**good, name: [change(first.detach()), second]})
-        if kind not in ("nested", "jagged"):  # numbers alone are none
+        if kind not in ("nested", "jagged"):  # for these, a tensor of numbers alone is not enough
             strange = [(change(torch.zeros(4)), torch.ones(4)), None]
             with pytest.raises((TypeError, ValueError), match=rf"standardize\[0\]\[0\]: expected a .*{message}"):
                 fastkd.distill_loss(**{**good, "standardize": strange})
@@ -254,7 +254,7 @@ def test_a_backend_that_is_not_built_says_how_to_build_it(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "fastkd._C", None)
     monkeypatch.delattr(fastkd, "_C", raising=False)
     monkeypatch.setitem(backends._unavailable, "cpp", backends._load_cpp())
-    monkeypatch.setattr(levels, "_plans", {})  # which have chosen it before
+    monkeypatch.setattr(levels, "_plans", {})  # plans, in which the backend is already chosen
     with pytest.raises(RuntimeError, match=r"backend='cpp': .*not built.*pip install"):
         fastkd.distill_loss(**arguments(backend="cpp"))
     default = fastkd.distill_loss(**GOOD)
@@ -293,7 +293,7 @@ def test_the_names_that_the_documentation_uses_exist() -> None:
 
 
 def test_importing_fastkd_needs_torch_alone() -> None:
-    """Every module of the extras is made impossible to import."""
+    """Importing any package of the extras raises an error in this process."""
     code = """
 import sys
 for name in ("numpy", "cv2", "pycocotools", "sklearn", "matplotlib", "accelerate", "tensorboard", "tqdm", "triton"):

@@ -1,4 +1,4 @@
-"""Who may import whom, as docs/architecture.md has it: no floor imports one above it, and no two import each other."""
+"""The imports follow docs/architecture.md: no module imports one of a higher floor, and there are no circles."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/architecture.md").read_text()
-INSTALLED = {"torch", "filelock", "triton"}  # what torch needs comes with it; triton only where it is installed
+INSTALLED = {"torch", "filelock", "triton"}  # torch's requirements; triton only if it is installed
 
 
 def floors(drawing: int = 0) -> dict[str, int]:
-    """The floor of each module or folder, as a drawing of the page has it: 0 of fastkd, 1 of fastkd.yolov3."""
+    """Return the floor of each module or folder, from a drawing of the page: 0 for fastkd's, 1 for fastkd.yolov3's."""
     found: dict[str, int] = {}
     floor = -1
     for line in PAGE.split("```")[1 + 2 * drawing].splitlines()[1:]:
@@ -26,7 +26,7 @@ def floors(drawing: int = 0) -> dict[str, int]:
 
 
 def imports(file: Path) -> set[str]:
-    """Modules that a file imports, inside functions too, but not for types alone."""
+    """Return the modules that a file imports, also inside functions, except imports for types only."""
     found: set[str] = set()
     tree = ast.parse(file.read_text())
     for_types = [x for x in ast.walk(tree) if isinstance(x, ast.If) and "TYPE_CHECKING" in ast.unparse(x.test)]
@@ -47,7 +47,7 @@ def modules() -> dict[str, Path]:
 
 
 def place(module: str) -> str:
-    """The name in the drawing of a module of fastkd."""
+    """Return the name of a module of fastkd in the drawing."""
     return module.split(".")[1] if module.count(".") else ""
 
 

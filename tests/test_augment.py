@@ -1,4 +1,4 @@
-"""Augmentation: deterministic, and boxes follow their pixels."""
+"""Augmentation is deterministic, and boxes follow their pixels."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ RED = (255, 0, 0)
 
 
 def make_image(height=60, width=80, box=(20, 10, 50, 40), background=30):
-    """A red rectangle on grey, and its box: the box can be found again in the pixels."""
+    """Return a red rectangle on grey, and its box, which can be found again from the pixels."""
     image = np.full((height, width, 3), background, dtype=np.uint8)
     x1, y1, x2, y2 = box
     image[y1:y2, x1:x2] = RED
@@ -52,7 +52,7 @@ def test_inputs_are_left_alone():
 
 
 def test_no_flip_by_default():
-    """Digits would change their meaning."""
+    """Mirrored digits would be wrong."""
     image, boxes, classes = make_image(box=(0, 10, 30, 40))
     quiet = Augmentation(zoom=(1, 1), translate=0)
     for seed in range(20):
@@ -77,7 +77,7 @@ def test_crop_outside_is_grey():
 
 @pytest.mark.parametrize(("min_visible", "kept"), [(0.2, 1), (0.4, 0)])
 def test_crop_drops_boxes_that_are_hardly_visible(min_visible, kept):
-    _, boxes, classes = crop(*make_image(), (41, 0, 30, 60), min_visible=min_visible)  # 9 of the box's 30 columns
+    _, boxes, classes = crop(*make_image(), (41, 0, 30, 60), min_visible=min_visible)  # 9 of the box's 30 columns stay
     assert len(boxes) == len(classes) == kept
 
 

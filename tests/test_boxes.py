@@ -17,7 +17,7 @@ LAYOUT = HeadLayout(torch.tensor([[[10.0, 14.0]], [[40.0, 60.0]]]), (16, 32), 2)
 
 
 def silent_outputs(images: int = 1) -> list[Tensor]:
-    """Heads of a 64 x 96 image (height x width) that see nothing: one anchor a cell, two classes."""
+    """Return outputs for a 64 x 96 image (height x width) without detections: one anchor per cell, two classes."""
     outputs = [torch.zeros(images, 7, 64 // stride, 96 // stride) for stride in LAYOUT.strides]
     for output in outputs:
         output[:, 4:] = -20
@@ -39,11 +39,11 @@ def test_decoding_follows_the_papers_formula() -> None:
 
 def test_decoding_keeps_anchors_rows_and_columns_apart() -> None:
     model = YOLOv3Tiny(num_classes=3, width=0.125).eval()
-    outputs = [torch.randn_like(x) for x in model(torch.rand(2, 3, 64, 96))]  # no two cells alike
+    outputs = [torch.randn_like(x) for x in model(torch.rand(2, 3, 64, 96))]  # all cells are different
     decoded = decode(outputs, model.anchors, model.strides)
     assert decoded.shape == (2, 3 * (24 + 6), 8)
     raw = outputs[0].unflatten(1, (3, 8))
-    # a sigmoid of many values at once may round another way than one of few
+    # vectorised sigmoids may be rounded differently from scalar ones
     torch.testing.assert_close(decoded[1, 1 * 24 + 3 * 6 + 4, 4:], raw[1, 1, 4:, 3, 4].sigmoid())
 
 
@@ -70,11 +70,11 @@ def test_likely_boxes_are_the_best_above_the_least_score() -> None:
     assert found.dtype == torch.float32
     assert found[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
     decoded = decode(outputs, LAYOUT.anchors, LAYOUT.strides)[..., :4]
-    # the third best of an image is one too many
+    # the third best of an image is left out
     cells = [(0, 1 * 6 + 2), (0, 3 * 6 + 4), None, None, (2, 3 * 6 + 3), None]
     wanted = [torch.zeros(4) if cell is None else decoded[cell] for cell in cells]
     torch.testing.assert_close(found[:, 1:], torch.stack(wanted))
-    assert len(likely_boxes(outputs, LAYOUT, most=100)) == 3 * 30  # no more than there are
+    assert len(likely_boxes(outputs, LAYOUT, most=100)) == 3 * 30  # there are no more
 
 
 def test_decoding_does_not_change_the_outputs() -> None:
@@ -174,7 +174,7 @@ def test_dataset_anchors_fit_better_than_cocos() -> None:
     model = YOLOv3Tiny(1, 0.125, anchors)
     assert anchors.shape == (2, 3, 2)
     assert anchors[0].prod(-1).max() < anchors[1].prod(-1).min()
-    assert anchors[1].tolist() == [[64, 64], [96, 96], [128, 128]]  # no box is that large: squares of the stride
+    assert anchors[1].tolist() == [[64, 64], [96, 96], [128, 128]]  # no box is that large, so the anchors are squares
 
     def fit(sizes: Tensor) -> float:
         boxes = torch.cat([-sizes / 2, sizes / 2], -1).reshape(1, -1, 4)

@@ -1,4 +1,4 @@
-"""What a step may cost: operations, each of which is a launch on a GPU, and memory."""
+"""Limits for the cost of a step: its memory, and its operations, each of which is a launch on a GPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from samples import Dispatched, allocated, levels, loss_of, on_every_target, with_bias
+from samples import allocated, levels, loss_of, on_every_target, with_bias
 from torch import Tensor, nn
+from workloads import Dispatched
 
 import fastkd
 from fastkd import DistillLoss
@@ -22,7 +23,7 @@ WIDE = [(2, 64, 26, 26), (2, 128, 13, 13)]
 
 
 def operations(run: Callable[[], Any]) -> Counter[str]:
-    """Those of a second run: what the first plans, or prepares, is kept."""
+    """Count the operations of a second run, as the first one makes plans that are kept."""
     run()
     with Dispatched() as dispatched:
         run()
@@ -61,7 +62,7 @@ def test_the_module_takes_twelve_operations(backend: str, info_map: str, schedul
 
 
 def test_the_trainers_distillation_takes_25_operations() -> None:
-    """Of its default step: all but what the student, the task loss, the teacher and the adapters' convolutions take."""
+    """Operations of student, task loss, teacher and the adapters' convolutions are not counted."""
     torch.manual_seed(0)
     student, teacher = YOLOv3Tiny(num_classes=10, width=0.25), YOLOv3(num_classes=10, width=0.25)
     images, targets = torch.rand(2, 3, 64, 64), torch.tensor([[0, 3, 10, 10, 40, 50.0], [1, 2, 5, 5, 30, 20]])
@@ -98,7 +99,7 @@ def test_the_trainers_distillation_takes_25_operations() -> None:
 
 
 def size(sample: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of one unit, all student features; and those that what a call keeps of each cell and channel may take."""
+    """Return the bytes of one unit, all student features, and the allowed bytes for values per cell and channel."""
     student = sample["student_feats"]
     cells = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in student)
     return sum(x.nbytes for x in student), 2 * 4 * cells + 16384
@@ -109,7 +110,7 @@ def size(sample: dict[str, Any]) -> tuple[int, int]:
 def test_a_step_allocates_the_gradient_and_no_other_tensor_of_its_size(dtype: torch.dtype, info_map: str) -> None:
     plain = levels(dtype, "channels_last", shapes=WIDE)
     unit, little = size(plain)
-    # in two passes the gradient of a bias is a sum by PyTorch, which on a CPU converts what it sums
+    # in two passes, PyTorch sums the gradient of a bias, and on a CPU converts its input
     for one_pass, sample in ((True, with_bias(plain)), (False, plain)):
         chosen = partial(loss_of, sample, info_map=info_map, backend="cpp", one_pass=one_pass)
         forward, loss = allocated(lambda run=chosen: 3 * run())
@@ -145,8 +146,8 @@ def test_a_donation_that_cannot_be_used_leaves_the_teacher_as_it_is() -> None:
     for s, t in (
         (student, teacher.double()),
         (student, inference),
-        (student, teacher[:1].expand(2, -1, -1, -1)),  # whose memory is one image's
-        (student.detach().half().requires_grad_(), teacher.half()),  # in two passes
+        (student, teacher[:1].expand(2, -1, -1, -1)),  # the teacher's images share one memory
+        (student.detach().half().requires_grad_(), teacher.half()),  # takes two passes
     ):
         before = t.clone()
         (got,) = torch.autograd.grad(criterion([s], [t], donated=[True]), s)

@@ -1,4 +1,4 @@
-"""The command line: every command does what its help says, and a wrong input is one line and status 2."""
+"""The command line: every command does what its help promises, and wrong input gives one line and status 2."""
 
 import argparse
 import dataclasses
@@ -36,7 +36,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(digits, tmp_path_factory):
-    """A teacher's run without a teacher of its own, and a run distilled from it."""
+    """Return a run without a teacher, and a run distilled from its model."""
     out = tmp_path_factory.mktemp("runs")
     assert main(train_arguments(digits, out / "teacher", "--model", "yolov3")) == 0
     teacher = str(out / "teacher" / "model.pt")
@@ -103,8 +103,8 @@ def test_defaults_in_the_help_of_train_are_those_of_the_configuration():
             continue
         default = fields[action.dest]
         in_words = {"None": {"all", "no distillation", "random weights", "none", "as --batch", "never", "no decay"}}
-        in_words["None"] |= {"as the map", "all 1", "as its .cfg or its size says"}
-        in_words["None"] |= {"those of --init if it has the data's classes, else of the data"}
+        in_words["None"] |= {"as the map needs", "all 1", "from its .cfg file, or its size"}
+        in_words["None"] |= {"default if --init has the classes of the data, else data"}
         assert stated[1] in in_words.get(str(default), {str(default)}), action.dest
         compared += 1
     assert compared >= 20
@@ -131,10 +131,10 @@ def test_train_then_eval_then_predict(digits, runs, tmp_path, capsys):
 
 def test_inspect_draws_a_run_and_tells_its_levels(runs, tmp_path, capsys):
     assert main(["inspect", str(runs["distilled"]), "--count", "1", "--out", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "on 1 image\n" in said
+    reported = capsys.readouterr().out
+    assert "on 1 image\n" in reported
     row = r"^(backbone|neck): \S+ <- \S+ +(\d+) +(\d+)% +([\d.]+) +([\d.]+) +(\d+)%$"
-    rows = re.findall(row, said, re.MULTILINE)
+    rows = re.findall(row, reported, re.MULTILINE)
     levels = [("backbone", "8"), ("backbone", "16"), ("backbone", "32"), ("neck", "16"), ("neck", "32")]
     assert [(group, stride) for group, stride, *_ in rows] == levels
     assert sum(int(share) for _, _, share, *_ in rows) == pytest.approx(100, abs=3)
@@ -193,10 +193,10 @@ def test_eval_reads_darknet_weights(digits, tmp_path, capsys):
 
 def test_doctor_tells_what_works(capsys):
     assert main(["doctor"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in ("reference", "cpp", torch.__version__, fastkd.__version__))
-    assert "for CPU tensors\n  ok  cpp: the default\n" in said
-    assert re.search(r"ok +gradient", said)
+    reported = capsys.readouterr().out
+    assert all(name in reported for name in ("reference", "cpp", torch.__version__, fastkd.__version__))
+    assert "for CPU tensors\n  ok  cpp: the default\n" in reported
+    assert re.search(r"ok +gradient", reported)
 
 
 def test_doctor_finds_an_untrained_teacher_in_a_run(digits, tmp_path, capsys):
@@ -258,7 +258,7 @@ def test_sets_are_found_in_the_layouts_of_coco_and_of_digits(tmp_path, annotatio
         (["inspect", "{distilled}", "--set", "test"], "set: expected train or val, got 'test'"),
         (
             ["inspect", "{distilled}", "a.jpg", "--set", "val"],
-            "set: expected none beside images of your own, got 'val'",
+            "set: expected None together with images of your own, got 'val'",
         ),
         (["inspect", "{distilled}", "--count", "0"], "count: expected at least 1 image, got 0"),
         (["demo", "--out", "{out}", "--seeds", "0"], "seeds: expected at least 1"),
@@ -317,5 +317,5 @@ def test_two_images_of_one_name_are_refused(student, digits, tmp_path):
     from fastkd.yolov3.checkpoint import load_detector
 
     images = [digits / "images/test/000001.png", digits / "images/val/000001.png"]
-    with pytest.raises(ValueError, match="two alike"):
+    with pytest.raises(ValueError, match="got the same one twice"):
         predict(load_detector(student).model, images, tmp_path, size=96)

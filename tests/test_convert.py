@@ -1,4 +1,4 @@
-"""A set that is converted is the same set; a split has its share of every class, is whole, and stays the same."""
+"""A converted set is the same set; a split is complete, stays the same, and has its share of every class."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def test_two_images_of_one_name_are_refused_for_yolo(tmp_path: Path) -> None:
     for suffix in (".png", ".jpg"):
         make_image(tmp_path / f"a{suffix}")
     both = from_rows("here", tmp_path, ["a.png", "a.jpg"], [(64, 48)] * 2, ["x"], np.zeros((0, 7)))
-    with pytest.raises(ValueError, match="1 names are those of two images: a; rename them, or write COCO"):
+    with pytest.raises(
+        ValueError, match=r"expected different names, .* got 1 names twice: a; rename the images, or write COCO"
+    ):
         write_sets({"train": both}, tmp_path / "out", "yolo")
 
 
@@ -97,14 +99,14 @@ def test_what_a_format_cannot_hold_is_left_out_and_said(tmp_path: Path, capsys: 
     (tmp_path / "mine/JPEGImages/b 2.png").write_bytes(b"no image")
     arguments = ["data", "convert", str(tmp_path / "mine"), "--to", "yolo", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
-    said = capsys.readouterr().out
-    assert "train: 2 images, 2 boxes" in said
+    reported = capsys.readouterr().out
+    assert "train: 2 images, 2 boxes" in reported
     for note in (
         "1 images that can't be read left out: b 2.png",
         "1 crowd or difficult objects left out: a.png",
         "1 boxes clipped to their image: c.png",
     ):
-        assert f"note: {note}" in said
+        assert f"note: {note}" in reported
 
 
 def test_yolo_names_its_sets_as_trainers_do(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_yolo_names_its_sets_as_trainers_do(tmp_path: Path) -> None:
 
 
 def many(counts: dict[int, int]) -> Annotations:
-    """So many images with a box of each class; -1 for none."""
+    """Return annotations with this many images with a box of each class; class -1 stands for no box."""
     classes = [k for k, count in counts.items() for _ in range(count)]
     table = np.array([(row, k, 0, 0, 9, 9, 0) for row, k in enumerate(classes) if k >= 0], dtype=float)
     names = [f"{row}.jpg" for row in range(len(classes))]
@@ -148,12 +150,12 @@ def test_shares_that_are_none_are_refused(shares: dict[str, float]) -> None:
 
 def test_a_set_of_one_image_cannot_be_split() -> None:
     assert len(split(many({0: 2}), {"val": 0.1})["val"]) == 1
-    with pytest.raises(ValueError, match="here: too few images to split: 1"):
+    with pytest.raises(ValueError, match="here: expected enough images for every part, got 1"):
         split(many({0: 1}), {"val": 0.1})
 
 
 def unsplit(root: Path) -> None:
-    """VOC without lists, of twenty images."""
+    """Return a VOC set without lists, of twenty images."""
     write_voc(root)
     (root / "ImageSets/Main/train.txt").unlink()
     text = (root / "Annotations/a.xml").read_text(encoding="utf-8")
@@ -173,7 +175,7 @@ def test_the_command_splits_and_takes_the_other_sets_along(tmp_path: Path, capsy
     parts = split_folder(out, {"val2": 0.2})
     assert {name: len(part) for name, part in parts.items()} == {"train": 12, "val2": 2, "val": 2, "test": 4}
     assert main(["data", "split", out, "--out", str(tmp_path / "again")]) == 2
-    assert "has a set val already: --val 0 keeps it" in capsys.readouterr().err
+    assert "already has a set val: --val 0 keeps it" in capsys.readouterr().err
 
 
 RUN = ["--width", "0.125", "--size", "64", "--batch", "4", "--cpu", "--anchors", "default", "--warmup", "1"]
@@ -186,8 +188,8 @@ def test_a_run_makes_the_split_that_is_missing_and_keeps_it(tmp_path: Path, caps
     before = tree(data)
     arguments = ["train", "--data", str(data), "--out", str(run), *RUN, "--steps"]
     assert main([*arguments, "2"]) == 0
-    said = capsys.readouterr().out
-    assert f"val: not in {data}, so 2 of the 20 images of all are held back" in said
+    reported = capsys.readouterr().out
+    assert f"val: not in {data}, so 2 of the 20 images of all are held back" in reported
     assert tree(data) == before
     made = tree(run / "split")
     assert sets_in(run / "split") == ["train", "val"]
@@ -205,7 +207,8 @@ def test_a_run_makes_the_split_that_is_missing_and_keeps_it(tmp_path: Path, caps
         assert main(["eval", str(run / "model.pt"), "--data", str(source), "--detections", str(file), "--cpu"]) == 0
         results.append(file.read_bytes())
     assert results[0] == results[1]
-    assert f"val: as the training split the data, {run / 'split/annotations/val.json'}" in capsys.readouterr().err
+    reported = capsys.readouterr().err
+    assert f"val: the split that the training made of the data, {run / 'split/annotations/val.json'}" in reported
 
 
 def test_no_split_is_made_where_it_is_not_missing_or_not_asked_for(tmp_path: Path, capsys: Any) -> None:
@@ -218,7 +221,7 @@ def test_no_split_is_made_where_it_is_not_missing_or_not_asked_for(tmp_path: Pat
         )
     write_yolo(tmp_path / "yolo")
     unsplit(tmp_path / "voc")
-    for name, begins in (("yolo", 0), ("voc", 2)):  # the folder is the split of other data the second time
+    for name, begins in (("yolo", 0), ("voc", 2)):  # the second time, the folder has a split of other data
         out = ["--out", str(tmp_path / "run"), *RUN, "--steps", "1"]
         assert main(["train", "--data", str(tmp_path / name), *out]) == begins
     assert "is the split of" in capsys.readouterr().err

@@ -1,17 +1,14 @@
-"""The CUDA kernels without a GPU: on the host, thread by thread; and in the extension."""
+"""The CUDA kernels without a GPU: compiled for the host, and in the extension."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from samples import DTYPES, INFO_MAPS, LAYOUTS, levels, loss_and_gradients, random, widened
+from samples import DTYPES, INFO_MAPS, LAYOUTS, compiled_for_host, levels, loss_and_gradients, random, widened
 from torch import Tensor
 
 from fastkd.ops import backends
@@ -28,8 +25,10 @@ DEFAULTS: Options = {"info": resolve("energy"), "penalty": "l2", "beta": 0.5, "d
 
 
 def arguments(sample: dict[str, Any]) -> tuple[Any, ...]:
-    """Student, teacher, prior, mean, rstd, bias and weights of a sample as an op takes them; a level that has moments
-    has a bias too."""
+    """Return student, teacher, prior, mean, rstd, bias and weights of a sample, as an op takes them.
+
+    A level with moments also has a bias.
+    """
     student, teacher = [x.detach() for x in sample["student_feats"]], sample["teacher_feats"]
     dtype, generator = accumulator(*student, *teacher), torch.Generator().manual_seed(7)
     absent = torch.empty(0, dtype=dtype)
@@ -52,18 +51,8 @@ def codes(info: InfoMap, penalty: str, beta: float, divisor: str) -> tuple[Any, 
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Tensor]]:
-    """Losses and gradients by the CUDA kernels compiled for the host, whose fibers stand for a block's threads."""
-    compiler = shutil.which("g++")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs g++ on Linux")
-    library, torch_directory = tmp_path_factory.mktemp("on_host") / "on_host.so", Path(torch.__file__).parent
-    source = ROOT / "tests" / "cuda_on_host"
-    subprocess.run(
-        [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-         f"-I{source}", f"-I{torch_directory / 'include'}", source / "ops.cpp", "-o", library,
-         f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-lc10"],
-        check=True,
-    )  # fmt: skip
+    """Losses and gradients of the CUDA kernels, compiled for the host, where fibers replace the threads of a block."""
+    library = compiled_for_host("ops.cpp", tmp_path_factory.mktemp("on_host"))
     definitions = torch.library.Library("fastkd_on_host", "DEF")
     schemas = {"": FORWARD, "_backward": BACKWARD, "_one_pass": ONE_PASS, "_rescale": RESCALE}
     for name, schema in schemas.items():
@@ -71,7 +60,7 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Tens
     torch.ops.load_library(library)
 
     def run(sample: dict[str, Any], info: InfoMap, **options: Any) -> list[Tensor]:
-        definitions  # noqa: B018  the ops live as long as it does
+        definitions  # noqa: B018  the ops exist as long as it does
         tensors, numbers = arguments(sample), codes(info, **options)
         losses, mass, maps = torch.ops.fastkd_on_host.distill_cpp(*tensors, *numbers)
         student, teacher, _, *rest = tensors
@@ -90,15 +79,15 @@ def by_reference(sample: dict[str, Any], info: InfoMap, **options: Any) -> list[
 
 
 def assert_as_exact(got: list[Tensor], sample: dict[str, Any], options: Options) -> None:
-    """Losses and gradients as exact as those of eager PyTorch."""
+    """Check that losses and gradients are as exact as those of eager PyTorch."""
     exact, eager = by_reference(widened(sample), **options), by_reference(sample, **options)
     assert_errors([got[0][:], got[1:]], [eager[0][:], eager[1:]], [exact[0][:], exact[1:]])
 
 
 def assert_errors(got: list[Any], eager: list[Any], exact: list[Any]) -> None:
-    """In each group the largest error is at most twice that of eager PyTorch at the same dtype.
+    """Check that the largest error in each group is at most twice that of eager PyTorch in the same dtype.
 
-    The fourth, if there is one, has sums by channel, whose terms cancel each other.
+    The fourth group, if there is one, has sums by channel, whose terms cancel each other.
     """
     floor = 2e-15 if got[0].dtype == torch.float64 else 6e-8
 
@@ -152,7 +141,7 @@ def test_order_of_blocks_and_threads_does_not_change_a_bit(on_host: Any) -> None
 
 
 def test_offsets_beyond_32_bits(on_host: Any, tmp_path: Path) -> None:
-    gap = 2**31 + 16  # elements between the two images: no more of the sparse file than they are is ever written
+    gap = 2**31 + 16  # elements between the two images; only the used part of the sparse file is written
     flat = torch.from_file(str(tmp_path / "features"), shared=True, size=gap + 4096, dtype=torch.float16)
     sample = levels(torch.float16, shapes=[(2, 8, 4, 4)])
     far = flat.as_strided((2, 8, 4, 4), (gap, 16, 4, 1))
@@ -171,7 +160,7 @@ def test_nan_and_inf_go_through(on_host: Any) -> None:
             losses, *gradients = on_host(sample, **options)
             assert not losses[0].isfinite()
             assert losses[1].isfinite()
-            if value != value:  # what a NaN spoils is what it spoils in PyTorch
+            if value != value:  # a NaN spreads to the same values as in PyTorch
                 for got, expected in zip(gradients, by_reference(sample, **options)[1:], strict=True):
                     assert torch.equal(got.isnan(), expected.isnan())
 
@@ -188,7 +177,7 @@ def test_temperature_and_beta_near_zero(on_host: Any) -> None:
 
 
 def test_entropy_up_to_the_highest_temperature(on_host: Any) -> None:
-    """As tests/test_info_map.py has it for the other kernels: the gradient of l1 is the weight."""
+    """The test is as in tests/test_info_map.py: the gradient of l1 is the weight."""
     sample = levels(shapes=[(1, 64, 6, 6)])
     sample["teacher_feats"] = [torch.randn(1, 64, 6, 6, generator=torch.Generator().manual_seed(0))]
     for temperature in (1.0, MAX_ENTROPY_TEMPERATURE):
@@ -204,8 +193,9 @@ def test_entropy_up_to_the_highest_temperature(on_host: Any) -> None:
 
 # ---- one pass, on the host ----
 
-# The first fits no packs; in NCHW packs of 13 x 13 cells span two channels. In channels_last 257 channels fit no packs,
-# 24 leave some threads of a block without work, 1024 do not, and 4096 take several tiles side by side.
+# A pack is the elements of a 16-byte load. The first shape has none; in NCHW packs of 13 x 13 cells span two channels.
+# In channels_last, 257 channels have no packs, 24 leave some threads of a block without work, 1024 do not, and 4096
+# take several tiles.
 ONE_PASS_SHAPES = [(2, 7, 5, 3), (2, 64, 13, 13), (3, 257, 4, 6), (2, 24, 26, 26), (1, 1024, 3, 4), (2, 4096, 2, 2),
                    (3, 16, 1, 1), (2, 1, 8, 8)]  # fmt: skip
 
@@ -214,7 +204,7 @@ def one_pass(
     sample: dict[str, Any], info: InfoMap, factor: float = 1, donate: bool = False, skip: Sequence[int] = (),
     bias_skip: Sequence[int] = (), **options: Any,
 ) -> list[Any]:  # fmt: skip
-    """Total, losses, gradients and bias gradients; ``skip``: levels whose gradient is not wanted."""
+    """Return total, losses, gradients and bias gradients; levels in ``skip`` need no gradient."""
     student, teacher, prior, *moments, weights = arguments(sample)
     teacher = [x.clone() for x in teacher] if donate else teacher
     absent = student[0].new_empty(0)
@@ -263,7 +253,7 @@ def assert_one_pass(sample: dict[str, Any], donate: bool = False, **options: Any
 def test_one_pass_on_the_host_agrees_with_the_reference(layout: str, dtype: torch.dtype) -> None:
     for i, info in enumerate([*INFO_MAPS, InfoMap("uniform", "none"), InfoMap("uniform", "none")]):
         if (i // 2 + (layout == "contiguous") + (dtype == torch.bfloat16)) % 2:
-            continue  # half the maps in a layout and dtype, each in two of the four
+            continue  # half of the maps in each layout and dtype; each map in two of the four
         options = {"info": info, "penalty": PENALTIES[i % 3], "beta": 0.5, "divisor": DIVISORS[i % 3]}
         sample = levels(dtype, layout, seed=i, shapes=ONE_PASS_SHAPES[i % 2 :])
         assert_one_pass(sample, factor=(1, 0.3)[i % 2], donate=i % 3 == 0, **options)
@@ -280,7 +270,7 @@ def test_one_pass_where_gradients_are_not_wanted() -> None:
 
 @pytest.mark.usefixtures("on_host")
 def test_one_pass_of_tiles_of_several_steps() -> None:
-    """Of packs that end with their channel, that do not, and of one element each."""
+    """Packs end at the end of their channel, or do not, or have one element each."""
     options = {**DEFAULTS, "info": InfoMap("uniform", "none")}
     for layout in ("contiguous", "channels_last"):
         assert_one_pass(levels(layout=layout, shapes=[(512, 8, 17, 32), (1, 8, 3, 3)]), **options)
@@ -372,7 +362,7 @@ def test_rescale_on_the_host() -> None:
             expected = [(x.float() * of[i % 4].float()).to(x.dtype) for i, x in enumerate(got)]
             rescale(upstream, got)
             assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-    many = [torch.ones(3) for _ in range(150)]  # more than a launch takes
+    many = [torch.ones(3) for _ in range(150)]  # more than one launch can take
     rescale(torch.arange(75.0), many)
     assert [x.unique().item() for x in many] == [*range(75)] * 2
     with pytest.raises(RuntimeError, match="must be dense"):
@@ -416,5 +406,5 @@ def test_a_build_that_lacks_kernels_for_a_card_says_what_it_has(monkeypatch: pyt
     monkeypatch.setattr(backends, "_cuda_archs", [80, 100])
     monkeypatch.setattr(
         backends, "_capability", lambda device: 90
-    )  # code of 80 does not run on 90, nor does PTX of 100
+    )  # code for 80 does not run on 90, nor does PTX for 100
     assert backends.choose(None, cuda, torch.float64) == "reference"

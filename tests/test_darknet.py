@@ -1,4 +1,4 @@
-"""Darknet .weights files: the layout, exact round trips, errors that say by how much."""
+"""Darknet .weights files: the layout, exact round trips, and errors that give the difference in size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastkd.yolov3.model import Detector, name_of
 
 
 def scrambled(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every weight and statistic drawn at random, so that no two tensors can be confused."""
+    """Return a model whose weights and statistics are all random, so that no two tensors can be confused."""
     torch.manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and name != "anchors":
@@ -160,7 +160,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
     save_weights(tiny(), path)
     before = path.read_bytes()
     broken = nn.Sequential(OrderedDict(a=nn.Conv2d(1, 1, 1), b=nn.Conv2d(1, 1, 1, bias=False)))
-    with pytest.raises(ValueError, match="not followed by a batch norm"):
+    with pytest.raises(ValueError, match="a convolution without bias that no batch norm follows"):
         save_weights(broken, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -174,7 +174,7 @@ def test_half_precision_models_are_saved_as_float32(tmp_path: Path) -> None:
     assert torch.equal(copy.head16.weight, model.head16.weight.float())
 
 
-# ---- the .cfg beside it
+# ---- the .cfg beside the weights
 
 
 @pytest.mark.parametrize(
@@ -191,12 +191,12 @@ def test_a_detector_comes_back_from_weights_and_cfg_alone(model: Detector, tmp_p
     assert (found.model.num_classes, found.model.width, found.size) == (model.num_classes, model.width, 96)
     assert torch.equal(found.model.anchors, model.anchors)
     assert same_weights(found.model, model)
-    with pytest.raises(ValueError, match=rf"num_classes: expected {model.num_classes}, as .*x\.cfg says, got 80"):
+    with pytest.raises(ValueError, match=rf"num_classes: expected {model.num_classes} as in .*x\.cfg, got 80"):
         load_detector(tmp_path / "x.weights", num_classes=80)
 
 
 def test_the_cfg_is_the_published_one() -> None:
-    """The layers of yolov3-tiny.cfg, each as Darknet numbers it: filters, or what it joins."""
+    """Compare the layers with yolov3-tiny.cfg, as Darknet numbers them: filters, or the layers that are joined."""
     text = write_cfg(YOLOv3Tiny())
     found = [line.split("=")[1] for line in text.splitlines() if line.startswith(("filters", "layers", "mask"))]
     convolutions = ["16", "32", "64", "128", "256", "512", "1024", "256", "512", "255"]
@@ -209,18 +209,18 @@ def test_the_cfg_is_the_published_one() -> None:
 
 def test_a_cfg_of_darknet_is_read_with_its_comments_and_spaces(tmp_path: Path) -> None:
     text = write_cfg(YOLOv3Tiny(7, 0.5), 320).replace("=", " = ").replace("[yolo]", "[yolo]\n; a comment\n# another")
-    (tmp_path / "x.cfg").write_text(text.split("\n", 1)[1])  # without our own first line
+    (tmp_path / "x.cfg").write_text(text.split("\n", 1)[1])  # without fastkd's own first line
     found = read_cfg(tmp_path / "x.cfg")
     assert (found.model, found.num_classes, found.width, found.size) == ("yolov3-tiny", 7, 0.5, 320)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "reported"),
     [
         ("size=3", "size=5", "expected layer 0 of yolov3-tiny to be .*got"),
         ("[yolo]", "[region]", r"the 2 of YOLOv3-tiny, got 0"),
-        ("classes=80", "class=80", r"the same classes, pairs of anchors"),
-        ("mask=0,1,2", "mask=0,1,6", r"a mask of their numbers"),
+        ("classes=80", "class=80", r"the same classes, anchors in pairs"),
+        ("mask=0,1,2", "mask=0,1,6", r"a mask of anchor numbers"),
         ("height=416", "height=320", "with a square input"),
         ("activation=leaky", "activation=mish", "expected layer 0"),
         ("layers=-1,8", "layers=-1,6", "expected layer 20"),
@@ -228,16 +228,16 @@ def test_a_cfg_of_darknet_is_read_with_its_comments_and_spaces(tmp_path: Path) -
         ("[net]", "net", "got 'net' before the first"),
     ],
 )
-def test_a_cfg_of_another_network_is_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
+def test_a_cfg_of_another_network_is_refused(old: str, new: str, reported: str, tmp_path: Path) -> None:
     (tmp_path / "x.cfg").write_text(write_cfg(YOLOv3Tiny()).replace(old, new))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=reported):
         read_cfg(tmp_path / "x.cfg")
 
 
 # ---- without a .cfg
 
 
-@pytest.mark.filterwarnings("ignore:.*the model's own anchors are taken")
+@pytest.mark.filterwarnings("ignore:.*with the model's default anchors")
 @pytest.mark.parametrize(
     ("model", "given"),
     [
@@ -289,18 +289,18 @@ def test_names_beside_the_weights_that_do_not_fit_are_refused_by_their_file(tmp_
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "reported"),
     [
         (b"", "got no name in"),
         (b"a\n\nb\n", "got an empty line 2 in"),
         (b"\xff\xfe\x00", "expected UTF-8 text"),
     ],
 )
-def test_a_file_that_lists_no_names_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_file_that_lists_no_names_is_refused(content: bytes, reported: str, tmp_path: Path) -> None:
     (tmp_path / "x.names").write_bytes(content)
-    with pytest.raises(ValueError, match=f"names: .*{said}"):
+    with pytest.raises(ValueError, match=f"names: .*{reported}"):
         read_names(tmp_path / "x.names")
-    with pytest.raises(FileNotFoundError, match="names: expected coco, or a file"):
+    with pytest.raises(FileNotFoundError, match="names: expected coco or a file"):
         read_names(tmp_path / "y.names")
 
 
@@ -314,16 +314,19 @@ def test_weights_bring_the_anchors_that_they_were_trained_with(tmp_path: Path) -
     for model in (default, chosen):
         load_weights(model, tmp_path / "x.weights")
     assert default.anchors.reshape(-1, 2).tolist() == own
-    assert chosen.anchors.reshape(-1, 2).tolist() == [[7.0, 8.0]] * 6  # those chosen by hand stay
+    assert chosen.anchors.reshape(-1, 2).tolist() == [[7.0, 8.0]] * 6  # anchors that are given are kept
 
 
 def test_a_cfg_of_another_model_beside_weights_is_said_and_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.weights"
     save_weights(YOLOv3Tiny(3, 0.125), path)
-    for text, said in (("notes", "before the first"), (write_cfg(YOLOv3Tiny(9, 0.5, [[7, 7]] * 6)), "of 9 classes")):
+    for text, why in (
+        ("notes", "before the first"),
+        (write_cfg(YOLOv3Tiny(9, 0.5, [[7, 7]] * 6)), "of 9 classes"),
+    ):
         (tmp_path / "x.cfg").write_text(text)
         model = YOLOv3Tiny(3, 0.125)
-        with pytest.warns(UserWarning, match=f"the model's own anchors are taken .*{said}"):
+        with pytest.warns(UserWarning, match=f"with the model's default anchors, .*{why}"):
             load_weights(model, path)
         assert torch.equal(model.anchors, YOLOv3Tiny(3, 0.125).anchors)
     (tmp_path / "x.cfg").unlink()
@@ -332,7 +335,7 @@ def test_a_cfg_of_another_model_beside_weights_is_said_and_changes_nothing(tmp_p
 
 
 def test_the_published_tiny_weights_bring_theirs(tmp_path: Path) -> None:
-    """They were trained with other anchors than their .cfg says; the header tells the file."""
+    """They were trained with other anchors than those in their .cfg; the header identifies the file."""
     model = YOLOv3Tiny()
     save_weights(model, tmp_path / "x.weights", seen=32_013_312)
     (tmp_path / "x.cfg").write_text(write_cfg(model))

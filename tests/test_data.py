@@ -1,4 +1,4 @@
-"""DetectionDataset: what is wrong in a file has a defined end, and samples depend on (seed, epoch, index) only."""
+"""DetectionDataset: every fault of a file is handled, and samples depend on (seed, epoch, index) only."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ def annotation(number, bbox, *, image_id=1, category_id=7, **more):
 
 @pytest.fixture
 def make(tmp_path):
-    """Write a small COCO set (three plots, 64 x 48) with the given annotations; return a data set over it."""
+    """Write a small COCO set (three images, 64 x 48) with these annotations, and return its data set."""
 
     def make(annotations=(), *, content=None, edit=None, size=64, **options):
         folder = tmp_path / "images"
@@ -67,7 +67,7 @@ def test_sample_holds_rgb_pixels_and_boxes_of_the_input(make):
     assert np.array_equal(sample.image[0, 8:56].numpy(), stored[:, :, 2])
     assert (sample.image[:, :8] == FILL).all()
     assert sample.targets.dtype == torch.float32
-    assert sample.targets.tolist() == [[1, 5, 12, 25, 42]]  # "dog" has the larger category id; 8 rows of grey above
+    assert sample.targets.tolist() == [[1, 5, 12, 25, 42]]  # "dog" has the larger category id; grey adds 8 rows above
 
 
 def test_classes_are_numbered_by_category_id(make):
@@ -188,7 +188,7 @@ def test_box_sizes_are_in_pixels_of_the_input(make):
     assert make().box_sizes().shape == (0, 2)
 
 
-# ---- what can be wrong with a data set
+# ---- faults of a data set
 
 
 def test_missing_images_are_an_error_with_count_and_names(make):
@@ -196,7 +196,7 @@ def test_missing_images_are_an_error_with_count_and_names(make):
         (folder / "1.png").unlink()
         (folder / "3.png").unlink()
 
-    with pytest.raises(FileNotFoundError, match=r"images: 2 of 3 images not in .*: 1\.png, 3\.png"):
+    with pytest.raises(FileNotFoundError, match=r"images: 2 of 3 images are not in .*: 1\.png, 3\.png"):
         make(BOXES, edit=remove)
 
 
@@ -209,7 +209,7 @@ def resize(coco, folder):
 
 
 def claim(coco, folder):
-    """More pixels than OpenCV reads."""
+    """Change a file's header to more pixels than OpenCV reads."""
     content = bytearray((folder / "2.png").read_bytes())
     content[16:24] = struct.pack(">II", 60000, 60000)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
@@ -217,7 +217,7 @@ def claim(coco, folder):
 
 
 def forbid(dataset):
-    """Make an image's file one that the system does not let us read, as who runs as root may read everything else."""
+    """Replace an image's file by a folder, which even root can't read as a file."""
     file = dataset.annotations.path(1)
     file.unlink()
     file.mkdir()
@@ -254,7 +254,7 @@ def test_another_image_takes_its_place_in_training_whatever_was_read_before(make
 def test_an_image_that_the_system_cannot_read_is_left_out_too(make):
     dataset = make(BOXES)
     forbid(dataset)
-    with pytest.warns(UserWarning, match=r"This image is left out: .*2\.png: this file can't be read: Is a directory"):
+    with pytest.warns(UserWarning, match=r"this image is left out: .*2\.png: this file can't be read: Is a directory"):
         assert not dataset[1].readable
     dataset.annotations.path(1).rmdir()
     strict = make(BOXES, strict=True)
@@ -272,8 +272,8 @@ def test_warnings_of_images_that_cannot_be_read_come_to_an_end(tmp_path):
     with pytest.warns(UserWarning, match="left out") as caught:
         assert not any(sample.readable for sample in dataset)
     told = [str(warning.message) for warning in caught]
-    assert ["This image is left out" in text for text in told] == [True] * 5 + [False]
-    assert told[5].startswith("More images are left out, which are not named here")
+    assert ["this image is left out" in text for text in told] == [True] * 5 + [False]
+    assert told[5].startswith("more images are left out, without further warnings")
 
 
 @pytest.mark.filterwarnings("ignore:.*.png")
@@ -333,7 +333,7 @@ def test_a_set_of_which_nothing_can_be_read_is_an_error(make):
     data = make(BOXES, edit=damage_all, augmentation=BUSY)
     with (
         pytest.warns(UserWarning, match="left out"),
-        pytest.raises(ValueError, match="none of the 3 images can be used, see the warnings"),
+        pytest.raises(ValueError, match="none of the 3 images can be read, see the warnings"),
     ):
         data[0]
     with pytest.raises(ValueError, match="none of the 3 images could be read"):
@@ -497,7 +497,7 @@ def test_ids_of_annotations_may_repeat(make):
 
 
 def test_ids_of_images_may_not_repeat(make):
-    with pytest.raises(ValueError, match="ids in 'images' are not unique: 1 is there twice"):
+    with pytest.raises(ValueError, match="expected different ids in 'images', got 1 twice"):
         make(edit=lambda coco, folder: coco["images"][2].update(id=1))
 
 

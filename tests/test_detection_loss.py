@@ -1,4 +1,4 @@
-"""The training loss against a plain, slow writing of the same definition, and its promises."""
+"""The training loss against a plain, slow implementation of the same definition, and its promises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TARGETS = torch.tensor(
         [0, 0, 10, 12, 45, 50],
         [2, 1, 40, 30, 60, 44],
         [2, 2, 0, 0, 64, 64],
-        [2, 2, 41, 31, 60, 44],  # shares cell and anchor with one above
+        [2, 2, 41, 31, 60, 44],  # same cell and anchor as a box above
     ],
     dtype=torch.float64,
 )
@@ -32,7 +32,7 @@ def random_outputs(seed: int = 0, images: int = 3, scale: float = 1.0) -> list[T
 
 
 def slow_loss(outputs: list[Tensor], targets: Tensor, ignore: float, match: float) -> dict[str, Tensor]:
-    """Box by box, cell by cell, in the words of the paper."""
+    """Compute the loss box by box and cell by cell, as the paper describes it."""
     boxes = decode(outputs, ANCHORS, LAYOUT.strides)
     raw = torch.cat([o.unflatten(1, (2, 8)).permute(0, 1, 3, 4, 2).flatten(1, 3) for o in outputs], 1)
     total = {name: outputs[0].new_zeros(()) for name in ("box", "objectness", "class")}
@@ -126,8 +126,8 @@ def test_without_boxes_only_objectness_is_trained() -> None:
 
 
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device any look at a value, or a shape that depends on one, is an error."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
+    """On the meta device, reading a value, or a shape that depends on one, raises an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has no autocast
     outputs = [torch.zeros(2, 16, n, n, device="meta", requires_grad=True) for n in (4, 2)]
     total, parts = DetectionLoss(LAYOUT)(outputs, torch.zeros(5, 6, device="meta"))
     total.backward()
@@ -207,7 +207,7 @@ def test_a_small_network_learns_to_find_its_boxes() -> None:
     model = YOLOv3Tiny(num_classes=2, width=0.25, anchors=[[12, 12], [16, 16], [20, 20], [28, 28], [36, 36], [44, 44]])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.3  # so few steps would leave the running statistics behind
+            module.momentum = 0.3  # otherwise the running statistics change too little in so few steps
     images = torch.rand(4, 3, 64, 64) * 0.2
     targets = torch.tensor(
         [[0, 0, 4, 6, 20, 22], [1, 1, 10, 8, 46, 44], [2, 0, 30, 34, 50, 54], [3, 1, 20, 24, 56, 60]]

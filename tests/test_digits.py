@@ -1,4 +1,4 @@
-"""The digits scenes: identical everywhere, honest splits, tight boxes, files whole or absent."""
+"""The digits scenes: identical everywhere, no leaks between splits, tight boxes, atomic writes."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def test_scenes_are_as_described():
     assert boxes.min() >= 0
     assert boxes.max() <= 96
     heights = boxes[:, 3] - boxes[:, 1]
-    assert heights.min() >= 18  # half-covered rims of the smallest glyphs may fall outside the box
+    assert heights.min() >= 18  # half-covered edges of the smallest glyphs may be outside the box
     assert heights.max() <= 48
 
 
@@ -58,7 +58,7 @@ def test_digits_of_a_scene_hardly_overlap():
 
 
 def test_boxes_are_tight_around_the_ink(monkeypatch):
-    """On white, with black ink and nothing else, a box must be the extent of the pixels that are mostly ink."""
+    """With black ink on white and nothing else, a box must be the extent of the pixels that are mostly ink."""
     monkeypatch.setattr(digits, "_photograph_crop", lambda photographs, size, rng: np.full((size, size, 3), 255.0))
     monkeypatch.setattr(digits, "_add_patch", lambda *args: None)
     monkeypatch.setattr(digits, "_add_stroke", lambda *args: None)
@@ -121,7 +121,7 @@ def test_subset_is_the_start_of_train(small_set):
     part = json.loads((small_set / "annotations/train_100.json").read_text())
     assert part["images"] == whole["images"][:100]
     assert part["annotations"] == whole["annotations"][: len(part["annotations"])]
-    assert not (small_set / "annotations/train_300.json").exists()  # train has only 120
+    assert not (small_set / "annotations/train_300.json").exists()  # train has only 120 scenes
 
 
 def test_image_ids_are_unique_over_the_splits(small_set):
@@ -140,7 +140,7 @@ def test_the_same_set_is_reused_untouched(small_set):
 
 
 def test_another_set_is_not_overwritten(small_set):
-    with pytest.raises(FileExistsError, match=r"out_dir: .* holds something else.*'seed': 1.*give a new folder"):
+    with pytest.raises(FileExistsError, match=r"out_dir: expected a new folder or .*'seed': 1.*; give another folder"):
         write_digits(small_set, train=120, val=6, test=7, seed=1)
 
 

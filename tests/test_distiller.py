@@ -1,4 +1,4 @@
-"""What the Distiller promises: hooks that are heard, a frozen teacher, levels that fit, a check that is right."""
+"""The promises of the Distiller: hooks that fire, a frozen teacher, levels that fit, and a check that is right."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def block(cin: int, cout: int) -> nn.Module:
 
 
 class Net(nn.Module):
-    """Stages of stride 2, 4, 8 and a neck convolution on each of the last two; the output is a list of neck maps."""
+    """Stages of strides 2, 4, 8, and a neck convolution on each of the last two; the output is a list of neck maps."""
 
     def __init__(self, width: int, stages: int = 3) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Pair(nn.Module):
 
 
 class Wrapper(nn.Module):
-    """As an averaged model or an engine wraps it: under the name ``module``."""
+    """A wrapper such as an averaged model, which holds the model under the name ``module``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ NECK = [("neck.p3", "neck.p3")]
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """As if trained: batch norms with other than their first values."""
+    """Return the module as if it were trained: with batch norms that do not have their initial values."""
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.5, 1.5)
@@ -110,7 +110,7 @@ def named(report: fastkd.health.Report) -> dict[str, bool | None]:
 
 
 def text(report: fastkd.health.Report) -> str:
-    """The table without its line breaks."""
+    """Return the table of a report without its line breaks."""
     return " ".join(str(report).split())
 
 
@@ -273,35 +273,38 @@ def test_loss_without_a_new_forward_is_an_error(student: Net, teacher: Net, imag
         distiller.loss(images)
 
 
-def test_a_module_outside_the_forward_is_named(student: Net, teacher: Net, images: Tensor) -> None:
-    distiller = Distiller(student, teacher, neck=[("neck.p3", "unused")])
+@pytest.mark.parametrize(
+    ("levels", "error", "message"),
+    [
+        ({"neck": [("neck.p3", "unused")]}, RuntimeError, r"teacher neck\[0\] 'unused'.*has not fired"),
+        ({"neck": [("pair", "neck.p3")]}, TypeError, r"student neck\[0\] 'pair'.*got a tuple"),
+        (
+            {"neck": [("pool", "neck.p3")]},
+            ValueError,
+            r"student neck\[0\] 'pool' and teacher neck\[0\] 'neck.p3'.*\(2, 16, 1, 1\)",
+        ),
+        (
+            {"backbone": [("stages.1", "stages.2")]},
+            ValueError,
+            r"student backbone\[0\] 'stages.1'.*'stages.2'.*\(2, 8, 8, 8\).*two lists",
+        ),
+    ],
+    ids=["a module outside the forward", "a tuple", "another size", "another stride"],
+)
+def test_outputs_that_cannot_be_compared_are_an_error_that_names_their_modules(
+    levels: dict[str, Any], error: type[Exception], message: str, student: Net, teacher: Net, images: Tensor
+) -> None:
+    distiller = Distiller(student, teacher, **levels)
     student(images)
-    with pytest.raises(RuntimeError, match=r"teacher neck\[0\] 'unused'.*has not fired"):
+    with pytest.raises(error, match=message):
         distiller.loss(images)
 
 
-def test_output_that_is_no_tensor_or_not_4d_is_an_error_with_its_type(
-    student: Net, teacher: Net, images: Tensor
-) -> None:
-    for place, error, message in (
-        ("pair", TypeError, r"student neck\[0\] 'pair'.*got a tuple"),
-        ("pool", ValueError, r"student neck\[0\] 'pool' and teacher neck\[0\] 'neck.p3'.*\(2, 16, 1, 1\)"),
-    ):
-        distiller = Distiller(student, teacher, neck=[(place, "neck.p3")])
-        student(images)
-        with pytest.raises(error, match=message):
-            distiller.loss(images)
+def test_an_output_that_is_not_4d_is_an_error_with_its_shape(teacher: Net, images: Tensor) -> None:
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
     distiller = Distiller(flat, teacher, neck=[("1", "neck.p3")])
     flat(images)
     with pytest.raises(ValueError, match=r"4 dimensions \(N, C, H, W\), got shape \(2, 4\)"):
-        distiller.loss(images)
-
-
-def test_sizes_that_differ_are_named_with_both_modules(student: Net, teacher: Net, images: Tensor) -> None:
-    distiller = Distiller(student, teacher, backbone=[("stages.1", "stages.2")])
-    student(images)
-    with pytest.raises(ValueError, match=r"student backbone\[0\] 'stages.1'.*'stages.2'.*\(2, 8, 8, 8\).*two lists"):
         distiller.loss(images)
 
 
@@ -321,16 +324,16 @@ def test_copies_of_the_student_do_not_feed_the_distiller(student: Net, teacher: 
     assert distiller.loss(images) > 0
     for twin in twins:
         twin(images)
-        copy.copy(student.stages[1])(torch.randn(2, 4, 16, 16))  # shares the hooks, as DataParallel's replicas do
+        copy.copy(student.stages[1])(torch.randn(2, 4, 16, 16))  # shares the hooks, as the replicas of DataParallel do
         with pytest.raises(RuntimeError, match="has not fired"):
             distiller.loss(images)
 
 
 def test_a_student_saved_whole_has_nothing_of_fastkd(tmp_path: Path) -> None:
-    """Also one that others have hooks on, whose handles still remove them, and an EMA's copy."""
+    """The same holds for a student with hooks of other code, whose handles still remove them, and for an EMA's copy."""
     student, teacher = (nn.Sequential(block(3, 4), block(4, 8)) for _ in range(2))
     images, seen = torch.randn(2, 3, 16, 16), []
-    theirs = student[1].register_forward_hook(print)  # a function that every process has
+    theirs = student[1].register_forward_hook(print)  # a function that can be pickled
     distiller = Distiller(student, teacher, backbone=[("0", "0"), ("1", "1")]).prepare(images)
     later = student[0].register_forward_hook(lambda *_: seen.append(1))
     student(images)
@@ -402,7 +405,7 @@ def test_remove_takes_every_hook_off(student: Net, teacher: Net, images: Tensor)
 def test_teacher_stays_frozen_whoever_calls_train(student: Net, teacher: nn.Module, images: Tensor) -> None:
     distiller = Distiller(student, teacher, backbone=BACKBONE)
     before = fingerprint(teacher)
-    student.teacher = teacher  # as where one module holds all
+    student.teacher = teacher  # one module holds both models
     student.train()
     distiller.train()
     for p in teacher.parameters():
@@ -482,7 +485,7 @@ def test_compiled_student_gets_the_gradient_of_the_eager_one(
 
 
 def test_hooks_do_not_make_the_compiler_start_again(student: Net, teacher: Net, images: Tensor) -> None:
-    from torch._dynamo.testing import CompileCounter  # torch alone does not import it
+    from torch._dynamo.testing import CompileCounter  # torch does not import it
 
     torch.compiler.reset()
     counter = CompileCounter()
@@ -560,7 +563,7 @@ def test_no_common_stride_names_the_group(images: Tensor, student: Net, teacher:
 
 
 class Shrinking(nn.Module):
-    """A network without padding: of 33 pixels its stage keeps 16, where a padded one of stride 2 keeps 17."""
+    """A network without padding: of 33 pixels its stage keeps 16, while a padded stage of stride 2 keeps 17."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -613,7 +616,7 @@ def test_the_teacher_rests_once_the_loss_has_stopped(student: Net, teacher: Net,
         assert bool(loss) == (step < 2)
         distiller.zero_grad()
         loss.backward()
-        assert all(p.grad is not None for p in distiller.parameters())  # as DDP expects
+        assert all(p.grad is not None for p in distiller.parameters())  # DDP expects gradients for all parameters
     assert len(runs) == 2
     resumed = Distiller(student, teacher, backbone=BACKBONE, stop_step=2)
     resumed.load_state_dict(distiller.state_dict())
@@ -634,7 +637,7 @@ def test_auto_weight_holds_the_share_within_a_trainers_loop(student: Net, teache
     share = re.search(r"([\d.]+)% of the total", text(distiller.check(images, task_loss=task)))
     assert share is not None
     assert float(share[1]) == pytest.approx(20, rel=0.2)
-    assert share[0] in text(distiller.check(images, task_loss=-task))  # of a likelihood, by magnitude
+    assert share[0] in text(distiller.check(images, task_loss=-task))  # a likelihood counts by its magnitude
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 10_000.0])
@@ -643,14 +646,14 @@ def test_the_first_steps_in_float16_stay_finite_whatever_the_scale(scale: float,
     student, teacher = Net(4), trained(Net(8))
     for model in (student, teacher):
         for stage in model.stages:
-            stage[1].weight.data.mul_(scale)  # features, and what the next stage sees of them, are that much larger
+            stage[1].weight.data.mul_(scale)  # scales the features and the input of the next stage
             stage.register_forward_hook(lambda _, __, x: x.clamp(max=60_000))
     distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK, weight=weight, calibration_batches=2)
     distiller.prepare(images)
     parameters = [*student.parameters(), *distiller.parameters()]
     optimizer, scaler = torch.optim.AdamW(parameters, lr=1e-3), torch.amp.GradScaler("cpu")
     before = [p.detach().clone() for p in student.stages.parameters()]
-    for _ in range(32):  # the scaler begins at 65536 and halves where a gradient overflows
+    for _ in range(32):  # the scaler starts at 65536 and halves when a gradient overflows
         with torch.autocast("cpu", torch.float16):
             task = sum(x.float().square().mean() for x in student(images)) / scale**2
             loss = task + distiller.loss(images, task_loss=task)
@@ -678,7 +681,7 @@ def test_a_criterion_of_another_length_is_refused(student: Net, teacher: Net, im
 
 
 class Holder(nn.Module):
-    """A teacher of one feature, which in one of many ways somebody else holds after the forward."""
+    """A teacher of one feature, to which another object may hold a reference after the forward, in one of many ways."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -739,7 +742,7 @@ def test_nothing_that_somebody_else_holds_is_overwritten(way: str) -> None:
 
 
 def test_the_gradient_takes_the_memory_of_features_that_only_the_hooks_hold() -> None:
-    teacher, student, images = Holder("nobody"), nn.Conv2d(3, 3, 1), torch.randn(2, 3, 64, 64)
+    teacher, student, images = Holder("the hooks alone"), nn.Conv2d(3, 3, 1), torch.randn(2, 3, 64, 64)
     distiller = Distiller(student, teacher, backbone=[(student, "feature")]).prepare(images)
     memory: list[tuple[int, int]] = []
     teacher.feature.register_forward_hook(lambda module, args, output: memory.append((output.data_ptr(), 0)))
@@ -791,7 +794,7 @@ def test_state_round_trips_into_a_fresh_lazy_distiller(teacher: Net, images: Ten
     torch.save([x.state_dict() for x in first], file)
     file.seek(0)
     second = make()
-    torch.manual_seed(99)  # a resumed process draws other adapters, if it draws any
+    torch.manual_seed(99)  # a resumed process has another random state
     for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
     assert second[1].criterion.calibrated
@@ -924,7 +927,7 @@ def test_check_calls_unknown_what_it_was_not_given(healthy: Healthy) -> None:
 def test_check_names_a_teacher_without_a_checkpoint(student: Net, images: Tensor) -> None:
     teacher = Net(8)
     assert named(Distiller(student, teacher, backbone=BACKBONE).check())["teacher trained"] is False
-    trained(teacher.stages[0])  # a checkpoint that fits in part
+    trained(teacher.stages[0])  # a checkpoint that fits only a part of the model
     report = Distiller(student, teacher, backbone=BACKBONE).check()
     assert named(report)["teacher trained"] is False
     assert "2 of 3 layers look as initialised (stages.1.1, stages.2.1)" in text(report)
@@ -964,7 +967,7 @@ def test_check_is_content_with_a_student_that_checkpoints_activations(
     student = Checkpointed(4)
     student.reentrant, student.first = reentrant, first
     before = fingerprint(student)
-    for p in student.parameters():  # an optimiser that steps in the backward
+    for p in student.parameters():  # an optimiser that steps during the backward
         p.register_post_accumulate_grad_hook(add_one)
     distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK).prepare(images)
     for p in student.parameters():
@@ -990,8 +993,8 @@ def test_check_is_content_with_features_that_are_resized(teacher: Net, images: T
 def test_check_measures_the_share_that_a_training_step_has(
     schedule: dict[str, Any], student: Net, teacher: Net, images: Tensor
 ) -> None:
-    """Where the task loss falls faster than the averages follow, it is far from the one that was asked for."""
-    student.eval()  # as check runs it
+    """If the task loss falls faster than the averages follow, the share is far from the requested one."""
+    student.eval()  # as in the check
     distiller = Distiller(student, teacher, backbone=BACKBONE, weight="auto", calibration_batches=1, **schedule)
     for step in range(20):
         student(images)
@@ -1083,7 +1086,7 @@ def test_check_names_features_that_are_not_finite(student: Net, teacher: Net, im
 def test_check_names_a_loss_that_has_stopped(
     stop_step: int, ok: bool | None, student: Net, teacher: Net, images: Tensor
 ) -> None:
-    """At its step that is in order; before the first one it never does anything."""
+    """Stopping at a later step is intended; stopping before the first step means that it never does anything."""
     distiller = Distiller(student, teacher, backbone=BACKBONE, stop_step=stop_step)
     student(images)
     distiller.loss(images)
@@ -1106,7 +1109,7 @@ def test_check_works_on_a_compiled_student(student: Net, teacher: Net, images: T
 
 
 def halves(outputs: Any, sizes: list[tuple[int, int]]) -> list[Tensor | None]:
-    """A prior that ignores the lower half of every image, and leaves the last level out."""
+    """A prior that ignores the lower half of every image, and has no value for the last level."""
     priors: list[Tensor | None] = []
     for height, width in sizes:
         prior = torch.ones(len(outputs[0]), height, width)
@@ -1164,7 +1167,7 @@ def test_maps_name_their_levels(student: Net, teacher: Net, images: Tensor) -> N
 
 
 class Resizing(nn.Module):
-    """Takes a list of images and resizes them itself, as torchvision's detectors do."""
+    """A model that takes a list of images and resizes them itself, like torchvision's detectors."""
 
     def __init__(self, net: Net, size: int = 64) -> None:
         super().__init__()
@@ -1200,7 +1203,7 @@ def test_maps_leave_no_trace(student: Net, teacher: Net, images: Tensor) -> None
     assert distiller.criterion.level_losses is losses
     assert not any(x.requires_grad for x in (*found.information, *found.differences))
     with pytest.raises(RuntimeError, match="its hook has not fired"):
-        distiller.loss(images, task_loss=1.0)  # the maps' own forward does not count as the student's
+        distiller.loss(images, task_loss=1.0)  # the forward of the maps does not count as the student's
 
 
 def test_maps_ask_no_other_process(student: Net, teacher: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1230,11 +1233,11 @@ def test_concentration_is_the_share_of_the_heaviest_cells() -> None:
         level.concentration(10)
 
 
-# --- what foreign trainers do
+# --- in other trainers
 
 
 def test_two_forwards_of_the_student_are_told_apart(student: Net, teacher: Net, images: Tensor) -> None:
-    """The features of the last one are there: a loss on the images of the first would compare different images."""
+    """The features of the last forward are used; a loss on the first images would compare different images."""
     others = torch.randn_like(images)
     distiller = Distiller(student, teacher, backbone=BACKBONE)
     student(images), student(others)
@@ -1242,7 +1245,7 @@ def test_two_forwards_of_the_student_are_told_apart(student: Net, teacher: Net, 
         RuntimeError, match=r"expected the images of the student's last forward, got others.*last_forward"
     ):
         distiller.loss(images)
-    student(images)  # a loss that failed leaves nothing behind
+    student(images)  # a loss that failed does not affect the next one
     first = distiller.loss(images)
     student(others)
     assert (first + distiller.loss(others)).requires_grad
@@ -1251,7 +1254,7 @@ def test_two_forwards_of_the_student_are_told_apart(student: Net, teacher: Net, 
 
 
 def test_forwards_without_a_loss_are_no_error(student: Net, teacher: Net, images: Tensor) -> None:
-    """Every second step distilled, a validation with gradients, tracing, a step that is skipped or tried again."""
+    """Every second step is distilled, a validation has gradients, a model is traced, a step is skipped or repeated."""
     distiller = Distiller(student, teacher, backbone=BACKBONE).prepare(images)
     for step in range(4):
         batch = torch.randn_like(images)
@@ -1364,7 +1367,7 @@ def test_a_module_that_does_not_run_is_named_and_compiling_only_where_it_was(
 
 
 class Swin(nn.Module):
-    """Its stage returns (N, H, W, C), its tokens (N, L, C), its pair a tuple; the sum is no module's output."""
+    """A stage that returns (N, H, W, C), tokens (N, L, C), a tuple, and a sum that is not the output of a module."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Several processes train as one, and a run outlives a process that dies."""
+"""Several processes train as one, and a run can be resumed after a process dies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = YOLOv3Tiny(num_classes=10, width=0.25)
-    model(torch.rand(4, 3, 64, 64))  # batch norms that are not as initialised
+    model(torch.rand(4, 3, 64, 64))  # the batch norms are not as initialised
     path = tmp_path_factory.mktemp("teacher") / "model.pt"
     save_detector(model, path, CLASS_NAMES, 64)
     return path
@@ -48,7 +48,7 @@ def log(run: Path) -> list[dict[str, float]]:
 
 def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, teacher: Path, tmp_path: Path) -> None:
     def run(name: str) -> list[str]:
-        # of this map the mass is the divisor, so ranks need each other's; and so they do for weight="auto"
+        # the divisor of this map is its mass, so ranks need each other's; weight="auto" needs other ranks too
         options = ["--teacher", str(teacher), "--info-map", "score", "--steps", "4", "--freeze-batchnorm"]
         return arguments(digits, tmp_path / name, *options)
 
@@ -61,7 +61,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, teacher: 
     two, one = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("two", "one"))
     for part in ("student", "distiller"):  # adapters, statistics and the averages of weight="auto" too
         for name, value in one[part].items():
-            if "statistics" in name and name.endswith((".count", ".square")):  # both processes looked at the same plots
+            if "statistics" in name and name.endswith((".count", ".square")):  # both processes used the same images
                 torch.testing.assert_close(two[part][name], 2 * value, rtol=1e-4, atol=1e-6)
             elif isinstance(value, torch.Tensor):
                 torch.testing.assert_close(
@@ -79,7 +79,7 @@ def test_every_process_says_that_the_folder_is_taken(digits: Path, tmp_path: Pat
     with alone_in(tmp_path / "run"):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in done.stderr.splitlines() if line.startswith("fastkd: error:")]
-    assert lines, done.stderr  # torchrun may end the second process before it says anything
+    assert lines, done.stderr  # torchrun may end the second process before it prints anything
     assert all("another process is writing there" in line for line in lines)
     assert not (tmp_path / "run" / "config.json").exists()
 
@@ -104,8 +104,8 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*TORCHRUN, str(dying), *options], capture_output=True, text=True, env=environment)
     assert done.returncode != 0
-    # the other process finds the connection broken, or is told to stop by torchrun before it does
-    assert re.search("(another process is gone.*|stopped); the same command with --resume goes on", done.stderr)
+    # the other process finds the connection broken, or torchrun stops it first
+    assert re.search("(another process has died.*|stopped); to continue.* with --resume", done.stderr)
     assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 4
     assert main([*options, "--resume"]) == 0
     assert load_detector(tmp_path / "run" / "model.pt").model.num_classes == 10

@@ -1,7 +1,7 @@
-"""What the pages say is so: code runs, the parser takes their commands, links and names lead somewhere.
+"""The pages are correct: their code runs, the parser accepts their commands, and their links and names exist.
 
-A fenced block is ``python`` (run, page by page), ``sh`` (parsed, and run where that takes seconds), ``console`` (run,
-and its output compared), ``text`` (compared with what prints or reads it), or a directive of Sphinx, which
+A fenced block is ``python`` (run, page by page), ``sh`` (parsed, and run if that takes seconds), ``console`` (run, and
+its output compared), ``text`` (compared with the program that prints or reads it), or a directive of Sphinx, which
 ``make docs`` checks.
 """
 
@@ -48,7 +48,7 @@ from fastkd.yolov3.data.digits import write_digits
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(x.relative_to(ROOT)) for x in (ROOT / "docs").rglob("*.md"))]
 
-# what does not run, and why; everything else does
+# blocks that do not run, and why; all others run
 DRAWINGS = {
     "docs/architecture.md": "of what imports what: test_architecture.py reads them",
     "docs/how_it_works.md": "of the data flow",
@@ -60,22 +60,22 @@ ONLY_PARSED = {
     "torchrun": "starts several processes; test_examples.py does with the same script",
     "python": "a program of benchmarks/, minutes to hours; file and options must exist",
 }
-# what is changed so that the rest takes seconds: text of Python blocks, and options that commands get at their end
+# changes that make blocks run in seconds: text in Python blocks, and options at the end of commands
 SMALLER_CODE = {"416": "64", "num_classes=3": "num_classes=3, width=0.125", "max_epochs=100": "max_epochs=1"}
-SMALLER_CODE["\n...\n"] = "\nmodel(imgs)\n"  # the reader's own loop up to its loss
+SMALLER_CODE["\n...\n"] = "\nmodel(imgs)\n"  # up to the loss of the reader's own loop
 SMALLER_OPTIONS = {
     "train": "--steps 2 --batch 4 --size 64 --width 0.125 --eval-every 0 --cpu",
     "digits": "--train 8 --val 40 --test 40",
 }
 SMALLER_ULTRALYTICS = {"imgsz": 96, "epochs": 2, "device": "cpu", "plots": False, "workers": 0}
-# names in inline code that are another program's, or the reader's
+# names in inline code that belong to other programs or to the reader
 FOREIGN_FILES = {"train.py"}
 FOREIGN_OPTIONS = {"--max-restarts", "--epochs=100"}
 FOREIGN_ARGUMENTS = {"batch", "ckpt_path", "compile", "device", "dis", "distill_model", "epochs", "loss_weight"}
 FOREIGN_ARGUMENTS |= {"quantize", "strict", "throw_on_early_termination", "timeout", "weights_only"}
 
 
-# how a block of commands begins that says no language
+# the first words of a block of commands without a language
 PROGRAM = re.compile(r"([A-Z_]+=\S+ )*(fastkd|pip|make|torchrun|python|\.venv/bin/python) ")
 
 
@@ -88,7 +88,7 @@ class Block(NamedTuple):
 
     @property
     def optional(self) -> set[str]:
-        """The frameworks that it needs beyond ``fastkd[train]``."""
+        """Return the frameworks that it needs beyond ``fastkd[train]``."""
         return {x for x in ("ultralytics", "lightning") if re.search(rf"^(from|import) {x}\b", self.code, re.M)}
 
 
@@ -109,13 +109,13 @@ def pages_with(*languages: str) -> list[str]:
 
 
 def spans(page: str) -> list[str]:
-    """Inline code outside of blocks."""
+    """Return the inline code outside of blocks."""
     prose = re.sub(r"^ *```.*?^ *```", "", read(page), flags=re.MULTILINE | re.DOTALL)
     return [" ".join(x.split()) for x in re.findall(r"`([^`]+)`", prose)]
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The words of each command, without variables that are set for it."""
+    """Return the words of each command, without assignments of variables."""
     lines = block.code.replace("\\\n", " ").splitlines()
     if block.language == "console":
         lines = [x.removeprefix("$ ") for x in lines if x.startswith("$ ")]
@@ -167,7 +167,7 @@ def test_every_page_is_in_the_index_and_its_first_words_are_a_sentence() -> None
 
 
 class Layers(nn.Module):
-    """Stands for a model of somebody else's: modules of these names, which get the image at these strides."""
+    """A model of another package: modules with these names, which get the image at these strides."""
 
     def __init__(self, strides: dict[str, int]) -> None:
         super().__init__()
@@ -194,14 +194,14 @@ def pyramid() -> Layers:
 
 
 def trained(model: Any, images: Tensor) -> Any:
-    """With batch norms that are not as initialised."""
+    """Return a model with batch norms that are not as initialised."""
     with torch.no_grad():
         model.train()(images)
     return model
 
 
 def reader() -> dict[str, Any]:
-    """What someone has who comes to a page of distillation: two detectors, images, an optimiser and a distiller."""
+    """Return what a reader of a page on distillation has: two detectors, images, an optimiser and a distiller."""
     torch.manual_seed(0)
     images = torch.rand(2, 3, 64, 64)
     student, teacher = YOLOv3Tiny(3, 0.125), trained(YOLOv3(3, 0.125), images)
@@ -215,7 +215,7 @@ def reader() -> dict[str, Any]:
 
 
 def repository(prefix: str, student: dict[int, int], teacher: dict[int, int]) -> dict[str, Any]:
-    """What the training script of a repository of YOLOv3 has at the place that the page names."""
+    """Return what the training script of a YOLOv3 repository has at the place that the page names."""
     images = torch.rand(2, 3, 64, 64)
     model, theirs = numbered(prefix, student), trained(numbered(prefix, teacher), images)
     options = SimpleNamespace(teacher=["yolov3.cfg", "yolov3.weights"])
@@ -226,7 +226,7 @@ def repository(prefix: str, student: dict[int, int], teacher: dict[int, int]) ->
 
 
 def lightning_user() -> dict[str, Any]:
-    """A LightningModule with a detector, its loader, and a teacher of the same kind."""
+    """Return a LightningModule with a detector, its loader, and a teacher of the same kind."""
     pl = importlib.import_module("lightning.pytorch")
 
     class Module(pl.LightningModule):  # type: ignore[name-defined, misc]
@@ -244,7 +244,7 @@ def lightning_user() -> dict[str, Any]:
     return {"module": Module(), "teacher": trained(pyramid(), images), "loader": DataLoader(TensorDataset(images), 2)}
 
 
-# what blocks find there that do not go on where the last block of their page ended, by their first line
+# names for blocks that do not continue the last block of their page, by their first line
 READERS: dict[str, Callable[[], dict[str, Any]]] = {
     "# eriklindernoren/PyTorch-YOLOv3": lambda: repository(
         "module_list", {6: 8, 8: 16, 13: 32, 14: 32, 21: 16}, {37: 8, 62: 16, 75: 32, 80: 32, 92: 16, 104: 8}
@@ -261,14 +261,14 @@ def plain(text: str) -> str:
 
 
 def run_python(page: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Run the Python blocks of a page; returns what each printed."""
+    """Run the Python blocks of a page; return what each printed."""
     names = {} if page == "README.md" else reader()
     printed: list[str] = []
     for block in blocks(page=page):
         if block.language == "text" and printed and page != "docs/doctor.md":
             assert plain(printed[-1]) == plain(block.code)
         missing = block.optional - {x for x in ("lightning",) if importlib.util.find_spec(x)}
-        if block.language != "python" or missing:  # of a missing framework's blocks the arguments alone are checked
+        if block.language != "python" or missing:  # if the framework is missing, only the arguments are checked
             continue
         others = [make() for start, make in READERS.items() if block.code.startswith(start)]
         code = block.code
@@ -281,7 +281,7 @@ def run_python(page: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return printed
 
 
-OF_THEIR_OWN = ("README.md", "docs/ultralytics.md")  # pages with a test below
+OF_THEIR_OWN = ("README.md", "docs/ultralytics.md")  # pages with a test of their own below
 
 
 @pytest.mark.parametrize("page", [x for x in pages_with("python") if x not in OF_THEIR_OWN])
@@ -300,7 +300,7 @@ def test_the_first_example_of_the_readme_runs_as_it_stands_and_ends_with_a_repor
     report = run_python("README.md", capsys)[0]
     found = {line[6:23].strip(): line.split()[0] for line in report.splitlines() if line[:1].strip()}
     assert {found[name] for name in ("teacher frozen", "hooks", "gradient", "optimizer")} == {"ok"}
-    assert found["teacher trained"] == "FAIL"  # as it is told there
+    assert found["teacher trained"] == "FAIL"  # as the page shows
 
 
 ULTRALYTICS = """
@@ -365,7 +365,7 @@ def test_the_page_of_ultralytics_trains_resumes_and_trains_as_a_command(tmp_path
 
 
 def known_options(parser: Any) -> dict[str, set[str]]:
-    """The options of every command of a parser, by its words: "fastkd data check"."""
+    """Return the known options of every command of a parser, by its words, for example "fastkd data check"."""
     found = {parser.prog: {x for action in parser._actions for x in action.option_strings}}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -378,7 +378,7 @@ OPTIONS = known_options(cli._parser())
 
 
 def write_voc(digits: Path, out: Path) -> None:
-    """The digits in Pascal VOC's layout, with a list of the images that are labelled and a folder of others."""
+    """Write the digits in Pascal VOC's layout, with a list of the labelled images and a folder of the others."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main", "unlabelled"):
         (out / folder).mkdir(parents=True)
     for name in ("train", "val"):
@@ -402,7 +402,7 @@ def write_voc(digits: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the reader of a page of commands has: data in each format, images, and published weights."""
+    """Return what a reader of a page of commands has: data in each format, images, and published weights."""
     root = tmp_path_factory.mktemp("belongings")
     digits = write_digits(root / "my_data", train=8, val=3, test=2)
     for name in ("NEU-DET", "BCCD", "VOC2007"):
@@ -416,7 +416,7 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(digits / "images" / "val", root / "coco" / "val2017")
     (root / "coco" / "annotations").mkdir()
     (root / "coco" / "annotations" / "instances_val2017.json").write_text(json.dumps(coco))
-    published = YOLOv3Tiny(80, 0.125)  # with the .cfg that says its width
+    published = YOLOv3Tiny(80, 0.125)  # with a .cfg that gives its width
     save_weights(published, root / "yolov3-tiny.weights")
     (root / "yolov3-tiny.cfg").write_text(write_cfg(published))
     return root
@@ -424,7 +424,7 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unsplit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images of docs/data.md that are in one set, not split."""
+    """Return the images of docs/data.md that are in one set, not split."""
     root = tmp_path_factory.mktemp("unsplit")
     digits = write_digits(root / "digits", train=30, val=0, test=0, size=80)
     (digits / "annotations" / "train.json").rename(digits / "labels.json")
@@ -440,14 +440,14 @@ def smaller(words: list[str]) -> list[str]:
 
 
 def pattern(shown: str) -> str:
-    """A regular expression of what a page shows: other numbers are as good, and "..." is anything."""
+    """Return a regular expression for the output on a page: other numbers match too, and "..." matches anything."""
     pieces = [re.escape(x) for x in re.split(r"(\d+|#+|\.\.\.)", plain(shown))]
     return "".join(
         r"\d+" if x[:1].isdigit() else r"\\?#+" if "#" in x else ".*" if x == r"\.\.\." else x for x in pieces
     )
 
 
-# the pages that go on where another one ends; what both say is run once
+# pages that continue another page; commands on both are run once
 GROUPS = [["README.md", "docs/quick_start.md"]]
 GROUPS += [[page] for page in pages_with("sh", "console") if page not in GROUPS[0]]
 
@@ -490,7 +490,7 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest
         printed = capfd.readouterr()
         faults = re.findall(r"^FAIL +([a-z ]+?)  ", printed.out, re.MULTILINE)
         assert status == bool(faults), f"{words}: {printed}"
-        assert faults in ([], ["teacher scores"]), printed.out  # of a teacher that trained for 2 steps, doctor says so
+        assert faults in ([], ["teacher scores"]), printed.out  # a teacher of 2 steps finds hardly anything
         print(printed.out, printed.err)
 
 
@@ -514,12 +514,12 @@ def check_other_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         script.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", ["script", *given.training_script_args])
         module.parse_arguments()
-    elif words[1:3] != ["-m", "fastkd.integrations.ultralytics"]:  # which has a test of its own
+    elif words[1:3] != ["-m", "fastkd.integrations.ultralytics"]:  # it has a test of its own
         check_program(words[1:])
 
 
 def check_program(words: list[str]) -> None:
-    """A file or a module of this repository, and options that its text has."""
+    """Check a file or a module of this repository, and that its text has these options."""
     if words[:2] == ["-m", "pytest"]:
         files = [ROOT / x for x in words[2:] if "/" in x]
         assert all(x.is_file() for x in files), words
@@ -537,7 +537,7 @@ def check_program(words: list[str]) -> None:
 
 
 def doctor_reports() -> Iterator[Any]:
-    """The reports of the broken distillations, in the order of the page."""
+    """Return the reports of the broken distillations, in the order of the page."""
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     levels = {"backbone": test_doctor.BACKBONE, "neck": test_doctor.NECK}
     student, teacher = test_doctor.pair(images)
@@ -565,13 +565,13 @@ def freeze_convolutions(distiller: fastkd.Distiller) -> None:
 def test_the_reports_of_broken_distillations_are_as_printed() -> None:
     shown = [x.code for x in blocks("text", page="docs/doctor.md")]
     for text, report in zip(shown, doctor_reports(), strict=True):
-        numbers = r"\d+\.\d+%?"  # of random weights: their last digits are the machine's
+        numbers = r"\d+\.\d+%?"  # of random weights: the last digits differ between machines
         found, expected = (re.sub(numbers, "#", plain(x)) for x in (str(report), text))
         assert found == expected, f"the page is to show\n{report}"
 
 
 def one_file(path: Path, line: str, folder: str) -> None:
-    """A file of a layout that docs/data.md draws, with one image of one cat; ``line`` is what the page says of it."""
+    """A file of a layout in docs/data.md, with one image of one cat; ``line`` is the page's description of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     size, box = {"width": 64, "height": 48}, [8, 8, 16, 16]
     if path.suffix == ".jpg":
@@ -627,7 +627,7 @@ def parameters(function: Any) -> set[str]:
 
 
 def of_integration(name: str) -> set[str]:
-    """The arguments of a class whose framework may be missing."""
+    """Return the arguments of a class whose framework may be missing."""
     file = {"DistillationCallback": "lightning", "DistillationTrainer": "ultralytics"}[name]
     tree = ast.parse(read(f"fastkd/integrations/{file}.py"))
     (made,) = (x for x in ast.walk(tree) if isinstance(x, ast.ClassDef) and x.name == name)
@@ -648,7 +648,7 @@ ALL_PARAMETERS = set().union(*KNOWN.values()) | FOREIGN_ARGUMENTS
 
 
 def wrong_arguments(tree: ast.AST) -> list[str]:
-    """Keywords that a function of fastkd does not take, and names that fastkd does not have."""
+    """Return keywords that a function of fastkd does not take, and names that fastkd does not have."""
     wrong = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -662,7 +662,7 @@ def wrong_arguments(tree: ast.AST) -> list[str]:
 
 
 def exists(name: str) -> bool:
-    """Whether a dotted name of fastkd leads to something."""
+    """Whether a dotted name of fastkd exists."""
     module, _, rest = name.partition(".")
     if name.startswith("fastkd.integrations"):
         return name == "fastkd.integrations" or (ROOT / "/".join(name.split(".")[:3])).with_suffix(".py").is_file()
@@ -680,7 +680,7 @@ def exists(name: str) -> bool:
 def test_arguments_and_names_of_code_exist(page: str) -> None:
     wrong = [y for x in blocks("python", page=page) for y in wrong_arguments(ast.parse(x.code))]
     for span in spans(page):
-        if re.match(r"[a-z_]+=", span):  # arguments alone
+        if re.match(r"[a-z_]+=", span):  # only arguments
             wrong += [x for x in re.findall(r"(?:^|, )([a-z_]+)=", span) if x not in ALL_PARAMETERS]
         with contextlib.suppress(SyntaxError):
             wrong += wrong_arguments(ast.parse(span))

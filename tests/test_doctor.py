@@ -1,4 +1,4 @@
-"""Five ways in which distillations have silently done nothing, and what the check says to each."""
+"""Five ways in which distillation has silently failed, and the answer of the check to each."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def pair(images: Tensor) -> tuple[YOLOv3Tiny, YOLOv3]:
     torch.manual_seed(0)
     student, teacher = YOLOv3Tiny(4, 0.125), YOLOv3(4, 0.125)
     with torch.no_grad():
-        teacher(images)  # batch norms that are not as initialised
+        teacher(images)  # the batch norms are not as initialised
     return student, teacher
 
 
-def check(images: Tensor, spoil: Callable[[fastkd.Distiller], object] = lambda _: None, **options: Any) -> Any:
+def check(images: Tensor, damage: Callable[[fastkd.Distiller], object] = lambda _: None, **options: Any) -> Any:
     student, teacher = pair(images)
     distiller = fastkd.Distiller(student, teacher, **{"backbone": BACKBONE, "neck": NECK, **options})
-    with contextlib.suppress(ValueError):  # of levels that do not fit: the check is to say so
+    with contextlib.suppress(ValueError):  # the check reports levels that do not fit
         distiller.prepare(images)
-    spoil(distiller)
+    damage(distiller)
     optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], 0.1)
     return distiller.check(images, optimizer, task_loss=5.0)
 
@@ -52,7 +52,7 @@ def test_a_distillation_that_works_passes(images: Tensor) -> None:
 
 def test_adapters_that_are_in_no_optimizer(images: Tensor) -> None:
     student, teacher = pair(images)
-    optimizer = torch.optim.SGD(student.parameters(), 0.1)  # made before the distiller, as everywhere
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)  # made before the distiller, as in most scripts
     distiller = fastkd.Distiller(student, teacher, backbone=BACKBONE, neck=NECK)
     distiller.prepare(images)
     report = distiller.check(images, optimizer, task_loss=5.0)
@@ -107,12 +107,12 @@ def test_a_hook_that_no_gradient_reaches(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"weight": 0.0}, "weight is 0"), ({"weights": [0] * 5}, "weights are 0 at every level")]
+    ("options", "reported"), [({"weight": 0.0}, "weight is 0"), ({"weights": [0] * 5}, "weights are 0 at every level")]
 )
-def test_a_loss_weight_of_zero(options: dict[str, Any], said: str, images: Tensor) -> None:
+def test_a_loss_weight_of_zero(options: dict[str, Any], reported: str, images: Tensor) -> None:
     report = check(images, **options)
     assert list(failed(report)) == ["loss weight"]
-    assert said in failed(report)["loss weight"]
+    assert reported in failed(report)["loss weight"]
 
 
 def test_a_level_that_was_switched_off_is_no_fault(images: Tensor) -> None:

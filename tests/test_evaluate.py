@@ -1,4 +1,4 @@
-"""Evaluation: COCO's numbers, in the pixels of the original images, and a model left as it was."""
+"""Evaluation gives COCO's numbers, in pixels of the original images, and restores the model's mode."""
 
 import json
 from dataclasses import replace
@@ -16,13 +16,13 @@ from fastkd.yolov3.data.augment import Augmentation
 from fastkd.yolov3.data.dataset import DetectionDataset
 from fastkd.yolov3.train.evaluate import detect_all, evaluate, score, write_detections
 
-# One box centred in a cell each, so that a fake head can say it exactly: x, y, w, h in the original image.
+# One box per image, centred in a cell, so that a fake head can predict it exactly: x, y, w, h in the original image.
 TRUTH = {1: (7, [64, 32, 40, 32]), 2: (9, [0, 0, 96, 64])}
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Two images of 192 x 128 pixels, shown to the network at half size with 16 rows of grey above and below."""
+    """Return two images of 192 x 128 pixels, which are scaled to half the size, with 16 grey rows above and below."""
     images, annotations = [], []
     for number, (category_id, bbox) in TRUTH.items():
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((128, 192, 3), number, dtype=np.uint8))
@@ -35,7 +35,7 @@ def dataset(tmp_path):
 
 
 class FakeDetector(nn.Module):
-    """Finds the true box of each image (known by its grey level), or nothing."""
+    """A detector that finds the true box of each image, known by its grey level, or nothing."""
 
     def __init__(self, finds=True):
         super().__init__()
@@ -97,7 +97,7 @@ def test_no_detection_scores_zero(dataset):
 
 
 def test_a_wrong_box_costs_what_coco_says(dataset):
-    """One of two classes found with IoU 0.6: AP counts for thresholds 0.5, 0.55 and 0.6, i.e. 3 of 10."""
+    """One box of two classes is found with IoU 0.6: AP counts for thresholds 0.5, 0.55 and 0.6, i.e. 3 of 10."""
     detections = [{"image_id": 1, "category_id": 7, "bbox": [64, 32, 40, 32 * 0.6001], "score": 0.9}]
     metrics = score(detections, dataset)
     assert metrics.mAP == pytest.approx(0.3 / 2)
@@ -180,7 +180,7 @@ def test_augmented_data_set_is_refused(dataset):
 
 def test_set_without_boxes_is_refused(dataset):
     dataset.truth = dataset.truth._keeping(np.zeros(2, dtype=bool))
-    with pytest.raises(ValueError, match="no box to find"):
+    with pytest.raises(ValueError, match="expected boxes to find, got none"):
         evaluate(FakeDetector(), dataset)
 
 
@@ -188,7 +188,7 @@ def test_set_without_boxes_is_refused(dataset):
 def test_a_set_of_which_no_image_with_a_box_could_be_read_is_refused(dataset):
     dataset.truth = replace(dataset.truth._keeping(np.array([True, False])), unread=dataset.truth.unread)
     dataset.annotations.path(0).write_bytes(b"no image")
-    with pytest.raises(ValueError, match="no image that could be read has a box"):
+    with pytest.raises(ValueError, match="expected readable images with boxes, got none"):
         evaluate(FakeDetector(), dataset)
 
 
@@ -201,7 +201,7 @@ def test_wrapped_model_is_refused(dataset):
 
 
 def pycocotools_on_the_file(path, detections):
-    """The six AP and AR of pycocotools on the raw file: mAP, AP50, AP75, of small, medium and large; and AR100."""
+    """Return AP and AR of pycocotools on the raw file: mAP, AP50, AP75, of small, medium and large; and AR100."""
     truth = COCO(str(path))
     evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
     evaluation.evaluate()
@@ -211,7 +211,7 @@ def pycocotools_on_the_file(path, detections):
 
 
 def raw_set(tmp_path, count=12):
-    """A COCO file with boxes inside, at the edges, 18 pixels outside and wholly outside their images; and crowds."""
+    """Write a COCO file of crowds, and of boxes inside, at the edges of, partly or fully outside their images."""
     rng = np.random.default_rng(0)
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((120, 160, 3), dtype=np.uint8))
     images = [{"id": 3 * i + 5, "file_name": f"{i}.png", "width": 160, "height": 120} for i in range(count)]
@@ -249,7 +249,7 @@ def test_figures_are_those_of_pycocotools_on_the_raw_file(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*clipped to their image")
 def test_a_box_outside_its_image_is_clipped_for_training_and_whole_for_evaluation(tmp_path):
-    """Of the box of 48 pixels 30 are in the image: IoU 0.625 with what can be seen of it."""
+    """30 of the 48 pixels of the box are in the image: IoU 0.625 with its visible part."""
     path, _ = raw_set(tmp_path, 1)
     content = json.loads(path.read_text())
     content["annotations"] = [{**content["annotations"][0], "iscrowd": 0}]

@@ -1,4 +1,4 @@
-"""The training scripts of docs/examples do what docs/your_trainer.md says, in one process and in two."""
+"""The training scripts of docs/examples do what docs/your_trainer.md promises, in one process and in two."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = ["--size", "64", "--batch", "4"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, a teacher and a student, both with batch norms that are not as initialised."""
+    """Return a folder with data, a teacher and a student, both with batch norms that are not as initialised."""
     root = tmp_path_factory.mktemp("files")
     write_digits(root / "digits", train=8, val=1, test=0)
     for name, kind in (("teacher", YOLOv3), ("student", YOLOv3Tiny)):
@@ -41,7 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(script: Path, files: Path, out: Path, *options: str, processes: int = 1) -> list[dict[str, float]]:
-    """What a script prints, line by line."""
+    """Return the lines that a script prints."""
     launcher = TORCHRUN if processes > 1 else []
     command = [sys.executable, *launcher, str(script), "--data", str(files / "digits"), "--out", str(out), *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -58,7 +58,7 @@ def test_six_lines_make_the_plain_script_one_that_distils() -> None:
     plain, ours = (path.read_text().splitlines() for path in (PLAIN, DISTILLED))
     changes = [line for line in difflib.ndiff(plain, ours) if line[0] in "+-"]
     assert len(changes) <= 6
-    assert all(line.startswith("+ ") for line in changes)  # nothing of the plain script is touched
+    assert all(line.startswith("+ ") for line in changes)  # no line of the plain script is changed
 
 
 def test_the_distilled_student_is_an_ordinary_checkpoint_of_the_plain_script(files: Path, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_distilled_student_is_an_ordinary_checkpoint_of_the_plain_script(fil
     averages = [state["distiller.criterion.loss_weight.averages"] for state in (after_one, after_all)]
     assert (
         averages[1][2] / averages[1][0] < 0.9 * averages[0][2] / averages[0][0]
-    )  # what is logged is held at the task loss; this is the distance itself
+    )  # the logged loss is balanced against the task loss; this is the distance itself
     assert after_all["distiller.criterion.loss_weight.step"] == 16
 
     exported = load_detector(tmp_path / "model.pt").model.state_dict()
@@ -104,7 +104,7 @@ def test_the_accelerate_loop_resumes_and_trains_in_two_processes(files: Path, tm
     assert [line["epoch"] for line in first] == [0, 1]
     before = torch.load(tmp_path / "two" / "state" / "pytorch_model_1.bin")
     assert before["criterion.loss_weight.step"] == 4
-    more = run(ACCELERATE, files, tmp_path / "two", *arguments, "--epochs", "5", "--resume")  # alone
+    more = run(ACCELERATE, files, tmp_path / "two", *arguments, "--epochs", "5", "--resume")  # in one process
     assert [line["epoch"] for line in more] == [2, 3, 4]
     after = torch.load(tmp_path / "two" / "state" / "pytorch_model_1.bin")
     assert after["criterion.loss_weight.step"] == 10

@@ -1,4 +1,4 @@
-"""What commands write: whole or not at all, over nothing that others made, and by one process at a time."""
+"""Commands write files atomically, overwrite nothing of other programs, and lock a folder for one process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def train(digits: Path, out: Path, *more: str) -> int:
     return main(["train", "--data", str(digits), "--out", str(out), *SMALL, "--steps", "4", *more])
 
 
-# ---- nothing is written over
+# ---- nothing is overwritten
 
 
 def test_eval_writes_over_neither_the_model_nor_the_annotations(
@@ -63,22 +63,22 @@ def test_training_writes_over_no_model_of_another_run(
 ) -> None:
     kept = model.read_bytes()
     assert train(digits, model.parent) == 2
-    assert "holds a run already (model.pt)" in capsys.readouterr().err
+    assert "already contains a run (model.pt)" in capsys.readouterr().err
     assert train(digits, model.parent, "--resume", "--teacher", str(model)) == 2
-    assert "has no checkpoint.pt to go on from, but model.pt" in capsys.readouterr().err
+    assert "has no checkpoint.pt to continue from, but model.pt" in capsys.readouterr().err
     assert model.read_bytes() == kept
 
 
 def test_a_run_that_ended_before_its_first_checkpoint(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before its first step it was none; after it, it is gone on with by --resume, as it was begun."""
+    """Before its first step it does not count as a run; after it, --resume continues it with the same configuration."""
     run = tmp_path / "run"
     assert train(digits, run) == 0
     for file in ("checkpoint.pt", "model.pt", "model.weights", "model.cfg", "model.names"):
         (run / file).unlink()
     assert train(digits, run, "--lr", "0.5", "--resume") == 2
-    assert "it differs in lr (0.001 then, 0.5 now)" in capsys.readouterr().err
+    assert "got another lr (0.001 then, 0.5 now)" in capsys.readouterr().err
     assert train(digits, run) == 2
     assert train(digits, run, "--resume") == 0
     for file in ("checkpoint.pt", "model.pt", "model.weights", "model.cfg", "model.names", "metrics.jsonl"):
@@ -89,7 +89,7 @@ def test_a_run_that_ended_before_its_first_checkpoint(
 def test_the_demo_takes_no_folder_that_holds_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results.json").write_text("mine")
     assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert "holds other files (results.json)" in capsys.readouterr().err
+    assert "contains other files (results.json)" in capsys.readouterr().err
     assert [x.name for x in tmp_path.iterdir()] == ["results.json"]
 
 
@@ -120,7 +120,7 @@ def test_a_second_run_into_one_folder_is_refused(
 
 
 def test_what_a_killed_process_left_half_written_goes_with_the_next(digits: Path, tmp_path: Path) -> None:
-    """A process that is killed while it holds the folder and writes: lock and part are both left to the next."""
+    """A process that is killed while it locks the folder and writes leaves both the lock and a partial file behind."""
     run = tmp_path / "run"
     code = (
         "import sys, time\n"
@@ -140,7 +140,7 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next(digits: Path
     assert [x.name for x in run.glob(".*.part")] == [".thesis.docx.part"]
 
 
-# ---- whole or absent
+# ---- atomic writes
 
 
 def test_a_full_disk_is_said_with_the_file_and_leaves_what_was_there(
@@ -166,7 +166,7 @@ def test_a_full_disk_is_said_with_the_file_and_leaves_what_was_there(
 
 @pytest.fixture(scope="module")
 def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a teacher, which is beside it."""
+    """A run with a teacher, whose file is beside it."""
     folder = tmp_path_factory.mktemp("finished")
     torch.manual_seed(0)
     teacher = YOLOv3Tiny(num_classes=10, width=0.25)
@@ -176,7 +176,7 @@ def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def said_by(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def reported_by(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert main(command) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastkd: error:")]
@@ -191,7 +191,7 @@ def without(file: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("damage", "reported"),
     [
         (lambda file: file.write_bytes(b""), "not readable as a checkpoint"),
         (lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), "not readable as a checkpoint"),
@@ -204,16 +204,16 @@ def without(file: Path, key: str) -> None:
     ],
 )
 def test_a_spoilt_checkpoint_is_named_with_the_way_out(
-    spoil: object, said: str, finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: object, reported: str, finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", finished, run], check=True)
-    spoil(run / "checkpoint.pt")  # type: ignore[operator]
+    damage(run / "checkpoint.pt")  # type: ignore[operator]
     teacher = str(finished.parent / "teacher.pt")
     command = ["train", "--data", str(digits), "--out", str(run), *SMALL, "--steps", "4", "--teacher", teacher]
-    message = said_by([*command, "--resume"], capsys)
+    message = reported_by([*command, "--resume"], capsys)
     assert f"{run}/checkpoint.pt" in message
-    assert re.search(said, message), message
+    assert re.search(reported, message), message
     assert "train into another folder, or move checkpoint.pt and the models there away" in message
 
 
@@ -223,13 +223,15 @@ def test_files_of_another_version_are_named(
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", finished, run], check=True)
     without(run / "model.pt", "size")
-    assert "model.pt: expected a detector's file" in said_by(
+    assert "model.pt: expected a detector's file" in reported_by(
         ["eval", str(run / "model.pt"), "--data", str(digits), "--cpu"], capsys
     )
     config = json.loads((run / "config.json").read_text())
     for text in (json.dumps(config | {"new_option": 1}), '{"annot', "[]"):
         (run / "config.json").write_text(text)
-        assert f"{run}/config.json: expected a run's configuration" in said_by(["doctor", "--run", str(run)], capsys)
+        assert f"{run}/config.json: expected a run's configuration" in reported_by(
+            ["doctor", "--run", str(run)], capsys
+        )
     teacher = str(finished.parent / "teacher.pt")
     for junk in (b"\xff\xfe\x00\n", b'{"a": 1}\n', b"5\n"):
         (run / "metrics.jsonl").write_bytes(junk)
@@ -248,7 +250,7 @@ def test_a_model_with_nan_is_refused_by_every_command(
         ["predict", str(model), image, "--out", str(tmp_path / "out"), "--cpu"],
         ["train", "--data", str(digits), "--out", str(tmp_path / "run"), *SMALL, "--teacher", str(model)],
     ):
-        message = said_by(command, capsys)
+        message = reported_by(command, capsys)
         assert "expected finite weights, got 1 tensors with NaN or infinity (conv2.conv.weight)" in message
 
 
@@ -260,16 +262,16 @@ def test_an_error_in_a_loader_process_is_one_line(
     broken = next((data / "images/val").iterdir())
     broken.write_bytes(broken.read_bytes()[:200])
     command = ["eval", str(model), "--data", str(data), "--cpu", "--strict", "--workers", "1"]
-    assert f"error: {broken}: not" in said_by(command, capsys)
+    assert f"error: {broken}: not" in reported_by(command, capsys)
 
 
 def test_classes_that_a_file_does_not_name_are_not_made_up(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_detector(YOLOv3Tiny(4, 0.125), tmp_path / "m.weights")
-    message = said_by(["eval", str(tmp_path / "m.weights"), "--data", str(digits), "--cpu"], capsys)
+    message = reported_by(["eval", str(tmp_path / "m.weights"), "--data", str(digits), "--cpu"], capsys)
     assert "expected the data set's 10 classes 0, 1, 2" in message
-    assert message.endswith("got 4: the file does not say which")
+    assert message.endswith("got 4: without names")
 
 
 def test_a_dead_loader_process_is_said_with_what_is_left(digits: Path, tmp_path: Path) -> None:
@@ -287,4 +289,4 @@ def test_a_dead_loader_process_is_said_with_what_is_left(digits: Path, tmp_path:
     assert process.returncode == 2, error[-3000:]
     assert "Traceback" not in error
     assert "take fewer --workers, or 0" in error, error[-600:]
-    assert "checkpoint.pt is whole; the same command with --resume goes on from it" in error
+    assert re.search(r"to continue from \S+checkpoint\.pt, run the same command with --resume", error)

@@ -1,4 +1,4 @@
-"""What ``find_levels`` promises: the levels that a person would choose, no trace, and errors that name the way out."""
+"""``find_levels`` finds the levels that a person would choose, leaves no trace, and its errors name what to do."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ResNet(nn.Module):
 
 
 class Tower(nn.Module):
-    """RetinaNet's head: one for all levels, its outputs flattened."""
+    """RetinaNet's head, which serves all levels and has flattened outputs."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class RetinaNet(nn.Module):
 
 
 class OfLists(RetinaNet):
-    """Takes a list of images of several sizes, resizes them, and keeps boxes above a threshold, of which none is."""
+    """A detector that takes images of several sizes, resizes them, and keeps boxes above a threshold, here none."""
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:  # type: ignore[override]
         batch = torch.cat([F.interpolate(x[None], (128, 128)) for x in images])
@@ -109,7 +109,7 @@ class OfLists(RetinaNet):
 
 
 class Masks(RetinaNet):
-    """Its head also makes masks of the finest level, at twice its size."""
+    """A detector whose head also makes masks from the finest level, at twice its size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _WithMasks(Tower):
 
 
 class SSD(nn.Module):
-    """VGG-like stages that feed heads directly."""
+    """A detector with VGG-like stages that feed heads directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Classifier(nn.Module):
 
 
 class Apart(nn.Module):
-    """Two branches of one stride with a head each."""
+    """A network with two branches of the same stride, with a head each."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, loss scaling, memory, two cards, the same bits under load."""
+"""Tests that need a GPU: streams, graphs, loss scaling, memory, two cards, the same bits under load."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def way(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def tensors(sample: dict[str, Any]) -> list[Tensor]:
-    """Everything of a sample that a step reads, in one order."""
+    """Return all tensors of a sample that a step reads, in a fixed order."""
     small = [x for x in sample["prior"] if x is not None]
     return [*learning(sample), *sample["teacher_feats"], *small]
 
@@ -52,7 +52,7 @@ def test_the_same_bits_under_load(backend: str, way: dict[str, Any]) -> None:
     first = step(sample, backend=backend, **way)
     matrix, stream = torch.randn(4096, 4096), torch.cuda.Stream()
     for _ in range(20):
-        with torch.cuda.stream(stream):  # takes SMs away, so that programs run in another order
+        with torch.cuda.stream(stream):  # occupies SMs, so that blocks run in another order
             for _ in range(4):
                 matrix @ matrix
         assert_same_bits(step(sample, backend=backend, **way), first)
@@ -68,7 +68,7 @@ def test_a_side_stream(backend: str, way: dict[str, Any]) -> None:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # a kernel on another stream would not wait for what follows, and see zeros
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would not wait for the next copy, and read zeros
         for x, value in zip(tensors(sample), values, strict=True):
             x.data.copy_(value)
         got = step(sample, 3.0, backend=backend, **way)
@@ -77,7 +77,7 @@ def test_a_side_stream(backend: str, way: dict[str, Any]) -> None:
 
 
 def test_a_cuda_graph_captures_and_replays(backend: str, way: dict[str, Any]) -> None:
-    """With another factor and another upstream gradient at each replay."""
+    """Each replay has another factor and another upstream gradient."""
     sample = with_bias(levels(shapes=SMALL))
     factor, upstream = torch.tensor(1.0), torch.tensor(1.0)
 
@@ -87,13 +87,13 @@ def test_a_cuda_graph_captures_and_replays(backend: str, way: dict[str, Any]) ->
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up, as torch.cuda.graph asks
+    with torch.cuda.stream(stream):  # warm-up, as torch.cuda.graph requires
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
-    for seed, (f, u) in enumerate([(1.0, 1.0), (0.5, 3.0), (2.0, 1.0)]):  # nothing of a replay must enter the next
+    for seed, (f, u) in enumerate([(1.0, 1.0), (0.5, 3.0), (2.0, 1.0)]):  # a replay must not affect the next one
         for x, y in zip(tensors(sample), tensors(with_bias(levels(shapes=SMALL, seed=seed))), strict=True):
             x.data.copy_(y.detach())
         factor.fill_(f)
@@ -168,7 +168,7 @@ def test_peak_memory_is_the_gradient_and_the_map(backend: str, dtype: torch.dtyp
         torch.autograd.grad(loss_of(sample, backend=backend, **way), student, upstream)
 
     run()
-    gc.collect()  # what earlier tests left, which would go while it is measured
+    gc.collect()  # memory of earlier tests, which would be freed during the measurement
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
@@ -182,7 +182,7 @@ def test_two_cards(backend: str, way: dict[str, Any]) -> None:
         pytest.skip("needs two GPUs")
     with torch.device("cuda:0"):
         expected = step(with_bias(levels(shapes=SMALL)), 3.0, backend=backend, **way)
-    with torch.device("cuda:1"):  # while cuda:0 is the current one
+    with torch.device("cuda:1"):  # while cuda:0 is the current device
         got = step(with_bias(levels(shapes=SMALL)), 3.0, backend=backend, **way)
     assert_same_bits([x.cpu() for x in got], [x.cpu() for x in expected])
 

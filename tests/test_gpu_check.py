@@ -1,4 +1,4 @@
-"""``make gpu-check`` without a GPU: its schedule, what is on the disk after each row, and that nothing outlives it."""
+"""``make gpu-check`` without a GPU: its schedule, the files after each row, and that all its processes end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpu_check import Row  # noqa: E402
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """Of a check on a CPU, whose compilers in the background do nothing."""
+    """Options of a check on a CPU, with background compilers that do nothing."""
     monkeypatch.setattr(gpu_check, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(gpu_check, "COMPILED", 0)
     return argparse.Namespace(device="cpu", tiny=True, full=False, seconds=100.0, results=tmp_path / "results")
@@ -177,7 +177,7 @@ def test_tests_that_were_cut_short_are_counted(options: argparse.Namespace, monk
     monkeypatch.setattr(gpu_check, "run", lambda *_: (124, output))
     found = gpu_check.test("cpp", False, 1)
     assert found["failures"] == ["tests/a.py::c"]
-    assert found["summary"] == "2 passed so far; the others had no time"
+    assert found["summary"] == "2 passed so far; the others did not run in time"
     assert (gpu_check.LOGS / "tests_cpp.log").read_text() == output
 
 
@@ -204,7 +204,7 @@ def test_what_takes_too_long_is_ended_with_its_children() -> None:
     status, output = gpu_check.run(["bash", "-c", "sleep 60 & echo $!; sleep 60"], seconds=1)
     assert status == 124
     child = Path("/proc", output.strip(), "stat")
-    deadline = time.monotonic() + 30  # the kernel ends it soon; what is left is a zombie at most
+    deadline = time.monotonic() + 30  # the kernel ends it soon; at most a zombie is left
     while child.exists() and child.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Maps by hand-computed values and published formulas; edge rules: always finite, never NaN out of nothing."""
+"""Maps against hand-computed values and published formulas; in edge cases they are finite, never NaN."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def features(n: int = 2, c: int = 6, h: int = 4, w: int = 5) -> tuple[list[torch
 
 @pytest.mark.parametrize("backend", [*TARGETS, "reference-cpu"], indirect=True)
 class TestPublishedFormulas:
-    """Peers' losses, written here from their papers in plain PyTorch."""
+    """Losses of other methods, written from their papers in plain PyTorch."""
 
     def test_attention_is_the_spatial_attention_of_fgd(self, backend: str) -> None:
         (s,), (t,) = features()
@@ -96,7 +96,7 @@ def test_entropy_is_one_for_a_single_active_channel_and_zero_for_equal_ones() ->
 @pytest.mark.parametrize("backend", [*TARGETS, "reference-cpu"], indirect=True)
 @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
 def test_entropy_in_float32_up_to_the_highest_temperature(backend: str, one_pass: bool) -> None:
-    """Of channels of variance 1 within 3e-6 T^2 of the mean score; below that, rounding is never a weight below 0."""
+    """Channels of variance 1 are within 3e-6 T^2 of the mean score; rounding never gives a weight below 0."""
     torch.manual_seed(0)
     for channels in (2, 257) if interpreted(backend) else (2, 16, 257, 1024):
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -110,7 +110,7 @@ def test_entropy_in_float32_up_to_the_highest_temperature(backend: str, one_pass
 
 
 def weights_of(t: torch.Tensor, temperature: float, norm: str, backend: str, one_pass: bool) -> torch.Tensor:
-    """What the entropy weighs each cell with: the gradient of abs(s - t) for s > t; of float64, by the reference."""
+    """Return the entropy's weight of each cell: the gradient of abs(s - t) for s > t; for float64, of the reference."""
     sample = {"student_feats": [(t + 1).requires_grad_()], "teacher_feats": [t]}
     info, backend = InfoMap("entropy", norm, temperature), "reference" if t.dtype == torch.float64 else backend
     gradient = step(sample, info_map=info, penalty="l1", divisor="batch", backend=backend, one_pass=one_pass)[1]
@@ -120,7 +120,7 @@ def weights_of(t: torch.Tensor, temperature: float, norm: str, backend: str, one
 
 @on_every_target
 def test_equal_channels_have_no_weight_to_the_last_bit(backend: str) -> None:
-    """Else the mean of what is left of rounding would make it a map."""
+    """Otherwise the mean of rounding errors would make a map of them."""
     s, t = ([torch.randn(1, c, 2, 2) for c in (3, 5, 7, 11, 40)] for _ in range(2))
     t = [x[:, :1].expand_as(x) for x in t]
     for norm in ("none", "mean"):
@@ -139,7 +139,7 @@ def test_the_map_shown_is_the_map_used() -> None:
 
 @pytest.mark.parametrize("name", ["self_information", "graded_iou", "uniform_standardized"])
 def test_a_map_of_the_standardised_teacher_needs_its_moments(name: str) -> None:
-    """One name has one meaning, in the function as in the module."""
+    """A name has the same meaning in the function and in the module."""
     (s,), (t,) = features()
     options = {"info_map": name, "prior": [torch.rand(2, 4, 5)]}
     for call in (lambda: distill_loss([s], [t], **options), lambda: fastkd.info_map([t], **options)):
@@ -156,7 +156,7 @@ class TestEdges:
     def every_option(self, info: InfoMap, backend: str, s: torch.Tensor, t: torch.Tensor, **options: object) -> None:
         s = s.detach().requires_grad_()
         pairs = list(itertools.product(PENALTIES, DIVISORS))
-        if backend == "triton":  # which compiles each; three pairs have every penalty
+        if backend == "triton":  # Triton compiles each pair; three pairs have every penalty
             pairs = pairs[::5]
         for i, (penalty, divisor) in enumerate(pairs):
             for one_pass in (i == 1,) if interpreted(backend) else (True, False):

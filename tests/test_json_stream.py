@@ -1,4 +1,4 @@
-"""JSON read in pieces of any size is what the json module reads, and what it refuses is refused."""
+"""JSON that is read in chunks of any size gives what the json module gives, and the same input is refused."""
 
 from __future__ import annotations
 

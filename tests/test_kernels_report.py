@@ -1,4 +1,4 @@
-"""Every GPU kernel compiled for cards that are not here, and its machine code read: little spills, loads are wide."""
+"""GPU kernels compiled for cards that are not here: their machine code has few spills and wide loads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ needs_tools = pytest.mark.skipif(find_cuobjdump() is None, reason="needs cuobjdu
 
 
 def report(*arguments: str) -> list[str]:
-    """Rows of the table, in a process of its own because here Triton may interpret."""
+    """Return the rows of the table, from a process of its own, because Triton may be interpreted in this one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(BENCHMARKS / "kernels_report.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

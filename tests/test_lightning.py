@@ -1,4 +1,4 @@
-"""DistillationCallback around a LightningModule that knows nothing of it."""
+"""DistillationCallback with a LightningModule that has no code for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEVELS = {
 
 
 class Module(lightning.LightningModule):
-    """As users write it; the task is to keep the heads' outputs small."""
+    """A module as users write it; its task is to keep the heads' outputs small."""
 
     def __init__(self, returns: str = "tensor") -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class ByHand(Module):
 
 
 class Records(lightning.Callback):
-    """What was logged, and the norm of each adapter's gradient, by step."""
+    """Records what was logged, and the norm of each adapter's gradient, by step."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
@@ -128,7 +128,7 @@ def test_a_checkpoint_holds_the_student_alone_and_a_run_that_was_resumed_ends_as
     tmp_path: Path,
 ) -> None:
     each_epoch = lightning.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    one = {"folder": tmp_path, "steps": 8, "batches": 1}  # an epoch, as Lightning's loader begins anew where it resumes
+    one = {"folder": tmp_path, "steps": 8, "batches": 1}  # one epoch: a resumed loader starts from its beginning
     whole, _, _ = fit(Module(), **one, enable_checkpointing=True, more=[each_epoch])
     saved = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == Module().state_dict().keys()
@@ -159,7 +159,7 @@ def test_a_module_that_optimises_by_hand_is_told_the_way_out(tmp_path: Path) -> 
 
 
 def test_a_strategy_that_shards_the_module_is_refused(tmp_path: Path) -> None:
-    for name in ("FSDPStrategy", "DeepSpeedStrategy"):  # the second is a DDPStrategy by descent
+    for name in ("FSDPStrategy", "DeepSpeedStrategy"):  # the second is a subclass of DDPStrategy
         strategy = object.__new__(getattr(lightning.strategies, name))
         callback = DistillationCallback(teacher(), student="detector", **LEVELS)
         with pytest.raises(ValueError, match=f"expected one device or a ddp strategy, .* got {name}"):
@@ -173,7 +173,7 @@ def test_levels_of_one_student_module_are_logged_apart(tmp_path: Path) -> None:
 
 
 def test_a_training_step_of_the_instance_comes_back(tmp_path: Path) -> None:
-    """As ``torch.compile(module)`` leaves one."""
+    """A method of the instance, such as ``torch.compile(module)`` leaves, is restored."""
     module = Module()
     module.training_step = step = functools.partial(Module.training_step, module)
     fit(module, folder=tmp_path, steps=1)
@@ -203,7 +203,7 @@ def test_a_step_without_a_loss_is_named(tmp_path: Path) -> None:
 
 
 def _two_processes(folder: str) -> None:
-    """Run as a script: each process saves its adapters; batch norms rest, so that one process could do the same."""
+    """Train in each process, and save its adapters; batch norms are in eval mode, so that one process does the same."""
     module = Module()
     module.detector.eval()
     module.on_train_epoch_start = lambda: module.detector.eval()  # type: ignore[method-assign]

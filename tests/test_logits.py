@@ -1,4 +1,4 @@
-"""Distilling the heads: matching by stride, where it teaches, what it costs."""
+"""Distillation of the heads: matching by stride, where it has weight, and the value of its loss."""
 
 from __future__ import annotations
 
@@ -110,7 +110,13 @@ def test_it_fits_the_two_detectors() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "strides", "classes", "message"),
     [
-        (heads(0, (16,)), heads(0, (8,)), ((16,), (8,)), 3, "no head to distil.*none in common"),
+        (
+            heads(0, (16,)),
+            heads(0, (8,)),
+            ((16,), (8,)),
+            3,
+            "expected a stride that the teacher has too",
+        ),
         (heads(0, (16,), 3), heads(0, (16,), 4), ((16,), (16,)), 3, "heads at stride 16: expected .* one shape"),
         (heads(0, (16,), 3), heads(0, (16,), 3), ((16,), (16,)), 4, r"A \* \(5 \+ 4\) channels for num_classes=4"),
         (heads(0, (16,)), heads(0, (16,)), ((16, 32), (16,)), 3, "student_outputs: expected one map.*got 1 maps"),

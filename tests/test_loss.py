@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from samples import Dispatched
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
+from workloads import Dispatched
 
 import fastkd
 from fastkd import DistillLoss, InfoMap, distill_loss
@@ -87,7 +87,7 @@ def test_statistics_of_k_batches_are_those_of_their_union_and_then_stay() -> Non
 
 
 def test_statistics_are_constants_until_they_change() -> None:
-    """The same tensors at every step; others once a batch or a checkpoint came, or they were set from outside."""
+    """The tensors are the same in every step, and others after a batch, after a checkpoint, or if set from outside."""
     (statistics,) = DistillLoss(adapters=[nn.Identity()]).statistics
     before = statistics.moments()
     for change in (
@@ -132,7 +132,7 @@ def test_a_loss_that_has_stopped_is_zero_whatever_the_features_are() -> None:
     loss.backward()
     assert loss.item() == 0
     leaves = (student, *criterion.parameters())
-    assert all(x.grad is not None and not x.grad.any() for x in leaves)  # none without, as DDP expects
+    assert all(x.grad is not None and not x.grad.any() for x in leaves)  # zero instead of None, as DDP expects
 
 
 def test_a_compiled_loss_that_has_stopped_is_one_graph() -> None:
@@ -305,7 +305,7 @@ def test_a_detached_student_is_warned_about_though_the_adapters_learn() -> None:
 
 
 def _rank(rank: int, folder: str) -> None:
-    """Each of two ranks has half the batch; DDP would average their gradients."""
+    """Each of two ranks has half of the batch; DDP would average their gradients."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )  # fmt: skip
@@ -334,7 +334,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-MAPS_OF_RANKS = {"attention": False, "graded_iou": True}  # and whether one pass can be taken
+MAPS_OF_RANKS = {"attention": False, "graded_iou": True}  # and whether one pass is possible
 
 
 @pytest.mark.parametrize("info_map", MAPS_OF_RANKS)
@@ -363,7 +363,7 @@ def test_the_public_map_of_a_standardised_teacher_is_that_of_the_loss() -> None:
     torch.testing.assert_close(loss, by_hand)
 
 
-# ---- what a module keeps between calls
+# ---- state between calls
 
 
 def energy_loss(**options: Any) -> DistillLoss:

@@ -1,4 +1,4 @@
-"""The factor of DistillLoss: a weight, given or balanced against the task loss, and its schedule."""
+"""The factor of DistillLoss: a constant or balanced weight, and its schedule."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastkd import DistillLoss, InfoMap
 
 
 def criterion(**options: Any) -> DistillLoss:
-    """One whose loss, without its weight, is the square of a number."""
+    """Return a criterion whose loss, without its weight, is the square of a number."""
     return DistillLoss(adapters=[nn.Identity()], info_map=InfoMap("uniform", "none"), **options)
 
 
 def step(criterion: DistillLoss, distill: float = 1.0, task: Any = 1.0) -> float:
-    """The factor of a forward on such losses, which loss and gradient have been multiplied with."""
+    """Return the factor of a forward with these losses, by which loss and gradient have been multiplied."""
     student = torch.full((1, 1, 1, 1), math.sqrt(distill)).requires_grad_()
     loss = criterion([student], [torch.zeros(1, 1, 1, 1)], task_loss=task)
     (gradient,) = torch.autograd.grad(3 * loss, student)
@@ -29,7 +29,7 @@ def step(criterion: DistillLoss, distill: float = 1.0, task: Any = 1.0) -> float
 
 
 def by_hand(losses: list[tuple[float, float]], share: float) -> list[float]:
-    """The first step's own balance, then that of means before the step, which look back over 50 steps at most."""
+    """Return the first step's own ratio; then that of the means before the step, over 50 steps at most."""
     n = task = distill = 0.0
     found = []
     for d, t in losses:
@@ -67,7 +67,7 @@ def test_nothing_flows_into_the_task_loss() -> None:
         student = torch.ones(1, 1, 1, 1, requires_grad=True)
         auto([student], [torch.zeros(1, 1, 1, 1)], task_loss=task).backward()
     assert task.grad is None
-    assert step(auto, 1.0, 3.0) == step(auto, 1.0, 3)  # a number will do
+    assert step(auto, 1.0, 3.0) == step(auto, 1.0, 3)  # a Python number is accepted too
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_step_that_is_not_finite_counts_for_nothing() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-18])
 def test_a_loss_near_zero_leaves_the_gradient_finite(scale: float) -> None:
-    """A prior that is zero in the first batch, or features near zero; 65536 is where a gradient scaler starts."""
+    """The prior is zero in the first batch, or features are near zero; a gradient scaler starts at 65536."""
     auto, teacher = criterion(weight="auto"), torch.randn(2, 4, 3, 3)
     for factor, prior in ((1.0, [torch.zeros(2, 3, 3)]), (scale, None), (scale, None)):
         student = (torch.randn(2, 4, 3, 3) * factor).requires_grad_()
@@ -141,7 +141,7 @@ def test_what_is_changed_on_resume_takes_effect_at_once() -> None:
         (trained, {"weight": 0.25}, 0.25),
         (trained, {"weight": 1.0, "warmup_steps": 10}, 0.5),
         (trained, {"weight": 1.0, "stop_step": 4}, 0.0),
-        (trained, {"weight": "auto", "share": 2.0}, 2 * 1.0 / 8.0),  # by its own losses, as it knows no others
+        (trained, {"weight": "auto", "share": 2.0}, 2 * 1.0 / 8.0),  # by its own losses, as there are no earlier ones
         (balanced, {"weight": "auto", "share": 0.5}, 1.5),
         (balanced, {"weight": 0.25}, 0.25),
     ):
@@ -158,7 +158,7 @@ def test_evaluation_changes_nothing() -> None:
             c.eval()
             factor = step(c, 5.0, 1.0)
             assert all(torch.equal(x, before[name]) for name, x in c.loss_weight.named_buffers())
-            assert factor == pytest.approx(c.loss_weight.factor.item() or 0.1 / 5)  # before any step, its own losses
+            assert factor == pytest.approx(c.loss_weight.factor.item() or 0.1 / 5)  # without a step, of its own losses
             c.train()
             step(c, 2.0, 3.0)
 

@@ -1,4 +1,4 @@
-"""The gradient that the forward writes: when, what autograd then makes of it, and whatever multiplies the loss."""
+"""The gradient that the forward computes: when it does, and what autograd does with it for any upstream gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from samples import (
     DTYPES,
     INFO_MAPS,
-    Dispatched,
     assert_same_bits,
     interpreted,
     learning,
@@ -25,11 +24,12 @@ from samples import (
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from workloads import Dispatched
 
 import fastkd
 from fastkd.ops.presets import DIVISORS
 
-LARGE = [(2, 64, 64, 64), (1, 37, 91, 33), (1, 9, 80, 80), (3, 600, 7, 5)]  # large enough to be written past caches
+LARGE = [(2, 64, 64, 64), (1, 37, 91, 33), (1, 9, 80, 80), (3, 600, 7, 5)]  # large enough for stores past the caches
 
 
 def small(backend: str, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def small(backend: str, dtype: torch.dtype = torch.float32, **options: Any) -> d
 
 
 def is_one_pass(sample: dict[str, Any], **options: Any) -> bool:
-    """Whether one op does the whole step."""
+    """Whether one op computes the whole step."""
     with Dispatched() as dispatched:
         torch.autograd.grad(loss_of(sample, **options), learning(sample))
     ops = {name: n for name, n in dispatched.names.items() if name.startswith("distill_")}
@@ -46,7 +46,7 @@ def is_one_pass(sample: dict[str, Any], **options: Any) -> bool:
     return any(name.endswith("_one_pass") for name in ops)
 
 
-# ---- when it is taken
+# ---- when one pass is taken
 
 
 @pytest.mark.parametrize("info", INFO_MAPS, ids=lambda m: f"{m.score}-{m.map_norm}")
@@ -73,7 +73,7 @@ def test_levels_of_any_strides_and_dtypes_take_one_pass_on_the_cpu(backend: str)
         assert is_one_pass(levels(layout=layout, shapes=[(2, 7, 5, 3)]), backend=backend)
 
 
-# ---- what comes out
+# ---- its results
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
@@ -91,7 +91,7 @@ def test_gradients_too_large_for_the_caches(dtype: torch.dtype, layout: str) -> 
 
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_same_bits_for_any_number_of_threads(one_pass: bool) -> None:
-    """Whether threads take whole images or share them."""
+    """Threads take whole images or share them."""
     before = torch.get_num_threads()
     cases = [
         (with_bias(levels(layout=layout, shapes=[(1, 64, 26, 26), (3, 128, 13, 13), (2, 8, 5, 5)])), info_map, divisor)
@@ -115,7 +115,7 @@ def test_same_bits_for_any_number_of_threads(one_pass: bool) -> None:
 
 @on_every_target
 def test_features_may_begin_anywhere_in_memory(backend: str) -> None:
-    """Kernels that load 16 bytes at a time find the features of one model aligned and those of the other not."""
+    """Kernels load 16 bytes at a time, also if one model's features are aligned and the other's are not."""
     aligned = small(backend, torch.bfloat16)
     for info_map in ("attention", "uniform"):
         expected = step(aligned, 3.0, info_map=info_map, backend=backend)
@@ -143,9 +143,9 @@ def test_levels_without_elements_and_images_without_weight(backend: str) -> None
 def test_nan_spoils_its_own_level_alone(backend: str, info_map: str) -> None:
     sample = levels(shapes=[(1, 8, 4, 4), (1, 8, 4, 4)])
     sample["teacher_feats"][0][0, 3, 2, 1] = float("nan")
-    losses, spoilt, fine = step(sample, backend=backend, info_map=info_map)
+    losses, damaged, fine = step(sample, backend=backend, info_map=info_map)
     assert losses.isnan().tolist() == [True, False]
-    assert spoilt[0, 3, 2, 1].isnan()
+    assert damaged[0, 3, 2, 1].isnan()
     assert fine.isfinite().all()
 
 
@@ -171,11 +171,11 @@ def test_gradients_that_nobody_wants_change_nothing(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @on_every_target
 def test_the_loss_may_be_multiplied_by_something_else_at_each_call(backend: str, dtype: torch.dtype) -> None:
-    """As accumulation divides it, and a GradScaler multiplies: also in float16, what would underflow arrives."""
+    """Accumulation divides the loss and a GradScaler multiplies it; in float16, small gradients must not underflow."""
     sample = small(backend, dtype)
     exact, sizes = step(widened(sample), backend="reference")[1:], [s.numel() for s in sample["student_feats"]]
     sizes += [n for n, b in zip(sizes, sample["bias"], strict=True) if b is not None]
-    rounding = 2.0**-25 if dtype == torch.float16 else 0.0  # of an element, however small
+    rounding = 2.0**-25 if dtype == torch.float16 else 0.0  # rounding of an element, however small
     for scale in (1.0, 2.0**-10, 4096.0, 4096.0, 1 / 3, 0.0, -1.0, 1.0):
         for got, y, n in zip(step(sample, scale, backend=backend)[1:], exact, sizes, strict=True):
             allowed = 4 * torch.finfo(dtype).eps * (scale * y).norm() + rounding * n**0.5
@@ -200,7 +200,7 @@ def test_a_factor_multiplies_loss_and_gradient(backend: str) -> None:
         given = torch.tensor(factor)
         torch.testing.assert_close(step(sample, 1.0, given, backend=backend), [factor * x for x in plain])
         total = loss_of(sample, given, backend=backend)
-        given.fill_(float("nan"))  # that of the next step, before this one's backward
+        given.fill_(float("nan"))  # the factor of the next step, before this step's backward
         assert total.dtype == torch.float32
         torch.testing.assert_close(total, factor * plain[0].sum())
         torch.testing.assert_close(
@@ -251,7 +251,7 @@ def test_each_backward_of_a_retained_graph_gives_its_own_gradient(backend: str) 
     for g in (1.0, 3.0, 0.0):
         got = torch.autograd.grad(loss, student, torch.tensor(g), retain_graph=True)
         torch.testing.assert_close(list(got), [g * x for x in once])
-        for x in got:  # theirs to change
+        for x in got:  # users may change them
             x.fill_(float("nan"))
     loss.backward(retain_graph=True)
     loss.backward()
@@ -284,7 +284,7 @@ def test_under_activation_checkpointing(backend: str, reentrant: bool) -> None:
     with Dispatched() as dispatched:
         total = 2 * checkpoint(loss, *student, use_reentrant=reentrant)
         total.backward()
-    assert reentrant or not any("one_pass" in name for name in dispatched.names)  # it may be recomputed for nothing
+    assert reentrant or not any("one_pass" in name for name in dispatched.names)  # this forward may be discarded
     torch.testing.assert_close([s.grad for s in student], expected[1 : 1 + len(student)])
 
 
@@ -313,7 +313,7 @@ def test_hooks_see_the_gradient_and_may_replace_it() -> None:
 
 
 def test_a_student_that_is_changed_by_its_next_layer() -> None:
-    """ReLU(inplace=True) after a hooked layer: the forward has read it before."""
+    """ReLU(inplace=True) follows a hooked layer; the loss has read the features before."""
     student, teacher = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(2, 4, 3, 3)
     feature = student * 1
     loss = fastkd.distill_loss([feature], [teacher])
@@ -338,7 +338,7 @@ def test_what_changes_before_the_backward_is_told_by_autograd_or_does_no_harm() 
 
 @on_every_target
 def test_inference_mode(backend: str) -> None:
-    """A teacher run in it is taken; and a validation in it leaves nothing behind that training cannot use."""
+    """The teacher may run in inference mode, and a validation in it does not affect training."""
     for one_pass in (True, False):
         sample = with_bias(levels(shapes=[(2, 5, 4, 4 + one_pass)] * 3))
         with torch.inference_mode():

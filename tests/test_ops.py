@@ -1,4 +1,4 @@
-"""The contract of an op: what torch.library, torch.compile and other tracers may rely on."""
+"""The contract of an op with torch.library, torch.compile and other tracers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_opcheck(backend: str, dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @on_every_target
 def test_opcheck_of_the_ops_that_write(backend: str, layout: str) -> None:
-    for code in (0, 2):  # of a map that is known before, and of another
+    for code in (0, 2):  # for a map that is known beforehand, and for another one
         arguments = op_arguments(with_bias(levels(layout=layout, shapes=[(2, 7, 5, 3), (1, 3, 1, 1)])), code)
         student, bias = arguments[0], arguments[5]
         given = torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor(0.5)
@@ -123,7 +123,7 @@ def test_a_direct_call_with_wrong_tensors_is_an_error_not_a_crash(backend: str) 
     known = (*codes[:3], codes[3], codes[4], DIVISORS.index("map"))
     for bad in (
         (*good[:7], *codes[:5], DIVISORS.index("map_all_ranks"), *absent),
-        (*good[:7], 0, 0, *known[2:], *absent),  # whose mass has to be given
+        (*good[:7], 0, 0, *known[2:], *absent),  # the mass has to be given
         (*good[:7], 0, 0, *known[2:], mass.double()[:1], absent[1]),
     ):
         with pytest.raises(RuntimeError):
@@ -153,13 +153,13 @@ def test_gradcheck_in_float64(backend: str, info: fastkd.InfoMap) -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 @on_every_target
 def test_offsets_beyond_32_bits(backend: str, axis: int, tmp_path: Path) -> None:
-    """Images, or channels, whose strides 32 bits can hold, and whose offsets they cannot."""
+    """Strides of images or channels fit into 32 bits, but offsets do not."""
     shape, strides = (4, 4, 4, 8), [128, 32, 8, 1]
     strides[axis] = 2**30 + 16
     size = 3 * 2**30 + 4096
 
     def far(name: str, dtype: torch.dtype) -> Tensor:
-        """On the CPU a file with a hole, of which no more than is touched is ever there."""
+        """Return a tensor over a sparse file on the CPU, of which only the used part exists."""
         if torch.get_default_device().type == "cpu":
             flat = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
         else:
@@ -189,7 +189,7 @@ def test_forward_mode_is_a_clear_error_and_not_zero(backend: str) -> None:
     def loss(x: Tensor, name: str = backend) -> Tensor:
         return fastkd.distill_loss([x], [t], backend=name)
 
-    for _ in range(2):  # what is kept of one transform does not serve the next
+    for _ in range(2):  # plans of one transform must not be used in the next
         with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*backend='reference'"):
             torch.func.jvp(loss, (s,), (torch.ones_like(s),))
         _, tangent = torch.func.jvp(lambda x: loss(x, "reference"), (s,), (torch.ones_like(s),))
@@ -218,7 +218,7 @@ def test_a_compiled_function_is_one_graph(backend: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"weight": "auto"}, {"weight": "auto", "decay": "linear", "stop_step": 4}])
 def test_a_compiled_module_is_one_graph_and_compiles_at_most_twice(options: dict[str, Any]) -> None:
-    """Its gradients are those of the same steps without a compiler, however the factor goes on."""
+    """Its gradients are those of the same steps without a compiler, also when the factor changes."""
     counter = CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a wheel holds, and what a build without torch says."""
+"""The content of a wheel, and the message of a build without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # a copy: setuptools would pack what an earlier build left behind
+    source = tmp_path / "source"  # a copy, because setuptools would also pack the files of an earlier build
     ignore = shutil.ignore_patterns(".*", "build", "runs", "*.so", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignore)
     subprocess.run(

@@ -1,4 +1,4 @@
-"""Every kernel against the float64 reference: its error is at most twice that of eager PyTorch at the same dtype."""
+"""Every kernel against the float64 reference: its error is at most twice that of eager PyTorch in the same dtype."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from fastkd.ops.presets import DIVISORS, PENALTIES, InfoMap
 
 
 def errors(got: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float, float]:
-    """Largest relative error of a level's loss, and of a level's gradient as a whole; absolute where all is near 0.
+    """Return the largest relative error of a level's loss, and of a level's gradient; absolute if all is near 0.
 
-    (Equal channels have an entropy that leaves them no weight, up to rounding.)
+    The latter occurs for equal channels, whose entropy gives them no weight, up to rounding.
     """
     by_level = [
         ((x.double() - y).norm() / y.norm().clamp_min(1e-7)).item()
@@ -47,17 +47,17 @@ def errors(got: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float, f
 def test_error_is_at_most_twice_that_of_eager(
     backend: str, dtype: torch.dtype, info: InfoMap, request: pytest.FixtureRequest, record_property: Any
 ) -> None:
-    """In one pass and in two, with priors, moments, biases and a factor; the upstream gradient differs by level."""
+    """Test one pass and two, with priors, moments, biases, a factor, and upstream gradients that differ by level."""
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("Triton's kernels sum in float32")
     shapes = shapes_for(backend)
-    # float16 takes two passes in any case; the slow interpreter takes one of the two ways in a test
+    # float16 always takes two passes; with the slow interpreter, a test takes one of the two ways
     ways = [True] if interpreted(backend) and INFO_MAPS.index(info) % 2 else [False]
     ways = ways if interpreted(backend) or dtype == torch.float16 else [True, False]
     worst = {name: [0.0, 0.0] for name in ("eager", *ways)}
     cases = list(itertools.product(LAYOUTS, PENALTIES, DIVISORS))
     if not request.config.getoption("--full"):
-        # walks over layouts, penalties and divisors; the slow interpreter meets one case for each map and dtype
+        # goes through layouts, penalties and divisors; the slow interpreter gets one case per map and dtype
         every = len(cases) if interpreted(backend) else 23 if backend == "triton" else 2 * len(DIVISORS) + 1
         cases = cases[(INFO_MAPS.index(info) + len(INFO_MAPS) * DTYPES.index(dtype)) % every :: every]
     for layout, penalty, divisor in cases:
@@ -71,7 +71,7 @@ def test_error_is_at_most_twice_that_of_eager(
             assert [x.dtype for x in got[1:]] == [x.dtype for x in learning(sample)]
             for i, error in enumerate(errors(got, exact)):
                 largest[i] = max(largest[i], error)
-    # in a level of one cell eager's own roundings may cancel: each of its terms has three to five of half a unit
+    # in a level of one cell eager's rounding errors may cancel; each term has three to five errors of half a unit
     floor = {torch.float64: 2e-15, torch.float32: 1.5e-7}.get(dtype, 6e-8)
     eager = worst.pop("eager")
     target = f"{backend}-{torch.get_default_device().type}"
@@ -88,7 +88,7 @@ def test_a_compiled_backend_is_tested_here() -> None:
 
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_that_the_processor_has(capability: str) -> None:
-    """In a process of its own each, because the kernels are chosen once; a set that is not there is the next lower."""
+    """Each set has a process of its own, as kernels are chosen once; a missing set falls back to the next lower one."""
     code = """
 import torch
 from samples import DTYPES, INFO_MAPS, LAYOUTS, levels, step, widened, with_bias

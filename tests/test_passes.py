@@ -1,4 +1,4 @@
-"""Fewer passes of the teacher: what it sees, what the loss is in the mean, and what a run remembers."""
+"""Fewer passes of the teacher: the images that it sees, the mean of the loss, and the state of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def distiller_of(**options: Any) -> Distiller:
 
 
 def seen(distiller: Distiller) -> list[Tensor]:
-    """What the teacher gets, pass by pass."""
+    """Return a list to which each pass of the teacher appends its images."""
     found: list[Tensor] = []
     distiller.teacher.register_forward_pre_hook(lambda _, args: found.append(args[0]))
     return found
@@ -68,7 +68,7 @@ def test_the_mean_over_steps_is_that_of_a_teacher_who_sees_everything(
     assert sum(losses) / steps == pytest.approx(expected, rel=1e-5)
     for mean, exact in zip(gradients(part), gradients(whole), strict=True):
         torch.testing.assert_close(mean / steps, exact, rtol=1e-4, atol=1e-7)
-    assert torch.cat(passes).equal(images)  # each image once in a cycle
+    assert torch.cat(passes).equal(images)  # each image once per cycle
     assert len(passes) == steps // options.get("teacher_every", 1)
 
 
@@ -76,9 +76,9 @@ def test_a_step_without_the_teacher_counts_for_the_schedule_and_not_for_the_bala
     distiller = distiller_of(teacher_every=2, weight="auto", share=0.5, warmup_steps=4)
     losses = [step(distiller, images_of(2), task_loss=task) for task in (1.0, 1e9, 1.0, 1e9, 1.0, 1e9, 1.0)]
     assert losses[1::2] == [0.0, 0.0, 0.0]
-    # half the task loss in the mean over two steps, so all of it in one
+    # half of the task loss in the mean over two steps, so all of it in one
     assert losses[::2] == pytest.approx([1 / 4, 3 / 4, 1.0, 1.0], rel=1e-4)
-    assert distiller.criterion.level_losses.all()  # of the last pass
+    assert distiller.criterion.level_losses.all()  # those of the last pass
 
 
 def test_a_run_that_goes_on_has_the_teacher_in_the_steps_that_were_to_have_it() -> None:
@@ -135,12 +135,12 @@ def test_check_says_how_often_the_teacher_runs() -> None:
 def test_the_trainers_priors_weigh_the_images_that_the_teacher_sees(prior: str) -> None:
     torch.manual_seed(0)
     student, teacher = YOLOv3Tiny(num_classes=3, width=0.125), YOLOv3(num_classes=3, width=0.125)
-    teacher.head8.bias.data[4::8] = 3.0  # it finds something everywhere
+    teacher.head8.bias.data[4::8] = 3.0  # it finds objects everywhere
     objective = Objective(student, teacher, prior=prior, info_map="score", teacher_images=1 / 3)
     distiller = objective.distiller
     images = torch.rand(5, 3, 64, 64)
     distiller.prepare(images)
-    targets = torch.tensor([[0, 1, 10.0, 10, 40, 40], [2, 0, 20.0, 4, 60, 30]])  # of the first three images
+    targets = torch.tensor([[0, 1, 10.0, 10, 40, 40], [2, 0, 20.0, 4, 60, 30]])  # labels of the first three images
     caught: list[Any] = []
     distiller.criterion.register_forward_pre_hook(lambda _, args: caught.append(args[2]))
     distiller.eval()

@@ -1,7 +1,7 @@
-"""Coming from other methods: the call that reproduces each one's number, beside its formula written out.
+"""Losses of other methods: the call that reproduces each of them, compared with its formula in plain PyTorch.
 
-Formulas are those of the papers and of the published implementations, in our own words; docs/coming_from.md has the
-calls.
+The formulas are those of the papers and of the published implementations, written again here; docs/coming_from.md has
+the calls.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def features(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(ours: Tensor, theirs: Tensor, s: Tensor, tolerance: float = 1e-5) -> None:
-    """The value and the gradient, with another factor upstream."""
+    """Check the value and the gradient, with an upstream gradient that is not 1."""
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
     (a,), (b,) = (torch.autograd.grad(1.7 * x, s) for x in (ours, theirs))
     assert (a - b).abs().amax() <= tolerance * b.abs().amax()
@@ -70,8 +70,8 @@ def test_ultralytics() -> None:
 def test_fgd_without_its_channel_weights() -> None:
     """Yang et al. (2022), eq. 3 to 8: 1 / N sum_p (alpha M_fg + beta M_bg)_p A_p sum_c (s - t)^2, beta = alpha / 2.
 
-    A = H W softmax over cells of mean_c abs(t) / 0.5; M of the boxes as the published code has it. FGD also weighs
-    channels, which a fused loss over cells does not.
+    A = H W softmax over cells of mean_c abs(t) / 0.5; M is computed from the boxes as in the published code. FGD also
+    weights channels, which a fused loss over cells does not.
     """
     s, t = features()
     attention = H * W * (t.abs().mean(1).flatten(1) / 0.5).softmax(1).view(N, H, W)
@@ -142,7 +142,7 @@ def test_pkd_of_a_module_has_adapters_without_bias_and_needs_no_calibration() ->
     loss.backward()
     assert criterion.adapters[0].weight.grad.abs().sum() > 0
     torch.testing.assert_close(loss, 2 * of_pkd(criterion.adapters[0](s), t), rtol=1e-5, atol=0)
-    assert criterion.eval()([s], [t]) == loss  # of its own batch always
+    assert criterion.eval()([s], [t]) == loss  # always of its own batch
 
 
 def test_pkd_of_constant_channels_and_single_cells_is_finite() -> None:

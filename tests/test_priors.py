@@ -1,4 +1,4 @@
-"""Priors from the teacher's heads, and from boxes: against the formulas written out, cell by cell."""
+"""Priors from the teacher's heads and from boxes, against the formulas written cell by cell."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_bad_sizes_of_a_confidence_are_a_clear_error() -> None:
 
 
 IMAGE = (48, 64)  # height, width in pixels
-SIZES = [(6, 8), (3, 4), (5, 7)]  # strides 8 and 16, and one that is no whole number
+SIZES = [(6, 8), (3, 4), (5, 7)]  # strides 8 and 16, and one that is not an integer
 ANCHORS = [
     torch.tensor([[10.0, 13.0], [24.0, 24.0], [33.0, 20.0]]),
     torch.tensor([[30.0, 40.0]]),
@@ -96,13 +96,13 @@ ODD_BOXES = torch.tensor(
         [2, 5, 5, float("inf"), 30],
         [float("nan"), 5, 5, 20, 30],
         [0, 0, 0, 0, 0],  # padding
-        [2, 17.1, 17.1, 17.2, 17.2],  # between the cells' centres: no small anchor overlaps it
+        [2, 17.1, 17.1, 17.2, 17.2],  # between the centres of cells: no small anchor overlaps it
     ]
 )
 
 
 def random_boxes(seed: int, count: int, whole: bool) -> Tensor:
-    """Boxes of images 0 and 2 of 4, some beyond the image's edges, in no order."""
+    """Return boxes of images 0 and 2 of 4, some reaching beyond the image's edges, in random order."""
     generator = torch.Generator().manual_seed(seed)
     u = torch.rand(count, 5, generator=generator)
     corner = u[:, 1:3] * torch.tensor([70.0, 54.0]) - 6
@@ -112,7 +112,7 @@ def random_boxes(seed: int, count: int, whole: bool) -> Tensor:
 
 
 def valid_boxes(boxes: Tensor, image: int) -> list[tuple[Fraction, ...]]:
-    """The boxes of one image, clipped, in exact arithmetic."""
+    """Return the boxes of one image, clipped, in exact arithmetic."""
     kept = []
     for index, *corners in boxes.tolist():
         if index == image and all(map(math.isfinite, corners)):
@@ -142,7 +142,7 @@ def anchor_at(row: int, column: int, size: tuple[int, int], anchor: list[float])
 
 
 def slow_iou_mask(boxes: Tensor, size: tuple[int, int], anchors: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """FGFI's formula, box by box and cell by cell: the mask and the relative IoU of 4 images."""
+    """Return FGFI's formula, box by box and cell by cell: the mask and the relative IoU of 4 images."""
     mask, graded = torch.zeros(4, *size), torch.zeros(4, *size)
     for n in range(4):
         for box in valid_boxes(boxes, n):
@@ -161,7 +161,7 @@ def slow_iou_mask(boxes: Tensor, size: tuple[int, int], anchors: Tensor, thresho
 
 
 def slow_box_balance(boxes: Tensor, size: tuple[int, int], background: float) -> Tensor:
-    """FGD's scale mask, box by box and cell by cell."""
+    """Return FGD's scale mask, box by box and cell by cell."""
     weights = torch.zeros(4, *size)
     for n in range(4):
         for x1, y1, x2, y2 in valid_boxes(boxes, n):
@@ -193,7 +193,7 @@ def test_iou_mask_is_fgfis_formula_cell_by_cell(whole: bool, threshold: float) -
         assert mask.dtype == grade.dtype == torch.float32
         assert torch.equal(mask, expected)
         torch.testing.assert_close(grade, graded, rtol=1e-6, atol=1e-7)
-        assert grade.amax() == 1  # exactly: nothing rounds above, and the best cell not below
+        assert grade.amax() == 1  # exactly 1, without rounding above or below
 
 
 def test_iou_mask_holds_over_many_random_boxes_one_at_a_time() -> None:
@@ -204,7 +204,7 @@ def test_iou_mask_holds_over_many_random_boxes_one_at_a_time() -> None:
 
 
 def test_an_iou_equal_to_the_threshold_is_not_above_it() -> None:
-    # one cell aside the IoU is 16 * 24 / (2 * 24 * 24 - 16 * 24) = 1/2
+    # one cell away, the IoU is 16 * 24 / (2 * 24 * 24 - 16 * 24) = 1/2
     box, anchor = torch.tensor([[0.0, 16, 8, 40, 32]]), torch.tensor([[24.0, 24.0]])
     (mask,) = iou_mask(box, [anchor], [(6, 8)], IMAGE, 1, threshold=0.5)
     assert mask.nonzero().tolist() == [[0, 2, 3]]
@@ -217,7 +217,7 @@ def test_an_iou_equal_to_the_threshold_is_not_above_it() -> None:
     [((18, 28, 42, 52), (12, 40), 0.75), ((29, 24, 53, 40), (6, 24), 0.5), ((34, 20, 46, 36), (8, 8), 0.75)],
 )
 def test_nor_does_rounding_lift_it(corners: tuple[int, ...], anchor: tuple[int, int], threshold: float) -> None:
-    # found by search: equal in exact arithmetic, above in float64, at strides that are no whole number
+    # found by search: equal in exact arithmetic, larger in float64, with strides that are not integers
     box, anchors = torch.tensor([[0.0, *corners]]), torch.tensor([anchor]).float()
     (mask,) = iou_mask(box, [anchors], SIZES[2:], IMAGE, 4, threshold=threshold)
     assert torch.equal(mask, slow_iou_mask(box, SIZES[2], anchors, threshold)[0])
@@ -269,7 +269,7 @@ def all_priors(boxes: Tensor, batch: int = 4) -> list[Tensor]:
 def plain_priors(
     boxes: Tensor, anchors: list[Tensor], sizes: list[tuple[int, int]], image: tuple[int, int], batch: int
 ) -> list[Tensor]:
-    """``all_priors`` by the formulas in plain PyTorch, without a look at values: as on a GPU without kernels."""
+    """Return ``all_priors`` by the plain PyTorch formulas, which read no values, as on a GPU without kernels."""
     flat, maps = [side for size in sizes for side in size], []
     for rows, _ in (
         prior_ops.plain_iou_mask(boxes, anchors, flat, *image, batch, 0.5, False),
@@ -344,7 +344,7 @@ def test_compiles_into_one_graph_with_the_same_result() -> None:
 
 @pytest.mark.parametrize("batch", [0, 4])
 def test_a_wrong_image_index_is_ignored_where_values_are_not_looked_at(batch: int) -> None:
-    # on the CPU, a write out of bounds would be an error of its own
+    # on the CPU, PyTorch raises an error for a write out of bounds
     good = random_boxes(seed=8, count=6, whole=False)
     wrong = torch.tensor([[4.0, 0, 0, 20, 20], [-1, 0, 0, 20, 20], [0.5, 0, 0, 20, 20], [1e30, 0, 0, 20, 20]])
     expected = all_priors(good if batch else good[:0], batch)
@@ -359,7 +359,7 @@ def test_an_unusable_anchor_overlaps_nothing_where_values_are_not_looked_at(size
 
 
 def test_nothing_waits_for_the_device() -> None:
-    # tensors without values, on a device that is not the CPU: .item(), nonzero and boolean indexing raise
+    # tensors without values, on a device that is not the CPU: .item(), nonzero and boolean indexing raise errors
     boxes, anchors = torch.empty(6400, 5, device="meta"), list(torch.empty(3, 3, 2, device="meta"))
     sizes = [(80, 80), (40, 40), (20, 20)]
     maps = plain_priors(boxes, anchors, sizes, (640, 640), 64)
@@ -385,7 +385,7 @@ def test_the_maps_come_with_their_sums_until_one_is_changed(prior: str) -> None:
     maps = made()
     assert maps.sums.dtype == torch.float64
     torch.testing.assert_close(maps.sums, torch.stack([x.double().sum() for x in maps]), rtol=1e-14, atol=0)
-    assert copy.deepcopy(maps).sums is None  # a copy counts its changes anew
+    assert copy.deepcopy(maps).sums is None  # a copy has its own version counter
     maps[1].mul_(2)
     assert maps.sums is None
     for edit in (
@@ -401,11 +401,11 @@ def test_the_maps_come_with_their_sums_until_one_is_changed(prior: str) -> None:
     assert not hasattr(made()[:2], "sums")
     assert type(made())(x + 1 for x in made()).sums is None
     with torch.inference_mode():
-        assert made().sums is None  # no one counts the changes of such tensors
+        assert made().sums is None  # such tensors have no version counter
 
 
 def fgd_scale_mask(boxes: Tensor, size: tuple[int, int], background: float) -> Tensor:
-    """Cell by cell as FGD's published code has it: floor(low) to ceil(high), both included."""
+    """Compute the mask cell by cell as in FGD's published code: floor(low) to ceil(high), both included."""
     weights = torch.zeros(4, *size)
     for n in range(4):
         for x1, y1, x2, y2 in valid_boxes(boxes, n):

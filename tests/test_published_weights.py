@@ -1,4 +1,4 @@
-"""The published yolov3-tiny.weights, from the file alone. Skipped where it is not there: it is never in the project."""
+"""The published yolov3-tiny.weights. The tests are skipped if the file is missing; it is not part of the project."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastkd.yolov3.show.predict import detect_objects
 from fastkd.yolov3.train.config import TrainConfig
 from fastkd.yolov3.train.run import build_objective, training_set
 
-# ../shared/weights of the project's root; of a worktree deeper down, that of a folder above it
+# ../shared/weights of the project's root or, for a nested worktree, of a folder above it
 PLACES = [folder / "shared" / "weights" for folder in Path(__file__).resolve().parents[1].parents]
 FOLDER = next((place for place in PLACES if (place / "yolov3-tiny.weights").is_file()), PLACES[0])
 WEIGHTS, NAMES, DOG = (FOLDER / name for name in ("yolov3-tiny.weights", "coco.names", "dog.jpg"))
@@ -37,7 +37,7 @@ def published() -> Trained:
 
 
 def best(found: Trained, image: Image) -> dict[str, float]:
-    """The best score of each class on an image."""
+    """Return the best score of each class in an image."""
     seen = detect_objects(found.model, image, 416, 0.3)
     scores = zip(seen.classes.tolist(), seen.scores.tolist(), strict=True)
     return {found.class_names[index]: score for index, score in sorted(scores, key=lambda pair: pair[1])}
@@ -48,7 +48,7 @@ def test_the_file_alone_says_model_classes_size_and_anchors(published: Trained) 
     assert (published.model.num_classes, published.model.width, published.size) == (80, 1.0, 416)
     assert published.model.anchors.flatten(1).tolist() == [[23, 27, 37, 58, 81, 82], [81, 82, 135, 169, 344, 319]]
     assert published.class_names == COCO_NAMES
-    assert any("its 80 classes are taken to be COCO's" in note for note in published.notes)
+    assert any("assumed to have COCO's 80 classes" in note for note in published.notes)
 
 
 def test_the_names_beside_it_are_coco_s_as_darknet_spells_them() -> None:
@@ -76,9 +76,9 @@ def test_predict_needs_no_flag(tmp_path: Path, monkeypatch: Any, capsys: Any) ->
     monkeypatch.chdir(tmp_path)
     assert main(["predict", str(WEIGHTS), str(DOG)]) == 0
     assert (tmp_path / "runs/predict/dog.jpg").is_file()
-    said = capsys.readouterr().err
-    assert "by its size a yolov3-tiny of 80 classes" in said
-    assert "its 80 classes are taken to be COCO's" in said
+    reported = capsys.readouterr().err
+    assert "assumed from its size to be a yolov3-tiny of 80 classes" in reported
+    assert "assumed to have COCO's 80 classes" in reported
 
 
 @pytest.mark.parametrize("names", [None, "coco", str(NAMES)])
@@ -112,11 +112,11 @@ def test_training_of_other_classes_begins_with_all_but_the_heads(published: Trai
         size=96,
         cpu=True,
     )
-    said: list[str] = []
-    student = build_objective(config, training_set(config), on_init=said.append).student
+    reported: list[str] = []
+    student = build_objective(config, training_set(config), on_init=reported.append).student
     ours, theirs = student.state_dict(), published.model.state_dict()
     new = [name for name, value in theirs.items() if not torch.equal(value, ours[name])]
     assert new == ["head32.weight", "head32.bias", "head16.weight", "head16.bias"]
-    assert len(said) == 1
-    assert said[0].startswith("init: kept 11 of 13 convolutions of ")
-    assert "(80 classes); new: the last ones of the 2 heads, for 10 classes" in said[0]
+    assert len(reported) == 1
+    assert reported[0].startswith("init: kept 11 of 13 convolutions of ")
+    assert "(80 classes); new: the last one of each of the 2 heads, for 10 classes" in reported[0]

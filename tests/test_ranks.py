@@ -1,4 +1,4 @@
-"""Several ranks agree on the teacher's statistics, whichever of them looked at the distiller alone before."""
+"""Several ranks agree on the teacher's statistics, even if one of them used the distiller alone before."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def net(width: int) -> nn.Module:
 
 
 def batch(number: int, rank: int) -> Tensor:
-    """Ranks see images of other brightness, so that statistics of one alone would not do."""
+    """Return a rank's images; ranks differ in brightness, so that the statistics of one rank are not those of all."""
     return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(10 * number + rank)) + 3 * rank
 
 
@@ -44,7 +44,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def _look(distiller: Distiller, images: Tensor, optimizer: torch.optim.Optimizer, averaged: bool | None = True) -> None:
-    """What one rank may do while the other does something else."""
+    """Use the distiller as one rank may do alone, while the other does something else."""
     report = distiller.check(images, optimizer, task_loss=1.0)
     assert report.ok
     assert next(check.ok for check in report.checks if check.name == "ranks") is averaged
@@ -63,7 +63,7 @@ def _train(rank: int, folder: str, calibrating: str) -> None:
     options = {"weight": "auto", "divisor": "map_all_ranks", "calibration_batches": 2}
     distiller = Distiller(student, teacher, backbone=[("0", "0")], **options).prepare(batch(0, 0))
     optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], 0.01)
-    if rank == 0:  # the other one waits for nobody, and nobody for it
+    if rank == 0:  # the other rank does not wait, and nothing waits for it
         assert distiller.check(batch(0, 0), optimizer, task_loss=1.0).ok
         distiller.student.module(batch(0, 0))
         with torch.no_grad():  # a validation before the first step
@@ -87,7 +87,7 @@ def _train(rank: int, folder: str, calibrating: str) -> None:
 
 
 def _calibrate_with_an_empty_batch(rank: int) -> None:
-    """Of a rank that has no image left, nothing is said, and nothing is counted."""
+    """A rank without images neither raises an error nor counts a step."""
     criterion = DistillLoss([4], [4], calibration_batches=1)
     student, teacher = torch.rand(2, 4, 3, 3, requires_grad=True), batch(0, 0)[:, :1].expand(2, 4, 16, 16)[..., :3, :3]
     images = slice(0, 2 - 2 * rank)
@@ -111,7 +111,7 @@ class StudentAndLoss(nn.Module):
 
 
 def _join_uneven_ranks(rank: int) -> None:
-    """Join lets a rank end before the others: said where that cannot be, and not in the way where it can."""
+    """Join lets a rank end before the others: an error names the cases where that is impossible."""
     sums = DistributedDataParallel(StudentAndLoss(weight="auto"))
     with Join([sums]), pytest.raises(RuntimeError, match=r"expected no Join .* each step sums over all ranks"):
         sums(batch(0, rank))
@@ -129,7 +129,7 @@ def _join_uneven_ranks(rank: int) -> None:
 
 
 def _see_a_part_of_the_batch(rank: int) -> None:
-    """The ranks' teachers run in the same steps, and in the others DDP finds all that it waits for."""
+    """The ranks' teachers run in the same steps, and in the other steps DDP gets all gradients that it expects."""
     whole = DistributedDataParallel(StudentAndLoss(weight="auto", teacher_every=2, teacher_images=0.5))
     distiller = whole.module.distiller
     for step in range(4):
@@ -154,7 +154,7 @@ def test_ranks_have_the_same_statistics_whoever_was_checked_or_calibrated_alone(
 ) -> None:
     first, second = (torch.load(trained / f"{calibrating} {rank}.pt") for rank in range(2))
     for name, value in first.items():
-        if not name.startswith("module.1."):  # running statistics of the student's batch norm are each rank's own
+        if not name.startswith("module.1."):  # each rank has its own running statistics of the student's batch norms
             torch.testing.assert_close(second[name], value, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
     assert first["batches"] == 2
 

@@ -1,24 +1,20 @@
-"""The kernels of the small ops against the same formulas in plain PyTorch: C++ on the CPU, and CUDA run on the host."""
+"""The kernels of the small ops, in C++ and in CUDA compiled for the host, against the plain PyTorch formulas."""
 
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from samples import Dispatched
+from samples import compiled_for_host
 from torch import Tensor
+from workloads import Dispatched
 
 import fastkd.priors
 from fastkd.ops import factor, prior_ops
 
-ROOT = Path(__file__).parent.parent
 OPS = {
     "iou_mask": prior_ops.IOU_MASK,
     "box_balance": prior_ops.BOX_BALANCE,
@@ -36,29 +32,19 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """The CUDA kernels compiled for the host, whose fibers stand for a block's threads."""
-    compiler = shutil.which("g++")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs g++ on Linux")
-    library, torch_directory = tmp_path_factory.mktemp("on_host") / "small.so", Path(torch.__file__).parent
-    source = ROOT / "tests" / "cuda_on_host"
-    subprocess.run(
-        [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-         f"-I{source}", f"-I{torch_directory / 'include'}", source / "small_ops.cpp", "-o", library,
-         f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-lc10"],
-        check=True,
-    )  # fmt: skip
+    """The CUDA kernels compiled for the host, where fibers replace the threads of a block."""
+    library = compiled_for_host("small_ops.cpp", tmp_path_factory.mktemp("on_host"))
     definitions = torch.library.Library("fastkd_small_on_host", "DEF")
     for name, schema in OPS.items():
         definitions.define(name + " ".join(schema.split()))
     torch.ops.load_library(library)
     yield lambda name, *arguments: getattr(torch.ops.fastkd_small_on_host, name)(*arguments)
-    del definitions  # the ops live as long as it does
+    del definitions  # the ops exist as long as it does
 
 
 @pytest.fixture(params=["cpp", "cuda on the host", "plain"])
 def run(request: pytest.FixtureRequest) -> Run:
-    """Calls an op by name."""
+    """Return a function that calls an op by name."""
     if request.param == "cuda on the host":
         return request.getfixturevalue("on_host")
     if request.param == "plain":
@@ -71,11 +57,11 @@ def run(request: pytest.FixtureRequest) -> Run:
 # ---- priors from boxes ----
 
 IMAGE = (96, 128)
-SIZES = [(12, 16), (6, 8), (1, 1), (3, 50), (37, 2), (11, 13)]  # of one, of several and of parts of a block's tile
+SIZES = [(12, 16), (6, 8), (1, 1), (3, 50), (37, 2), (11, 13)]  # one tile of a block, several, and parts of one
 
 
 def random_boxes(count: int, images: int, seed: int = 0) -> Tensor:
-    """Some beyond the image's edges, some inverted, every seventh padding."""
+    """Return boxes: some reach beyond the image's edges, some are inverted, every seventh is padding."""
     u = torch.rand(count, 5, generator=torch.Generator().manual_seed(seed))
     corner = u[:, 1:3] * torch.tensor([140.0, 110.0]) - 10
     size = u[:, 3:].square() * 90 - 1
@@ -95,7 +81,7 @@ def flat(sizes: list[tuple[int, int]]) -> list[int]:
 
 
 def assert_same_maps(run: Run, name: str, *arguments: Any) -> None:
-    """The same bits of maps; sums that differ by rounding alone, and not at all from one run to the next."""
+    """Check that maps have the same bits, and that sums differ only by rounding, and not between two runs."""
     maps, sums = run(name, *arguments)
     expected, expected_sums = PLAIN[name](*arguments)
     assert maps.dtype == torch.float32
@@ -192,7 +178,7 @@ def test_prior_sums_of_many_levels_of_all_dtypes(run: Run) -> None:
 
 
 class Weight:
-    """The state of a factor, and the formula of one step written out."""
+    """The state of a factor, and the formula of a step."""
 
     def __init__(self, weight: float = factor.AUTO, share: float = 1.0, **schedule: int) -> None:
         self.factor, self.averages = torch.zeros(()), torch.zeros(3)
@@ -258,7 +244,7 @@ def test_a_step_that_is_not_finite_counts_for_nothing(run: Run) -> None:
 
 def test_without_losses_or_advance_only_the_factor_is_set(run: Run) -> None:
     state = Weight(warmup_steps=4)
-    assert state.update(run, NONE, NONE, advance=0) == 0  # nothing seen yet
+    assert state.update(run, NONE, NONE, advance=0) == 0  # no step yet
     assert state.update(run, torch.tensor([1.0, 1.0]), torch.tensor([[4.0]])) == 2 * 2 / 4
     assert state.update(run, NONE, NONE, advance=0) == 2 * 2 / 4
     assert state.update(run, NONE, NONE, advance=1) == 2 * 3 / 4
@@ -272,7 +258,7 @@ def test_a_balanced_weight_stays_finite(run: Run) -> None:
 
 
 def test_a_loss_below_zero_is_balanced_by_its_magnitude(run: Run) -> None:
-    """A likelihood as task loss, also while it changes its sign; or a level whose weight is negative."""
+    """The task loss is a likelihood, also when its sign changes; or the weight of a level is negative."""
     for task, loss in ((-3.0, 2.0), (3.0, -2.0), (-3.0, -2.0)):
         state = Weight()
         for sign in (1, -1, 1):

@@ -1,4 +1,4 @@
-"""The study: its choices, its pairs, its intervals, its maps; and that a kill costs it one run at most."""
+"""The study: its choices, pairs, intervals and maps; a kill costs at most one run."""
 
 import copy
 import json
@@ -59,7 +59,7 @@ def result(run, score):
 
 
 class Scored(Bench):
-    """A bench that trains nothing: what a run scores follows from its configuration."""
+    """A bench that trains nothing: the score of a run depends on its configuration only."""
 
     def __init__(self, root, ledger, workers):
         self.root, self.ledger, self.trained = root, ledger, []
@@ -89,7 +89,7 @@ class Scored(Bench):
 
 
 def plan(root, monkeypatch, bench=Scored):
-    """A whole study without training."""
+    """Return the runs of a whole study, without training."""
     monkeypatch.setattr(study, "Bench", bench)
     ledger = Ledger(root / "results.jsonl")
     done = study.Study(root, ledger, TINY, 2)
@@ -111,7 +111,7 @@ def test_settings_are_chosen_on_validation_scenes_with_seeds_that_no_table_has(p
     assert {run.config["lr"] for run in tables} == {2e-3}
     assert {run.config["distill_share"] for run in tables if run.teacher} == {2.0}
     few = {run.seed: run.config["annotations"] for run in [*tried, *tables] if run.regime == "few"}
-    assert len(set(few.values())) == 3  # each seed has scenes of its own
+    assert len(set(few.values())) == 3  # each seed has its own scenes
 
 
 def test_plain_and_distilled_student_have_as_many_trials(planned):
@@ -120,7 +120,7 @@ def test_plain_and_distilled_student_have_as_many_trials(planned):
         assert len(first.plain_steps) - 1 + len(p.plain_zoom) - 1 == len(p.share) - 1 + len(p.distilled_zoom) - 1
         assert all(len(x.plain_steps) - 1 + len(p.plain_zoom[:2]) - 1 == len(p.share[:2]) - 1 for x in others)
     runs = [x.run for x in planned.bench.ledger.results.values() if x.run.scored_on == "val"]
-    for regime, count in (("few", 4), ("equal", 4)):  # the first axis's values, and of each other one all but the best
+    for regime, count in (("few", 4), ("equal", 4)):  # per axis: the first one has all values, others have one less
         tried = [run.row for run in runs if run.regime == regime]
         assert tried.count("none") == tried.count("uniform") == count
 
@@ -165,7 +165,7 @@ def test_rows_are_paired_and_controls_have_their_own_teachers(planned):
     } < few.keys()
     assert {f"{best}, {place}" for place in ("backbone only", "neck only", "without stride 8")} < few.keys()
     assert all(row.keys() == set(TINY.seeds) for rows in (few, equal) for row in rows.values())
-    for seed in TINY.seeds:  # one seed's students begin alike and see the same scenes
+    for seed in TINY.seeds:  # the students of one seed have the same initial weights and scenes
         assert len({row[seed].run.config["annotations"] for row in few.values()}) == 1
         assert len({row[seed].run.config["annotations"] for row in equal.values()}) == 1
     own = few[f"{best}, teacher of the student's scenes"]
@@ -203,13 +203,13 @@ def test_the_report_fills_tables_between_its_marks(planned, tmp_path):
     assert "old" not in text
     assert text.startswith("# Study\n\n<!-- table rows few -->\n\n|")
     assert text.endswith("<!-- end -->\n\nlast words\n")
-    # every seed scores 12 + 4 more with the map, and twice itself is no difference at all
+    # all seeds have the same gains, so the intervals have no width
     assert "| graded IoU | 29.5 | 30.5 | +16.0 (+16.0 to +16.0) | +4.0 (+4.0 to +4.0) | +5.0 (+5.0 to +5.0) |" in text
     write_report(planned.bench.ledger.file, tmp_path)
     assert page.read_text() == text
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("gains", "learning_rates"))
     page.write_text("<!-- table absent -->\n<!-- end -->\n")
-    with pytest.raises(ValueError, match=r"expected a table among rows few, .* got 'absent'"):
+    with pytest.raises(ValueError, match=r"expected one of the tables rows few, .* got 'absent'"):
         write_report(planned.bench.ledger.file, tmp_path)
     with pytest.raises(ValueError, match="expected runs of the study"):
         write_report(tmp_path / "none.jsonl", tmp_path)
@@ -242,7 +242,7 @@ def test_a_gain_is_paired_by_seed_and_refuses_rows_without_a_common_one():
     row = {seed: result(run, score) for seed, score in ((0, 3.0), (1, 7.0), (2, 100.0))}
     other = {seed: result(run, score) for seed, score in ((1, 2.0), (0, 1.0), (3, -50.0))}
     assert gain(row, other).mean == 3.5
-    with pytest.raises(ValueError, match="expected a seed in common"):
+    with pytest.raises(ValueError, match="expected a seed that both have"):
         gain({0: row[0]}, {1: other[1]})
 
 
@@ -256,7 +256,7 @@ def test_the_results_file_is_one_studys_and_names_a_line_that_is_none(tmp_path):
     ledger.close()
     assert read_results(file) == [first]
     file.write_text("{}\n" + file.read_text())
-    with pytest.raises(ValueError, match=r"results.jsonl: line 1 is no result of the study"):
+    with pytest.raises(ValueError, match=r"results.jsonl: line 1 is not a result of the study"):
         Ledger(file)
 
 
@@ -288,7 +288,7 @@ def test_a_map_moves_weight_within_an_image_only(objective, name):
         assert weights.isfinite().all()
         assert (weights >= 0).all()
         means = weights.mean((1, 2))
-        empty = (weights == 0).all(2).all(1)  # of an image without a box
+        empty = (weights == 0).all(2).all(1)  # images without a box
         torch.testing.assert_close(means[~empty], torch.ones_like(means[~empty]))
 
 
@@ -306,7 +306,7 @@ def test_the_studys_self_information_is_the_librarys(objective):
     distiller = objective.distiller
 
     def keep(_, sizes):
-        kept["features"] = [tap.feature() for _, tap in distiller._matched()]
+        kept["features"] = [hook.feature() for _, hook in distiller._matched()]
         return [None] * len(sizes)
 
     distiller.maps(images, keep)
@@ -321,10 +321,10 @@ def test_sensitivity_leaves_the_teachers_features_as_they_were(objective):
     distiller, seen = objective.distiller, {}
 
     def look(outputs, sizes):
-        seen["before"] = [tap.feature().clone() for _, tap in distiller._matched()]
+        seen["before"] = [hook.feature().clone() for _, hook in distiller._matched()]
         objective.prior = prior_name("sensitivity")
         found = objective.prior_of(images, targets)(outputs, sizes)
-        seen["after"] = [tap.feature() for _, tap in distiller._matched()]
+        seen["after"] = [hook.feature() for _, hook in distiller._matched()]
         return found
 
     distiller.maps(images, look)
@@ -345,14 +345,14 @@ def test_a_teacher_that_remembers_says_the_same_bits_without_running(objective, 
     losses = [again(images, targets) for _ in range(2)]
     assert len(ran) == 1
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
-    options["fold_teacher"] = False  # as one that remembers is not, whose forward was replaced
+    options["fold_teacher"] = False  # as for a teacher with stored outputs, whose forward was replaced
     plain = LogitObjective(student, copy.deepcopy(distiller.teacher), info_map="self_information", **options)
     plain.distiller.prepare(images)
     plain.distiller.load_state_dict(again.distiller.state_dict())
     torch.testing.assert_close(plain(images, targets)[1], again(images, targets)[1], rtol=0, atol=0)
     again(images.flip(0), targets)
     assert len(ran) == 2
-    teacher(images)  # outside no_grad, as the sensitivity's: what was read would have no gradient
+    teacher(images)  # without no_grad, as in sensitivity: a stored feature would have no gradient
     assert len(ran) == 3
 
 
@@ -376,7 +376,7 @@ if __name__ == "__main__":
 
 
 def real_runs(root, bench):
-    """A teacher and three students."""
+    """Return runs of a teacher and of three students."""
     data = labelled(root, 0, 8) | {"size": 96, "batch": 4, "width": 0.125, "steps": 4}
     (teacher,) = bench.teachers([Run("teachers", "t", 0, "test", data | {"model": "yolov3"})])
     config = data | {"info_map": "uniform_standardized", "prior": prior_name("sensitivity"), "zoom": [0.8, 1.2]}
@@ -393,7 +393,7 @@ def test_a_killed_or_interrupted_study_keeps_its_results_and_leaves_no_worker(tm
     workers = children(process.pid)
     process.kill()
     process.wait()
-    before = file.read_text().split("\n")[:1]  # the teacher's
+    before = file.read_text().split("\n")[:1]  # the teacher's line
     wait_for(lambda: not any(map(alive, workers)), deadline)
     process = started(script, tmp_path)
     wait_for(lambda: file.read_text().count("\n") >= 2 or process.poll() == 0, deadline)
@@ -406,12 +406,12 @@ def test_a_killed_or_interrupted_study_keeps_its_results_and_leaves_no_worker(tm
     assert all(0 <= x.mAP <= x.AP50 <= 100 and x.versions["torch"] for x in results)
     assert [x.name for x in (tmp_path / "models").iterdir()] == [f"{results[0].run.key}.pt"]
     assert not {x.name for x in (tmp_path / "runs").iterdir()} & {x.run.key for x in results}
-    draw_maps(file, tmp_path, tmp_path / "maps.png")  # with the teacher that was kept
+    draw_maps(file, tmp_path, tmp_path / "maps.png")  # with the teacher whose model was kept
     assert cv2.imread(str(tmp_path / "maps.png")).std() > 10
 
 
 def started(script, root):
-    """A study in a process of its own, which hears of Ctrl-C, as one in a shell's foreground does."""
+    """Start a study in a process of its own, which gets Ctrl-C like a shell's foreground process."""
     return subprocess.Popen(
         [sys.executable, script, root],
         env=os.environ
@@ -455,10 +455,10 @@ def test_another_set_is_studied_with_a_share_of_its_labels(tmp_path):
     parts = [part_of_set(tmp_path, "mine", 0.25, seed) for seed in (0, 0, 1)]
     names = [{x["file_name"] for x in json.loads((tmp_path / x["annotations"]).read_text())["images"]} for x in parts]
     assert [len(x) for x in names] == [2, 2, 2]
-    assert names[0] == names[1] != names[2]  # by the seed
+    assert names[0] == names[1] != names[2]  # they depend on the seed
     images = {x.name for x in (tmp_path / parts[0]["unlabelled"]).iterdir()}
     assert len(images) == 6
-    assert not images & names[0]  # whoever has a label is not among those without
+    assert not images & names[0]  # images with labels are not among those without
     assert "unlabelled" not in part_of_set(tmp_path, "mine", 1.0, 0)
     usual = {"set": "mine", "size": 64, "batch": 2, "width": 0.125, "steps": 2, "flip": 0.5, "anchors": "default"}
     first, again = (
@@ -472,5 +472,5 @@ def test_another_set_is_studied_with_a_share_of_its_labels(tmp_path):
 
 
 def part_of(part):
-    """For a student that trains alone."""
+    """The options for a student that trains alone."""
     return {name: part[name] for name in ("annotations", "images")}

@@ -1,4 +1,4 @@
-"""How the teacher runs: batch norms folded in a copy, up to its last level, and with the features that it has."""
+"""How the teacher runs: with batch norms folded in a copy, up to its last level, with the same features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RAN: list[str] = []
 
 
 class Net(nn.Module):
-    """Two stages of convolution, batch norm and ReLU, a head, and what ran of it."""
+    """Two stages of convolution, batch norm and ReLU, and a head; it records which modules ran."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def distiller_of(teacher: nn.Module, levels: list[tuple[str, str]] = LEVELS, **o
 
 
 def features(distiller: Distiller) -> list[Tensor]:
-    """The teacher's, as the loss gets them."""
+    """Return the teacher's features, as the loss gets them."""
     caught: list[list[Tensor]] = []
     handle = distiller.criterion.register_forward_pre_hook(lambda _, args: caught.append([x.clone() for x in args[1]]))
     distiller.student(IMAGES)
@@ -137,7 +137,7 @@ class Residual(Net):
         return x + self.seen
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen = self.conv(self.stage(x))  # used twice: folded it would be another
+        self.seen = self.conv(self.stage(x))  # used twice, so folding would change it
         return self.head(self.last(self.norm(self.seen)))
 
 
@@ -165,7 +165,7 @@ class NoCopy(Net):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "reported"),
     [
         (lambda: replaced(Net()), "the forward of 'stage' was replaced"),
         (lambda: hooked(Net()), "'head' has hooks of others"),
@@ -173,14 +173,14 @@ class NoCopy(Net):
         (NoCopy, "not folded, as its copy fails (RuntimeError: no copies)"),
     ],
 )
-def test_what_stands_against_a_copy_is_said(make: Any, said: str) -> None:
+def test_what_stands_against_a_copy_is_said(make: Any, reported: str) -> None:
     torch.manual_seed(2)
     teacher = trained(make())
     torch.manual_seed(2)
     exact = expected(trained(Net()), ["stage", "norm"])
     distiller = distiller_of(teacher)
     found = features(distiller)
-    assert said in how(distiller)
+    assert reported in how(distiller)
     for x, y in zip(found, exact, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
@@ -192,7 +192,7 @@ class Noisy(Net):
 
 def test_to_make_it_ready_draws_nothing() -> None:
     distiller, drawn = distiller_of(trained(Noisy())), []
-    for _ in range(2):  # the first time it is made ready
+    for _ in range(2):  # the first time, the teacher is prepared
         torch.manual_seed(3)
         features(distiller)
         drawn.append(torch.rand(()))
@@ -209,11 +209,11 @@ def test_it_runs_as_it_was_given_unless_asked() -> None:
         distiller_of(teacher, fold_teacher="False")
 
 
-# ---- its end
+# ---- the last level
 
 
 def ran_with(prior: Any, teacher: nn.Module | None = None) -> list[str]:
-    """What a step runs of teacher and student, once the teacher is ready; without the student's."""
+    """Return the modules that run in a step, except the student's, after the teacher is prepared."""
     teacher = trained(Net()) if teacher is None else teacher
     distiller = distiller_of(teacher, prior=prior, info_map="uniform")
     features(distiller)
@@ -245,7 +245,7 @@ class Careful(Net):
 
 
 class Clips(Net):
-    """Changes its last level in place, which ends after it must not leave out."""
+    """A teacher that changes its last level in place after its module; ending early must not leave that out."""
 
     def last(self, x: Tensor) -> Tensor:
         return x.relu_()
@@ -262,7 +262,7 @@ def test_a_level_that_is_changed_later_is_run_to_its_end() -> None:
 
 
 class Retries(Net):
-    """Takes whatever ends its forward, as some do for want of memory."""
+    """A model that catches every exception in its forward, as some do when memory is short."""
 
     def forward(self, x: Tensor) -> Tensor:
         try:
@@ -282,7 +282,7 @@ class Raw(Net):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(self.stage(x))
         self.norm(y)
-        return self.head(y)  # of what the batch norm gets
+        return self.head(y)  # uses the input of the batch norm
 
 
 def test_an_output_that_would_differ_is_not_folded() -> None:

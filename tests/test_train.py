@@ -1,4 +1,4 @@
-"""Training: what a run promises about its files, its batches, its resumption and its errors."""
+"""Training: the promises of a run about its files, its batches, resuming and errors."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A teacher file; its weights are random, but its batch norms have seen images."""
+    """Return a teacher's file; its weights are random, but its batch norms have seen images."""
     torch.manual_seed(1)
     model = YOLOv3(num_classes=10, width=0.125, anchors=[[20, 30], [25, 35], [30, 40]] * 3)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def config(digits, tmp_path):
-    """Three epochs of three steps on ten small scenes."""
+    """Return a configuration of three epochs of three steps on ten small scenes."""
     return TrainConfig(
         annotations=str(digits / "annotations/train.json"),
         images=str(digits / "images/train"),
@@ -77,7 +77,7 @@ def with_val(config: TrainConfig, digits: Path) -> TrainConfig:
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The next training run dies in this step, once."""
+    """Make the next training run fail in this step, once."""
     original = RunLog.step
 
     def die(log, at, *args):
@@ -152,9 +152,9 @@ def test_resuming_with_other_weights_at_the_teachers_path_is_refused(config, tea
     assert train(replace(run, resume=True)).steps == 1
     next(found.model.parameters()).data.mul_(2)
     save_detector(found.model, path, found.class_names, config.size)
-    with pytest.raises(ValueError, match=r"teacher: this run has learnt from weights of fingerprint \w{16}"):
+    with pytest.raises(ValueError, match=r"teacher: expected the weights that this run has learnt from.* \w{16}, got"):
         train(replace(run, resume=True))
-    with pytest.raises(ValueError, match="teacher: this run has learnt from weights"):
+    with pytest.raises(ValueError, match="teacher: expected the weights that this run has learnt from"):
         check_distillation(run)
 
 
@@ -297,7 +297,7 @@ def test_reported_terms_add_up_to_the_loss(config, teacher):
 def test_check_of_a_run_finds_distillation_on(config, teacher):
     config = replace(config, teacher=str(teacher))
     report = check_distillation(config)
-    # its weights are random: as if trained, but on nothing
+    # its weights are random, but look trained to the check
     assert [check.name for check in report.checks if check.ok is False] == ["teacher scores"]
     assert "AP50 0.0 on the first 10 images of the training set" in str(report)
     with pytest.raises(ValueError, match="has none"):
@@ -372,7 +372,7 @@ def test_the_exported_student_is_alone_and_computes_the_same_everywhere(config, 
     with torch.no_grad():
         trained, again, from_darknet = (model(images) for model in (result.model, loaded.model, darknet.model))
     for a, b, c in zip(trained, again, from_darknet, strict=True):
-        torch.testing.assert_close(a, b)  # the trained model's memory has another layout
+        torch.testing.assert_close(a, b)  # the trained model has another memory layout
         assert torch.equal(b, c)
     assert (loaded.class_names, loaded.size) == (CLASS_NAMES, 64)
 
@@ -389,13 +389,13 @@ def test_a_trained_file_is_a_start_for_another_run(config, tmp_path):
 
 
 def convolutions_kept(config, file):
-    """The student that a run from this file begins with, what is new in it, and what is said of it."""
-    said = []
-    student = build_objective(replace(config, init=str(file)), training_set(config), on_init=said.append).student
+    """Return the initial student of a run from this file, the names of its new tensors, and the line about them."""
+    reported = []
+    student = build_objective(replace(config, init=str(file)), training_set(config), on_init=reported.append).student
     theirs = load_detector(file).model.state_dict()
     ours = student.state_dict()
     new = [k for k, x in theirs.items() if x.shape != ours[k].shape or not torch.equal(x, ours[k])]
-    return student, new, " ".join(said)
+    return student, new, " ".join(reported)
 
 
 HEADS = ["head32.weight", "head32.bias", "head16.weight", "head16.bias"]
@@ -410,22 +410,22 @@ def test_a_start_of_other_classes_has_new_heads_alone_and_anchors_of_the_data(co
     for parameter in trained.parameters():
         parameter.detach().add_(0.01)
     save_detector(trained, file, names, 64)
-    student, new, said = convolutions_kept(config, file)
+    student, new, reported = convolutions_kept(config, file)
     assert new == ["anchors", *HEADS]
     assert student.num_classes == 10
     assert torch.equal(student.anchors, build_objective(config, training_set(config)).student.anchors)
-    assert said.startswith(f"init: kept 11 of 13 convolutions of {file} (")
-    assert said.endswith("; new: the last ones of the 2 heads, for 10 classes; anchors: of the data")
-    student, new, said = convolutions_kept(replace(config, anchors="default"), file)
+    assert reported.startswith(f"init: kept 11 of 13 convolutions of {file} (")
+    assert reported.endswith("; new: the last one of each of the 2 heads, for 10 classes; anchors: of the data")
+    student, new, reported = convolutions_kept(replace(config, anchors="default"), file)
     assert new == HEADS
-    assert said.endswith("anchors: those of the file")
+    assert reported.endswith("anchors: those of the file")
 
 
 def test_a_start_of_the_same_classes_is_kept_whole(config, tmp_path):
     save_detector(YOLOv3Tiny(10, 0.125), tmp_path / "same.pt", CLASS_NAMES, 64)
-    _, new, said = convolutions_kept(config, tmp_path / "same.pt")
+    _, new, reported = convolutions_kept(config, tmp_path / "same.pt")
     assert new == []
-    assert said == f"init: kept all 13 convolutions of {tmp_path / 'same.pt'}"
+    assert reported == f"init: kept all 13 convolutions of {tmp_path / 'same.pt'}"
 
 
 @pytest.mark.filterwarnings("ignore:anchors. those of")
@@ -439,7 +439,7 @@ def test_a_start_may_have_another_number_of_anchors(config, tmp_path, names, anc
 
 def test_a_start_that_does_not_fit_is_refused_by_what_differs(config, tmp_path):
     save_detector(YOLOv3Tiny(3, 0.25), tmp_path / "wide.weights", ("a", "b", "c"))
-    with pytest.raises(ValueError, match=r"width: expected 0\.25, as .*wide\.cfg says, got 0\.125"):
+    with pytest.raises(ValueError, match=r"width: expected 0\.25 as in .*wide\.cfg, got 0\.125"):
         train(replace(config, init=str(tmp_path / "wide.weights")))
     save_detector(YOLOv3(3, 0.125), tmp_path / "large.pt", ("a", "b", "c"))
     with pytest.raises(ValueError, match=r"init: expected a yolov3-tiny of width 0\.125, got .* with YOLOv3 of"):
@@ -496,7 +496,7 @@ def test_figures_that_cost_too_much_wait_for_the_end(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(config, teacher, tmp_path):
-    def spoil(detector):
+    def damage(detector):
         detector.neck32.conv.weight.data.fill_(math.nan)
 
     config = replace(config, teacher=str(teacher), info_map="self_information")
@@ -506,7 +506,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(config, teacher, t
             FloatingPointError, match=r"the distill, .* loss is not finite at step 1 .*no checkpoint had been"
         ),
     ):
-        train(config, on_teacher=spoil)
+        train(config, on_teacher=damage)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -526,7 +526,7 @@ def test_a_validation_set_of_other_classes_is_refused_before_training(config, di
 
 
 def test_too_few_boxes_to_choose_anchors_by_have_a_way_out(config):
-    with pytest.raises(ValueError, match=r"anchors: too few boxes .* got 6\); use anchors='default'"):
+    with pytest.raises(ValueError, match=r"anchors: expected enough boxes .* got 6\); use anchors='default'"):
         train(replace(config, limit=1))
 
 
@@ -561,10 +561,10 @@ def test_a_wrong_value_is_named(config, options, message):
     [
         ("absent.pt", None, FileNotFoundError, "no such file"),
         ("model.onnx", b"", ValueError, "ends in .pt or .weights"),
-        ("broken.pt", b"PK not a zip", ValueError, "is it whole"),
+        ("broken.pt", b"PK not a zip", ValueError, "is the file complete"),
         ("other.pt", {"weights": 1}, ValueError, "expected a detector's file.*got a dict with weights"),
-        ("code.pt", {"model": print}, ValueError, "carries code and not only weights.*weights_only=True"),
-        ("module.pt", nn.Linear(1, 1), ValueError, "carries code and not only weights"),
+        ("code.pt", {"model": print}, ValueError, "contains code besides weights.*weights_only=True"),
+        ("module.pt", nn.Linear(1, 1), ValueError, "contains code besides weights"),
     ],
 )
 def test_a_file_that_is_no_detector_is_refused(tmp_path, name, content, error, message):
@@ -580,7 +580,7 @@ def test_a_file_that_is_no_detector_is_refused(tmp_path, name, content, error, m
 def test_a_teacher_file_that_is_cut_off_or_of_another_model_is_refused(teacher, tmp_path):
     content = teacher.read_bytes()
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"half\.pt: not readable as a detector's file.*is it whole"):
+    with pytest.raises(ValueError, match=r"half\.pt: not readable as a detector's file.*is the file complete"):
         load_detector(tmp_path / "half.pt")
     other = torch.load(teacher) | {"width": 0.25}
     torch.save(other, tmp_path / "other.pt")
@@ -593,7 +593,7 @@ def test_unlabelled_images_are_explained_by_the_teacher_alone(config, digits, te
     data = training_set(config)
     batch, more = next(batches(data, config, 0, 1)), next(unlabelled_images(unlabelled_set(config), config, 0, 1))
     assert more.shape == (3, 3, config.size, config.size)
-    objective = build_objective(config, data).eval()  # batch norm would mix the images
+    objective = build_objective(config, data).eval()  # in training mode, batch norm would mix the images
 
     def terms(unlabelled):
         return dict(zip(objective.terms, objective(batch.images, batch.targets, unlabelled)[1].tolist(), strict=True))
@@ -617,9 +617,9 @@ def test_a_run_with_unlabelled_images_resumes_to_the_same_bits(config, digits, t
 
 
 def test_unlabelled_images_want_a_teacher(config):
-    with pytest.raises(ValueError, match="unlabelled: expected a teacher beside it"):
+    with pytest.raises(ValueError, match="unlabelled: expected a teacher too"):
         replace(config, unlabelled="images")
-    with pytest.raises(ValueError, match="unlabelled_batch: expected unlabelled beside it, got 4"):
+    with pytest.raises(ValueError, match="unlabelled_batch: expected unlabelled too, got 4"):
         replace(config, teacher="teacher.pt", unlabelled_batch=4)
 
 
@@ -666,7 +666,7 @@ def test_levels_have_their_factors(config, teacher, tmp_path):
 def test_a_run_without_a_teacher_resumes_whatever_the_map_would_be(config):
     train(config := replace(config, steps=1))
     train(replace(config, info_map="uniform", distill_share=2.0, resume=True))
-    with pytest.raises(ValueError, match=r"resume: .* it differs in lr"):
+    with pytest.raises(ValueError, match=r"resume: .* got another lr"):
         train(replace(config, lr=1e-5, resume=True))
 
 
@@ -674,9 +674,12 @@ def test_a_map_that_is_its_prior_alone_has_it_or_is_refused(config):
     usual = {"score": "score", "fgfi": "iou_mask", "graded_iou": "graded_iou", "energy": "none", "uniform": "none"}
     assert {name: replace(config, info_map=name).effective_prior for name in usual} == usual
     assert replace(config, info_map="score", prior="iou_mask").effective_prior == "iou_mask"
-    with pytest.raises(ValueError, match="prior: expected one, as info_map 'graded_iou' weighs cells by it alone"):
+    with pytest.raises(
+        ValueError,
+        match=r"prior: expected one of .*info_map 'graded_iou' takes the weights of the cells from it, got 'none'",
+    ):
         replace(config, prior="none", teacher="teacher.pt")
-    assert replace(config, prior="none").teacher is None  # where nothing is distilled, it does not matter
+    assert replace(config, prior="none").teacher is None  # without distillation it does not matter
 
 
 def test_the_check_of_a_map_of_boxes_looks_at_images_that_have_some(config, teacher, digits, tmp_path):
@@ -704,7 +707,7 @@ def test_images_without_labels_have_the_boxes_that_the_teacher_finds(config, tea
         (q,) = prior(outputs, sizes) if takes_output(prior) else prior(sizes)
         return q
 
-    assert prior(0, batch.targets[:0])[[1, 3], [3, 6], [5, 2]].all()  # the cells of these two
+    assert prior(0, batch.targets[:0])[[1, 3], [3, 6], [5, 2]].all()  # the cells of these two boxes
     torch.testing.assert_close(prior(0, batch.targets[:0]), *priors.iou_mask(found, anchors, sizes, (64, 64), 4))
     of_labels = priors.iou_mask(labels, anchors, sizes, (64, 64), 4)[0]
     torch.testing.assert_close(prior(None, batch.targets), of_labels)
@@ -719,7 +722,7 @@ def test_a_run_with_a_prior_of_boxes_is_inspected(config, teacher, images):
     run = replace(config, teacher=str(teacher), info_map="fgfi", steps=1, log_every=1)
     train(run)
     maps = inspect_run(run.out, [config.images] if images else []).now.information
-    assert all(x.any() for x in maps)  # images alone: this teacher, which knows nothing, still finds boxes
+    assert all(x.any() for x in maps)  # images alone: boxes are those that this random teacher detects
 
 
 def test_distillation_decays_and_stops_at_its_epoch(config, teacher, tmp_path):

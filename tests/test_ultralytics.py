@@ -1,4 +1,4 @@
-"""Distillation inside Ultralytics' trainer; what it promises is checked by ``ultralytics_checks.py``, see there."""
+"""Distillation in Ultralytics' trainer; its promises are checked by ``ultralytics_checks.py``, see there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from ultralytics_offline import environment, packages
 
 CHECKS = Path(__file__).with_name("ultralytics_checks.py")
-PARTS = 3  # processes, which may run side by side
+PARTS = 3  # number of processes, which may run in parallel
 
 
 @pytest.mark.skipif(packages() is None, reason="without Ultralytics: pip install it as `make setup` does")

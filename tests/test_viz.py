@@ -1,4 +1,4 @@
-"""What the images promise: the right values in the right place, no global state, clear errors."""
+"""Plots have the right values in the right places, no global state, and clear errors."""
 
 from __future__ import annotations
 

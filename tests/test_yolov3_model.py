@@ -130,7 +130,7 @@ def test_default_anchors_ascend_with_the_stride() -> None:
 @pytest.mark.parametrize("build", MODELS)
 def test_a_state_dict_round_trip_gives_the_same_outputs(build: type[Model], tmp_path: Path) -> None:
     model = build(2, 0.125)
-    model(torch.rand(4, 3, 64, 64))  # moves the running statistics
+    model(torch.rand(4, 3, 64, 64))  # changes the running statistics
     torch.save(model.state_dict(), tmp_path / "model.pt")
     copy = build(2, 0.125)
     copy.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))

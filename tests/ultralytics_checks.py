@@ -1,6 +1,7 @@
-"""What ``fastkd.integrations.ultralytics`` promises, through Ultralytics' own trainer, offline and on the CPU.
+"""The promises of ``fastkd.integrations.ultralytics``, tested with Ultralytics' own trainer, offline and on the CPU.
 
-Run by ``test_ultralytics.py`` in a process of its own: neither Ultralytics nor torchvision may be seen by other tests.
+``test_ultralytics.py`` runs these tests in a process of its own, so that no other test can import Ultralytics or
+torchvision.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def data(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def settings(folder: Path, data: Path) -> dict[str, Any]:
-    """Arguments of ``YOLO.train`` that all runs share."""
+    """Return the arguments of ``YOLO.train`` that all runs share."""
     return {
         "data": str(data),
         "project": str(folder / "runs"),
@@ -58,7 +59,7 @@ def settings(folder: Path, data: Path) -> dict[str, Any]:
 
 
 def narrow(name: str, width: float, folder: Path) -> str:
-    """A model's YAML file, its width and depth reduced, for the ten digits."""
+    """Return a model's YAML file, with reduced width and depth, for the ten digits."""
     content = yaml.safe_load((MODELS / "v3" / f"{name}.yaml").read_text())
     content |= {"nc": 10, "width_multiple": width, "depth_multiple": 0.2}
     file = folder / f"{name}-narrow.yaml"
@@ -85,7 +86,7 @@ def train(tiny: str, settings: dict[str, Any]) -> Train:
     def run(
         trainer: Any, name: str, *, model: str = tiny, on: dict[str, Callable[..., None]] | None = None, **more: Any
     ):
-        """The finished trainer of a run; ``on`` are callbacks."""
+        """Train, and return the finished trainer; ``on`` are callbacks."""
         student = YOLO(model)
         for event, callback in (on or {}).items():
             student.add_callback(event, callback)
@@ -97,7 +98,7 @@ def train(tiny: str, settings: dict[str, Any]) -> Train:
 
 @pytest.fixture(scope="session")
 def run(train: Train, teacher: str) -> Any:
-    """A finished run with the default options."""
+    """Return a finished run with the default options."""
     return train(DistillationTrainer(teacher), "plain", epochs=2)
 
 
@@ -106,7 +107,7 @@ def columns(trainer: Any) -> dict[str, list[float]]:
     return {name.strip(): [float(row[name]) for row in rows] for name in rows[0]}
 
 
-def taps(model: nn.Module) -> list[Any]:
+def hooks_of(model: nn.Module) -> list[Any]:
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     return [hook for hook in hooks if isinstance(getattr(hook, "__self__", hook), FeatureHook)]
 
@@ -171,7 +172,7 @@ def test_the_teacher_must_be_weights() -> None:
 
 
 def test_a_factor_means_the_same_for_every_batch_size_and_dtype_of_the_images(tiny: str, teacher: str) -> None:
-    """Ultralytics multiplies its terms by the batch size, and its older validation halves the images."""
+    """Ultralytics multiplies its terms by the batch size, and older versions validate in half precision."""
     student, images = YOLO(tiny).model.eval(), torch.rand(4, 3, 64, 64)
     distiller = DistillationTrainer(teacher, weight=3.0).distiller(student, YOLO(teacher).model.float(), images)
 
@@ -268,7 +269,7 @@ def test_adapters_are_clipped_warmed_up_and_stepped_with_the_student(train: Trai
     def begin(trainer: Any) -> None:
         start.extend(p.detach().clone() for p in trainer.distiller.parameters())
         held = {id(p) for p in trainer.model.parameters()}
-        assert all(id(p) in held for p in trainer.distiller.parameters())  # what Ultralytics clips
+        assert all(id(p) in held for p in trainer.distiller.parameters())  # the parameters that Ultralytics clips
         assert trainer.optimizer.param_groups[-1]["weight_decay"] == 0
         for name, p in trainer.distiller.student.named_parameters():
             assert p.requires_grad is not name.startswith(("model.0.", "model.2.", "model.20.dfl"))
@@ -303,7 +304,7 @@ def test_a_compiled_student_is_listened_to(train: Train, teacher: str, monkeypat
 
     def compile_quickly(model: nn.Module, **kwargs: Any) -> Any:
         wrapped.append(model)
-        return original(model, backend="aot_eager")  # all of it but the C++ compiler, which takes a minute
+        return original(model, backend="aot_eager")  # everything except the C++ compiler, which takes a minute
 
     monkeypatch.setattr(torch, "compile", compile_quickly)
     torch._dynamo.reset()
@@ -324,16 +325,16 @@ def test_an_end_to_end_student_keeps_its_own_schedule(train: Train, teacher: str
 
 
 def test_a_loss_that_is_not_finite_takes_the_adapters_back_to_the_last_epoch(train: Train, teacher: str) -> None:
-    spoilt: list[int] = []
+    damaged: list[int] = []
 
-    def spoil(trainer: Any) -> None:
-        if trainer.epoch == 1 and not spoilt:
-            spoilt.append(1)
+    def damage(trainer: Any) -> None:
+        if trainer.epoch == 1 and not damaged:
+            damaged.append(1)
             with torch.no_grad():
                 next(trainer.distiller.parameters()).fill_(float("nan"))
 
-    trainer = train(DistillationTrainer(teacher), "nan", epochs=3, on={"on_train_epoch_start": spoil})
-    assert spoilt
+    trainer = train(DistillationTrainer(teacher), "nan", epochs=3, on={"on_train_epoch_start": damage})
+    assert damaged
     assert len(columns(trainer)["epoch"]) == 3
     assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
@@ -346,8 +347,8 @@ def test_a_teacher_given_as_a_model_is_as_it_was_afterwards(train: Train, teache
     trainer = train(DistillationTrainer(model), "module")
     with torch.no_grad():
         assert torch.equal(model.model(image)[0], before)
-    assert not taps(model.model)
-    assert not taps(trainer.distiller.student)
+    assert not hooks_of(model.model)
+    assert not hooks_of(trainer.distiller.student)
 
 
 # ---- checkpoints
@@ -368,14 +369,14 @@ print("epochs", YOLO(unfinished).ckpt["epoch"])
 
 
 class Interrupted(NamedTuple):
-    """A run killed while it saved its second epoch: what it was after the first."""
+    """A run that was killed while it saved its second epoch: its files after the first one."""
 
     last: Path
-    content: bytes  # of last.pt
-    state: dict[str, Any]  # of the distillation
+    content: bytes  # content of last.pt
+    state: dict[str, Any]  # state of the distillation
 
     def copied(self, folder: Path) -> Path:
-        """A last.pt of the same content, without what lies beside it."""
+        """Return a copy of last.pt without the files beside it."""
         last = folder / "weights" / "last.pt"
         last.parent.mkdir(parents=True)
         last.write_bytes(self.content)
@@ -422,10 +423,10 @@ def test_checkpoint_and_ema_are_the_students_alone(run: Any, tiny: str) -> None:
     plain = DetectionModel(tiny, verbose=False).state_dict().keys()
     for model in (run.ema.ema, YOLO(run.last).model, YOLO(run.best).model):
         assert model.state_dict().keys() == plain
-        assert not taps(model)
+        assert not hooks_of(model)
         assert model.criterion is None
     saved = torch.load(run.last, weights_only=False)
-    del saved["git"]  # of the folder that the test runs in, with the message of its last commit
+    del saved["git"]  # of the folder in which the test runs, with the message of its last commit
     assert b"fastkd" not in pickle.dumps(saved)
     assert sorted(p.name for p in run.wdir.iterdir()) == ["best.pt", "last.pt"]
 
@@ -447,7 +448,7 @@ def test_a_killed_run_resumes_with_adapters_statistics_and_optimiser(
         torch.testing.assert_close(seen["state"][part], state[part], rtol=0, atol=0)
     assert all(values["exp_avg"].norm() > 0 for values in state["optimizer"])
     assert state["distiller"]["criterion.statistics.0.count"] > 0
-    assert columns(trainer)["epoch"] == [1, 2, 2, 3]  # it had ended the second one, whose checkpoint was not written
+    assert columns(trainer)["epoch"] == [1, 2, 2, 3]  # the second epoch had ended, but its checkpoint was not written
     assert sorted(p.name for p in trainer.wdir.iterdir()) == ["best.pt", "last.pt"]
 
 
@@ -488,7 +489,7 @@ def test_options_survive_the_file_that_ultralytics_starts_processes_with(
     teacher: str, tiny: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     trainer = DistillationTrainer(teacher, share=0.25)(overrides={**settings, "model": tiny, "name": "spawned"})
-    trainer.ddp = True  # as where it is asked for several GPUs
+    trainer.ddp = True  # as if several GPUs were requested
     started: list[subprocess.CompletedProcess[str]] = []
     start = subprocess.run
 

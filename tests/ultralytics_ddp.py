@@ -1,6 +1,6 @@
 """One of two gloo processes of Ultralytics' trainer: started by torchrun from ``ultralytics_checks.py``.
 
-Ultralytics itself wraps in DDP for GPUs only; what it says for these is said here for CPUs. All else is its code.
+Ultralytics itself uses DDP for GPUs only; this program changes its device settings to CPUs, and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import ultralytics_offline  # noqa: F401  # before Ultralytics
+import ultralytics_offline  # noqa: F401  # must come before Ultralytics
 import yaml
 from torch import distributed, nn
 from ultralytics.utils import RANK
@@ -20,7 +20,7 @@ from fastkd.integrations.ultralytics import DistillationTrainer, Trainer
 
 
 class TwoCpus(Trainer):
-    """Two CPU processes instead of two GPUs."""
+    """Use two CPU processes instead of two GPUs."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -30,11 +30,11 @@ class TwoCpus(Trainer):
         distributed.init_process_group("gloo")
 
     def final_eval(self) -> None:
-        """The last validation asks for a GPU's number."""
+        """The last validation would need a GPU's number."""
 
 
 class OnCpu(nn.parallel.DistributedDataParallel):
-    """Takes no GPU's number."""
+    """DDP of a model without a GPU's number."""
 
     def __init__(self, module: nn.Module, device_ids: Any, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
@@ -52,7 +52,7 @@ def main() -> None:
         assert torch.equal(*both), RANK
     print("alike", flush=True)
     distributed.barrier()
-    os._exit(0)  # now and then gloo's threads abort a process that ends by itself ("terminate called ...")
+    os._exit(0)  # sometimes gloo's threads abort a process that ends normally ("terminate called ...")
 
 
 if __name__ == "__main__":

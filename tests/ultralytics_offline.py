@@ -1,7 +1,7 @@
-"""Ultralytics without network and with a torch that has no torchvision of its own: for tests and benchmarks only.
+"""Runs Ultralytics without network and without torchvision's compiled ops, for tests and benchmarks.
 
 In a process with the variables of ``environment``, ``import ultralytics_offline`` before Ultralytics. The packages are
-those of ``tests/ultralytics-requirements.txt``; ``make setup`` puts them where no other test sees them.
+those of ``tests/ultralytics-requirements.txt``; ``make setup`` installs them where no other test can import them.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ ROOT = Path(__file__).parent.parent
 
 
 def packages() -> Path | None:
-    """The folder of the packages, or None where they are not installed."""
+    """Return the folder of the packages, or None if they are not installed."""
     folder = Path(os.environ.get("FASTKD_ULTRALYTICS", Path(sys.prefix) / "ultralytics"))
     return folder if (folder / "ultralytics").is_dir() else None
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """The environment of a process that uses Ultralytics, which writes its settings to ``scratch``."""
+    """Return the environment of a process that uses Ultralytics, which writes its settings to ``scratch``."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", packages()))),
         "YOLO_CONFIG_DIR": str(scratch),
         "YOLO_OFFLINE": "1",
         "YOLO_AUTOINSTALL": "False",
-        "OMP_NUM_THREADS": "1",  # tiny models, beside other tests
+        "OMP_NUM_THREADS": "1",  # the models are tiny, and other tests run in parallel
     }
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """``torchvision.ops.nms``, of (N, 4) corners: its compiled one only loads with the CUDA torch of its release."""
+    """Replace ``torchvision.ops.nms``, of (N, 4) corners: the compiled one needs the CUDA torch of its release."""
     order = scores.argsort(descending=True, stable=True)
     x = boxes[order].float()
     area = (x[:, 2:] - x[:, :2]).prod(1)
@@ -53,10 +53,13 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def write_yolo_digits(out: Path, *, train: int, val: int, size: int = 96, labelled: int | None = None) -> Path:
-    """Digits scenes in YOLO's format; returns the data set's YAML file.
+    """Write digits scenes in YOLO's format; return the data set's YAML file.
 
     Args:
-        labelled: so many of ``train`` in the training list (all by default).
+        out: the folder.
+        train, val: number of scenes.
+        size: side of a scene in pixels.
+        labelled: number of scenes of ``train`` in the training list; None: all.
     """
     import yaml
 

@@ -1,5 +1,5 @@
-"""What distillation, its places and its maps are worth: the study of ``docs/study``.
+"""The study of ``docs/study``: how much students gain by distillation, by its levels and by its information maps.
 
-``protocol`` says what is compared, ``plan`` in which order, ``maps`` holds the maps that are not in the library,
-``runs`` trains and remembers, ``report`` makes the tables and plots. ``passes`` and ``real`` are studies of their own.
+``protocol`` defines what is compared, ``plan`` the order of the runs, ``maps`` the maps that are not in the library.
+``runs`` trains and stores results, ``report`` makes the tables and plots. ``passes`` and ``real`` are further studies.
 """

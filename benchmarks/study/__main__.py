@@ -1,4 +1,4 @@
-"""The study of docs/study: ``make study``, or ``PYTHONPATH=benchmarks python -m study --help``."""
+"""Runs the study of docs/study: ``make study``, or ``PYTHONPATH=benchmarks python -m study --help``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from study.plan import run_study
 from study.report import draw_maps, write_report
 
 DESCRIPTION = """\
-Train hundreds of students with and without teachers, maps and levels, with several seeds, on digits scenes; and make
-the tables and plots of docs/study. Hours on two cores, and tens of GB of disk while it runs. Each run is a line of the
-results file: stopped, the same command goes on.
+Train hundreds of students with and without teachers, maps and levels, with several seeds, on digits scenes, and make
+the tables and plots of docs/study. This takes hours on two cores, and tens of GB of disk while it runs. Each run is a
+line of the results file; if the study is stopped, the same command continues.
 """
 
 
@@ -22,9 +22,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of scenes and models")
     parser.add_argument("--results", type=Path, help="the results file (default: OUT/results.jsonl)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--report", type=Path, help="folder for the plots, whose README.md gets the tables")
-    parser.add_argument("--only-report", action="store_true", help="train nothing; the results are there")
+    parser.add_argument("--workers", type=int, default=2, help="number of runs at a time")
+    parser.add_argument("--report", type=Path, help="folder for the plots; its README.md gets the tables")
+    parser.add_argument("--only-report", action="store_true", help="train nothing, and report the existing results")
     options = parser.parse_args(arguments)
     results = options.results or options.out / "results.jsonl"
     if not options.only_report:

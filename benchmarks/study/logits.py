@@ -1,6 +1,6 @@
-"""Distilling the heads: the student's outputs follow the teacher's where the teacher sees an object.
+"""Distillation of the heads' outputs, weighted by the teacher's objectness.
 
-A row of the study: alone and beside a feature loss it made students worse there.
+This is a row of the study, in which it made students worse, alone and together with a feature loss.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from fastkd.yolov3.train.objective import LevelPriors, Objective
 
 
 class LogitObjective(Objective):
-    """``Objective`` with a teacher and the term on the heads' outputs, ``logit_distill_loss``.
+    """``Objective`` with a teacher and the additional term ``logit_distill_loss`` on the heads' outputs.
 
     Args:
-        logit_weight: factor of the term; the feature term's warm-up, decay and stop are its too.
+        logit_weight: factor of the term, which has the warm-up, decay and stop of the feature loss.
+
+    Raises:
+        ValueError: the teacher does not run on every image of every step.
     """
 
     distill_terms = ("distill", "logit")
@@ -30,7 +33,7 @@ class LogitObjective(Objective):
     def __init__(self, *args: Any, logit_weight: float, **options: Any) -> None:
         super().__init__(*args, **options)
         if options.get("teacher_every", 1) != 1 or options.get("teacher_images", 1) != 1:
-            raise ValueError("teacher_every, teacher_images: expected 1 beside the logit term, got others")
+            raise ValueError("teacher_every, teacher_images: expected 1 together with the logit term, got other values")
         schedule = {name: options[name] for name in ("warmup_steps", "decay", "stop_step") if name in options}
         self.logit_factor = LossWeight(logit_weight, **schedule)
 
@@ -45,7 +48,7 @@ class LogitObjective(Objective):
         assert self.distiller is not None
         factor = self.logit_factor.at(self.distiller.criterion.loss_weight.step)
         terms = super()._distill(outputs, images, see_outputs, task)
-        if not found:  # distillation has stopped, and the teacher does not run
+        if not found:  # distillation has stopped, so the teacher did not run
             return [*terms, outputs[0].new_zeros(())]
         (teacher,) = self._teacher
         term = logit_distill_loss(
@@ -70,35 +73,36 @@ def logit_distill_loss(
     student_anchors: Tensor | None = None,
     teacher_anchors: Tensor | None = None,
 ) -> Tensor:
-    """Objectness-scaled distillation of a detector's outputs (Mehta & Ozturk 2018, arXiv:1811.05588, section 3).
+    """Return the objectness-scaled distillation loss of a detector's outputs.
 
-    For each cell and anchor, with w = sigmoid of the teacher's objectness: w times cross-entropy on x and y, w times
-    absolute error on log width and height, w times cross-entropy a class, and cross-entropy on objectness. Targets
-    are the teacher's sigmoids; the teacher's own entropy is taken off, so that equal outputs cost 0 (same gradient).
-    Summed over cells and averaged over images, as ``DetectionLoss``. Float32 or wider, also under autocast.
+    The loss is that of Mehta & Ozturk (2018, arXiv:1811.05588, section 3). For each cell and anchor, with w the sigmoid
+    of the teacher's objectness, it is the sum of w times cross-entropy on x and y, w times absolute error on log width
+    and height, w times cross-entropy per class, and cross-entropy on objectness. Targets are the teacher's sigmoids;
+    their entropy is subtracted, so that equal outputs have a loss of 0, with the same gradient. The loss is summed over
+    cells and averaged over images, as in ``DetectionLoss``, and computed in float32 or wider, also under autocast.
 
-    Heads are matched by stride; those that only one of the two has are left out. The n-th anchors of a cell are
-    compared, so both detectors should have similar anchors at equal strides.
+    Heads are matched by stride; heads with a stride that only one detector has are left out. The n-th anchors of a cell
+    are compared, so both detectors should have similar anchors at equal strides.
 
     Args:
-        student_outputs, teacher_outputs: raw head maps, (N, A * (5 + K), H / stride, W / stride) a stride.
+        student_outputs, teacher_outputs: one raw head map per stride, (N, A * (5 + K), H / stride, W / stride).
         student_strides, teacher_strides: strides of those maps.
         num_classes: K, the same for both.
-        student_anchors, teacher_anchors: (heads, A, 2) in pixels. With both, widths and heights are compared in
-            pixels (their logarithms); without, as ratios to each one's own anchors.
+        student_anchors, teacher_anchors: (heads, A, 2) in pixels. If both are given, the logarithms of widths and
+            heights in pixels are compared; otherwise, those of the ratios to each detector's own anchors.
 
     Returns:
-        A scalar. Gradient reaches the student only.
+        A scalar, whose gradient reaches the student only.
 
     Raises:
-        ValueError: lists of different lengths, no common stride, or matched heads of different shapes.
+        ValueError: lists have different lengths, no stride is common, or matched heads have different shapes.
     """
     _check_lengths(student_outputs, student_strides, teacher_outputs, teacher_strides)
     common = [stride for stride in student_strides if stride in teacher_strides]
     if not common:
         raise ValueError(
-            f"no head to distil: the student's strides {tuple(student_strides)} and the teacher's "
-            f"{tuple(teacher_strides)} have none in common"
+            f"student_strides: expected a stride that the teacher has too, got {tuple(student_strides)} and "
+            f"{tuple(teacher_strides)}"
         )
     total = student_outputs[0].new_zeros((), dtype=widen(student_outputs[0]).dtype)
     for stride in common:
@@ -129,7 +133,7 @@ def _head_loss(student: Tensor, teacher: Tensor, num_classes: int, log_ratio: Te
 
 
 def _cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
-    """Binary cross-entropy of logits, less its least value: the KL divergence of two Bernoulli variables."""
+    """Return the KL divergence of two Bernoulli variables: cross-entropy of the logits minus its minimum."""
     target = teacher.sigmoid()
     cross = F.binary_cross_entropy_with_logits(student, target, reduction="none")
     return cross - F.binary_cross_entropy_with_logits(teacher, target, reduction="none")
@@ -156,7 +160,7 @@ def _check_pair(student: Tensor, teacher: Tensor, stride: int, num_classes: int)
         raise ValueError(
             f"heads at stride {stride}: expected the student's and the teacher's output to have one shape, got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}; both detectors need the same images, classes and "
-            "number of anchors a cell"
+            "number of anchors per cell"
         )
     if student.shape[1] % (5 + num_classes):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""The maps that the study tries beyond the library's own: priors of the trainer, by name, that only the study knows.
+"""Information maps that only the study has, registered by name as priors of the trainer.
 
-Each gives (N, H, W) a level. All but ``shuffled`` are scaled to a mean of 1 in each image, so that a map moves weight
-within an image and between no images.
+Each returns one (N, H, W) tensor per level. All except ``shuffled`` scale it to a mean of 1 in each image, so that a
+map moves weight within an image, but not between images.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from fastkd.yolov3.train.objective import PRIORS, PriorContext
 
 TINY = torch.finfo(torch.float32).tiny
 SHARP_STEPS = 640
-FOUND = 30  # of the teacher's boxes, at most
+FOUND = 30  # maximum number of the teacher's boxes per image
 Map = Callable[[PriorContext], list[Tensor]]
 
 
 def mean_one(weights: Tensor) -> Tensor:
-    """(N, H, W), divided by each image's mean."""
+    """Return (N, H, W) weights divided by the mean of each image."""
     return weights / weights.mean((1, 2), keepdim=True).clamp_min(TINY)
 
 
-# ---- what they are made from
+# ---- features
 
 
 def teacher_features(context: PriorContext) -> list[Tensor]:
-    """Each level's, standardised, float32."""
-    features = [tap.feature().float() for _, tap in context.distiller._matched()]
+    """Return the teacher's features of each level, standardised, float32."""
+    features = [hook.feature().float() for _, hook in context.distiller._matched()]
     moments = zip(features, _moments(context), strict=True)
     return [x if m is None else reference.standardize(x, *m) for x, m in moments]
 
 
 def student_features(context: PriorContext) -> list[Tensor]:
-    """Each level's, adapted to the teacher's width, float32, without gradient."""
-    features = [tap.feature().detach() for tap, _ in context.distiller._matched()]
+    """Return the student's features of each level, adapted to the teacher's width, float32, without gradient."""
+    features = [hook.feature().detach() for hook, _ in context.distiller._matched()]
     return [x.float() for x in context.distiller.criterion.adapted(features)]
 
 
@@ -48,16 +48,16 @@ def _moments(context: PriorContext) -> Sequence[tuple[Tensor, Tensor] | None]:
     return context.distiller.criterion.moments() or [None] * len(context.sizes)
 
 
-# ---- from the features
+# ---- maps of the features
 
 
 def self_information(context: PriorContext) -> list[Tensor]:
-    """The energy of the standardised teacher: the library's own map, here to be combined with others."""
+    """The energy of the standardised teacher: the library's own map, for combination with others."""
     return [mean_one(t.square().mean(1)) for t in teacher_features(context)]
 
 
 def whitened(context: PriorContext) -> list[Tensor]:
-    """Self-information under a Gaussian with all covariances, of this batch: the squared Mahalanobis distance."""
+    """Self-information under a Gaussian with this batch's full covariance: the squared Mahalanobis distance."""
     return [mean_one(_mahalanobis(t)) for t in teacher_features(context)]
 
 
@@ -66,42 +66,42 @@ def _mahalanobis(feature: Tensor) -> Tensor:
     cells = feature.movedim(1, -1).reshape(-1, c)
     centred = cells - cells.mean(0)
     covariance = centred.T @ centred / len(cells)
-    # a batch has fewer cells than a deep level has channels: shrunk to its diagonal, which is near 1, to be invertible
+    # a batch may have fewer cells than a deep level has channels, so shrink to the diagonal to make it invertible
     covariance = 0.9 * covariance + 0.1 * torch.diag(covariance.diagonal().clamp_min(1e-3))
     whitened: Tensor = torch.linalg.solve(covariance, centred.T).T
     return (centred * whitened).mean(1).view(n, h, w)
 
 
 def disagreement(context: PriorContext) -> list[Tensor]:
-    """Where the student errs now: its squared error on the cell."""
+    """The current squared error of the student at each cell."""
     pairs = zip(student_features(context), teacher_features(context), strict=True)
     return [mean_one((s - t).square().mean(1)) for s, t in pairs]
 
 
-# ---- from what the teacher says
+# ---- maps of the teacher's outputs
 
 
 def sensitivity(context: PriorContext) -> list[Tensor]:
-    """What the teacher's decision rests on: the root of its outputs' mean squared gradient at the cell.
+    """How much the teacher's outputs depend on the cell: the root of their mean squared gradient.
 
-    The outputs are projected at random by the root of their Fisher information (of a Bernoulli for objectness and
-    classes; of a unit Gaussian for boxes; boxes and classes as far as there is an object), so that the expected square
-    of the gradient is the diagonal of the feature's Fisher information. Needs the teacher's backward.
+    The outputs are multiplied with random vectors and the root of their Fisher information, so that the expected square
+    of the gradient is the diagonal of the feature's Fisher information. Objectness and classes are Bernoulli variables,
+    boxes have a unit Gaussian, and boxes and classes are weighted by objectness. This needs the teacher's backward.
     """
     return [mean_one(g.square().mean(1).sqrt()) for g in _decision_gradients(context)]
 
 
 def _decision_gradients(context: PriorContext) -> list[Tensor]:
-    taps = [teacher for _, teacher in context.distiller._matched()]
-    caught = [(tap.output, tap.calls, tap.version) for tap in taps]
+    hooks = [teacher for _, teacher in context.distiller._matched()]
+    caught = [(hook.output, hook.calls, hook.version) for hook in hooks]
     with torch.enable_grad(), context.distiller._teacher.as_given():
         outputs = context.teacher(context.images.detach().requires_grad_())
-        features = [tap.feature() for tap in taps]
+        features = [hook.feature() for hook in hooks]
         total = torch.stack([_projected(x, context.teacher.anchors.shape[1]) for x in outputs]).sum()
         gradients = torch.autograd.grad(total, features)
-    for tap, (output, calls, version) in zip(taps, caught, strict=True):
-        tap.output, tap.calls, tap.version = output, calls, version
-    # of the standardised feature: by the chain rule divided by what that multiplies with
+    for hook, (output, calls, version) in zip(hooks, caught, strict=True):  # as before this forward
+        hook.output, hook.calls, hook.version = output, calls, version
+    # gradient of the standardised feature, by the chain rule
     return [g if m is None else g / m[1].view(-1, 1, 1) for g, m in zip(gradients, _moments(context), strict=True)]
 
 
@@ -118,7 +118,7 @@ def confidence(context: PriorContext) -> list[Tensor]:
 
 
 def doubt(context: PriorContext) -> list[Tensor]:
-    """Where the teacher is unsure: the largest entropy of its objectness over anchors and heads."""
+    """The teacher's uncertainty: the largest entropy of its objectness over anchors and heads."""
     anchors = context.teacher.anchors.shape[1]
     heads = []
     for x in context.outputs:
@@ -129,7 +129,7 @@ def doubt(context: PriorContext) -> list[Tensor]:
     return [mean_one(0.1 + 0.9 * priors.at_size(heads, size)) for size in context.sizes]
 
 
-# ---- from the boxes
+# ---- maps of boxes
 
 
 def graded_iou(context: PriorContext) -> list[Tensor]:
@@ -137,18 +137,18 @@ def graded_iou(context: PriorContext) -> list[Tensor]:
 
 
 def predicted_iou(context: PriorContext) -> list[Tensor]:
-    """The graded IoU of the boxes that the teacher finds: no label is needed, so images without any have it too."""
+    """The graded IoU of the boxes that the teacher detects, which needs no labels."""
     boxes, batch = likely_boxes(context.outputs, context.teacher, most=FOUND), len(context.images)
     masks = priors.iou_mask(boxes, context.anchors, context.sizes, context.image_size, batch, graded=True)
     return [mean_one(q) for q in masks]
 
 
 def object_scale(context: PriorContext) -> list[Tensor]:
-    """Every object has the same mass, whatever its area, and the background of an image that of one."""
+    """Every object has the same total weight, independent of its area, and so has the background of an image."""
     return [mean_one(q) for q in PRIORS["box_balance"](context) if q is not None]
 
 
-# ---- from other maps
+# ---- maps of other maps
 
 
 def product(*maps: Map) -> Map:
@@ -159,12 +159,12 @@ def product(*maps: Map) -> Map:
 
 
 def root(base: Map) -> Map:
-    """Flatter: the square root."""
+    """Return the square root of a map, which is flatter."""
     return lambda context: [mean_one(weights.sqrt()) for weights in base(context)]
 
 
 def sharpening(base: Map) -> Map:
-    """Uniform weights at first, which sharpen to the map's square over the first ``SHARP_STEPS`` steps."""
+    """Return a map that is uniform at first, and changes to the map's square in the first ``SHARP_STEPS`` steps."""
 
     def powered(context: PriorContext) -> list[Tensor]:
         progress = (context.distiller.criterion.loss_weight.step / SHARP_STEPS).clamp(max=1)
@@ -174,7 +174,7 @@ def sharpening(base: Map) -> Map:
 
 
 def shuffled(base: Map) -> Map:
-    """The twin of a map: in each image and level its values change places at random, so that only places differ."""
+    """Return a map's shuffled twin: its values in each image and level, at random places."""
 
     def permuted(context: PriorContext) -> list[Tensor]:
         return [_permute_cells(weights) for weights in base(context)]
@@ -203,11 +203,11 @@ MAPS: dict[str, Map] = {
     "sharpening self_information": sharpening(self_information),
     "confidence x self_information": product(confidence, self_information),
 }
-SHUFFLED = "shuffled "  # before a map's name: its twin
+SHUFFLED = "shuffled "  # prefix of the name of a map's shuffled twin
 
 
 def prior_name(name: str) -> str:
-    """What ``TrainConfig.prior`` is for one of ``MAPS``, or for its shuffled twin."""
+    """Return the value of ``TrainConfig.prior`` for one of ``MAPS``, or for its shuffled twin."""
     return f"study: {name}"
 
 

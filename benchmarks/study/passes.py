@@ -1,10 +1,10 @@
-"""What fewer passes of the teacher are worth, at equal time and at equal steps, on digits scenes::
+"""The study of fewer passes of the teacher, at equal time and at equal steps, on digits scenes::
 
     PYTHONPATH=benchmarks python -m study.passes --out runs/passes
 
-Data, models, regimes and the settings of the rows are those that the study chose (docs/study). Lengths at equal time
-follow from what a step takes (``step_parts.py``, two cores). Killed and started again, it goes on where it was;
-``--report`` prints the tables of what is there.
+Data, models and regimes are those of docs/study, and so are the settings of the rows, which were chosen there. Lengths
+at equal time are computed from the time of a step (``step_parts.py``, two cores). If the study is stopped, the same
+command continues; ``--report`` prints the tables of the existing results.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from study.report import Row, gain, interval
 from study.runs import Bench, Ledger, Result, Run, read_results
 
 RESULTS = Path(__file__).parent.parent / "results"
-# a step, in steps of the student alone: width 0.25, 96 px, N = 16
+# options, and the time of a step in steps of the student alone: width 0.25, 96 px, N = 16
 PASSES: dict[str, tuple[dict[str, Any], float]] = {
     "every step": ({}, 1.85),
     "every 2nd step": ({"teacher_every": 2}, 1.43),
     "half of the images": ({"teacher_images": 0.5}, 1.53),
 }
 MAP = {"info_map": "graded_iou", "prior": "graded_iou", "zoom": [0.85, 1.18], "weight_decay": 0.05}
-# of the student alone and of the distilled one, as docs/study has them
+# settings of the student alone and of the distilled one, as in docs/study
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "few": ({"lr": 0.064, "weight_decay": 0.2, "zoom": [0.75, 1.33]}, {"lr": 0.128, "distill_share": 4.0}),
     "some": ({"lr": 0.032, "weight_decay": 0.2, "zoom": [0.85, 1.18]}, {"lr": 0.064, "distill_share": 1.0}),
     "equal": ({"lr": 0.032, "weight_decay": 0.2, "zoom": [0.85, 1.18]}, {"lr": 0.032, "distill_share": 1.0}),
 }
 STEPS = {"few": 1280, "some": 1280, "equal": 1920}  # of the student alone
-EQUAL_STEPS = "some"  # the regime that compares them at equal steps too
+EQUAL_STEPS = "some"  # the regime that also compares the rows at equal steps
 ALONE = "student alone"
 MAIN = (ALONE, "every step, equal time", "every 2nd step, equal time")
 P = Protocol()
 
 
 def runs(root: Path, teachers: dict[int, tuple[str, str]], seed: int, *, main: bool) -> list[Run]:
-    """Of one seed: the rows of ``MAIN``, or the others."""
+    """Return the runs of one seed: the rows of ``MAIN`` if ``main``, else the others."""
     found = []
     for regime in P.regimes:
         alone, distilled = SETTINGS[regime.name]
@@ -85,7 +85,7 @@ def train_all(root: Path, results: Path, workers: int) -> None:
 
 
 def table(results: list[Result]) -> str:
-    """mAP on test scenes, and the gain over the student alone, with 95 % intervals of the paired differences."""
+    """Return mAP on the test scenes and the gain over the student alone, with 95 % intervals of paired differences."""
     rows: dict[tuple[str, str], Row] = {}
     for result in results:
         rows.setdefault((result.run.regime, result.run.row), {})[result.run.seed] = result
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/passes"), help="folder of scenes and models")
     parser.add_argument("--results", type=Path, default=RESULTS / "teacher_passes.jsonl")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--report", action="store_true", help="print the tables alone")
+    parser.add_argument("--report", action="store_true", help="train nothing, and print the tables")
     options = parser.parse_args()
     if not options.report:
         train_all(options.out, options.results, options.workers)

@@ -1,4 +1,4 @@
-"""The study from its first scene to its last run: what is trained, in which order, and what is chosen from what."""
+"""The order of the study: what is trained, and which settings are chosen from which results."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from study.maps import SHUFFLED
 from study.protocol import LOGIT_ALONE, PLACES, PRESETS, UNIFORM, Config, Protocol, Regime, of_map
 from study.runs import Bench, Ledger, Run
 
-NO_LR = 1e-12  # changes no weight, while the batch norms get statistics
+NO_LR = 1e-12  # changes no weight, but batch norms get their statistics
 PUBLISHED = Protocol()
 Teacher = tuple[str, str]  # key and fingerprint, as in ``Run``
 Axes = Sequence[tuple[str, Sequence[object]]]  # a setting's name, and its values, the usual one first
 
 
 class Chosen(NamedTuple):
-    """What a regime's validation scenes chose."""
+    """The settings that were chosen on a regime's validation scenes."""
 
-    plain: Config
-    uniform: Config  # of a distilled student, whatever its map
+    plain: Config  # of the student without a teacher
+    uniform: Config  # of a distilled student with uniform weights; all other rows start from it
     maps: dict[str, Config]  # of the best maps, the best one first
     logit: Config  # of the logit term alone
 
 
 class Study:
-    """Runs of one study; those that the results file has already take no time.
+    """The runs of one study; runs that are in the results file are not repeated.
 
     Args:
         root: folder of scenes, models and runs.
         ledger: the results file.
-        protocol: what to do.
-        workers: how many runs at a time.
+        protocol: sizes, lengths and choices.
+        workers: number of runs at a time.
     """
 
     def __init__(self, root: Path, ledger: Ledger, protocol: Protocol, workers: int) -> None:
@@ -57,10 +57,10 @@ class Study:
             self._compare_again(regime, teacher, self._choose_again(regime, teacher, chosen))
             self.bench.forget()
 
-    # ---- what is chosen, on the validation scenes
+    # ---- choices, on the validation scenes
 
     def _choose(self, regime: Regime, teacher: Teacher) -> Chosen:
-        """Everything: settings for the plain student, for uniform weights, then the maps."""
+        """Choose all settings of the first regime: of the plain student, of uniform weights, and then the maps."""
         p = self.protocol
         usual: list[tuple[str, Sequence[object]]] = [("lr", p.lr), ("weight_decay", p.weight_decay)]
         plain = self._tune(regime, "none", {}, [("steps", regime.plain_steps), *usual, ("zoom", p.plain_zoom)])
@@ -69,7 +69,7 @@ class Study:
         uniform = self._tune(regime, "uniform", start, axes, teacher)
         axes = [("logit_weight", p.logit_weight), ("lr", p.lr)]
         logit = self._tune(regime, "logit", uniform | LOGIT_ALONE, axes, teacher)
-        # all maps with uniform's settings; the best may then choose their own share, as uniform did
+        # all maps are tried with uniform's settings; the best ones then choose their own share, as uniform did
         trials = {name: uniform | of_map(name) for name in p.maps}
         means = self._means(regime, trials, teacher)
         best = sorted(trials, key=lambda name: -means[name])[: p.finalists]
@@ -78,7 +78,7 @@ class Study:
         return Chosen(plain, uniform, tuned, logit)
 
     def _choose_again(self, regime: Regime, teacher: Teacher, first: Chosen) -> Chosen:
-        """Learning rate, zoom and weight decay, or share, anew; the rest is what the first regime chose."""
+        """Choose learning rate, zoom and weight decay, or share, again; keep the first regime's other choices."""
         p = self.protocol
         less = ("weight_decay", _times(first.plain["weight_decay"], p.later_factors))
         axes: Axes = [("steps", regime.plain_steps), ("lr", p.lr), ("zoom", p.plain_zoom[:2]), less]
@@ -89,14 +89,17 @@ class Study:
         factor = uniform["distill_share"] / first.uniform["distill_share"]
         rows = {"uniform": first.uniform, **first.maps}
         tuned = {}
-        for name, config in rows.items():  # a map may want more or less than uniform weights, as in the first regime
+        for name, config in rows.items():  # the best share of a map may differ from uniform's, as in the first regime
             axes = [("distill_share", _times(factor * config["distill_share"], p.later_factors))]
             tuned[name] = self._tune(regime, name, config | new, axes, teacher)
         uniform = tuned.pop("uniform")
         return Chosen(plain, uniform, tuned, first.logit | new)
 
     def _tune(self, regime: Regime, row: str, start: Config, axes: Axes, teacher: Teacher | None = None) -> Config:
-        """The best value of each axis in turn, the others being the best so far, at first the start's or the usual."""
+        """Choose the best value of each axis in turn; the other axes have their best values so far.
+
+        Before it is chosen, an axis has its value in ``start``, or its first value.
+        """
         best = {name: values[0] for name, values in axes} | start
         for name, values in axes:
             trials = {str(value): best | {name: value} for value in values}
@@ -107,7 +110,7 @@ class Study:
     def _means(
         self, regime: Regime, trials: dict[str, Config], teacher: Teacher | None, row: str | None = None
     ) -> dict[str, float]:
-        """Mean mAP on the validation scenes of each of these configurations."""
+        """Return the mean mAP on the validation scenes of each of these configurations."""
         seeds = self.protocol.tuning_seeds
         runs = [
             self._student(regime, row or name, seed, "val", config, teacher)
@@ -117,7 +120,7 @@ class Study:
         found = [result.mAP for result in self.bench.results(runs)]
         return {name: statistics.fmean(found[i * len(seeds) :][: len(seeds)]) for i, name in enumerate(trials)}
 
-    # ---- what is compared, on the test scenes
+    # ---- comparisons, on the test scenes
 
     def _compare_main(self, regime: Regime, teacher: Teacher, chosen: Chosen) -> None:
         rows = {"uniform": chosen.uniform, **chosen.maps, "logit": chosen.logit}
@@ -152,7 +155,7 @@ class Study:
         self._score_teachers(regime, name, best)
 
     def _score_teachers(self, regime: Regime, name: str, best: Config) -> None:
-        """Teachers that know no more than the student: what they give it was not knowledge."""
+        """Score students of teachers without further knowledge: trained on the student's scenes, or untrained."""
         p = self.protocol
         count = regime.labelled
         own = [self._teacher("the student's scenes", s, s * count, count, p.own_steps, p.teacher_lr) for s in p.seeds]
@@ -167,7 +170,7 @@ class Study:
 
     def _score(self, regime: Regime, rows: dict[str, Config], teacher: Teacher | None = None) -> None:
         seeds = self.protocol.seeds
-        # seed by seed, so that a study that is not finished has whole pairs
+        # seed by seed, so that an unfinished study has complete pairs
         runs = [self._student(regime, row, s, "test", config, teacher) for s in seeds for row, config in rows.items()]
         self.bench.results(runs)
 
@@ -216,19 +219,19 @@ def run_study(
     protocol: Protocol = PUBLISHED,
     workers: int = 2,
 ) -> Path:
-    """Train and score what is not in the results file yet. Killed and started again, it goes on where it was.
+    """Train and score all runs that are not in the results file yet; a study that was stopped can be continued so.
 
     Args:
         out: folder of scenes, models and unfinished runs.
         results: the results file; None: ``results.jsonl`` in ``out``.
-        protocol: what to do.
-        workers: how many runs at a time; they share the cores.
+        protocol: sizes, lengths and choices.
+        workers: number of runs at a time; they share the cores.
 
     Returns:
         The results file.
 
     Raises:
-        ValueError: workers < 1; a results file with a line that is no result.
+        ValueError: workers < 1, or a line of the results file is not a result.
         BlockingIOError: another study writes to the results file.
     """
     if workers < 1:

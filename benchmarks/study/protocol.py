@@ -1,4 +1,4 @@
-"""What the study compares, on which scenes, and what its settings are chosen from."""
+"""The protocol of the study: what it compares, on which scenes, and the values that its settings are chosen from."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Config = dict[str, Any]  # of ``TrainConfig``
 
 @dataclass(frozen=True)
 class Regime:
-    """How much data there is.
+    """An amount of data.
 
     Args:
-        labelled: scenes that a student has with labels; each seed has others, as far as there are.
-        taught: scenes that its teacher was trained on.
-        plain_steps: lengths of the training without distillation to choose from.
-        distilled_steps: length of that with distillation, of which a step takes about twice the time: half as long, so
-            that all students train for about as many seconds.
+        labelled: number of scenes with labels for a student; each seed has other scenes, if there are enough.
+        taught: number of scenes for its teacher's training.
+        plain_steps: lengths of the training without distillation, to choose from.
+        distilled_steps: length of the training with distillation. A step takes about twice the time, so it has half the
+            steps, and all students train for about the same time.
     """
 
     name: str
@@ -31,24 +31,27 @@ class Regime:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Sizes, lengths and choices of the study; the defaults are those of the published one.
+    """Sizes, lengths and choices of the study; the defaults are those of the published study.
 
     Args:
-        regimes: few labels, some, equal data. All rows run in the first, the main ones in the others.
-        seeds: one student of every row each.
-        tuning_seeds: those that settings are chosen with; their scenes are their own, as far as there are.
-        lr, weight_decay, plain_zoom, distilled_zoom, share, logit_weight: values to choose from, one after the other.
-            Zoom is a range of the augmentation, of which the distilled student tries fewer, as it chooses its share.
-            Regimes after the first try the first two zooms or shares.
-        later_factors: of the plain student's weight decay, and of the share of uniform weights and of each of the best
-            maps, that regimes after the first then choose from: with more labels all may want less.
-        maps: those that are tried, of ``study.maps``.
-        map_shares: factors of uniform's share that each of the best maps may choose from.
-        finalists: how many maps go on from the trial of all to the tables.
-        train, val, test: scenes for teachers and students, to choose on, and for the tables.
+        regimes: few labels, some labels, equal data. All rows are run in the first regime, the main ones in the others.
+        seeds: every row has one student per seed.
+        tuning_seeds: seeds for choosing settings; they have other scenes, if there are enough.
+        lr, weight_decay, plain_zoom, distilled_zoom, share, logit_weight: values to choose from, one setting after the
+            other. The zoom is a range of the augmentation; the distilled student tries fewer, because it also chooses
+            its share. Regimes after the first try the first two zooms or shares.
+        later_factors: factors of the plain student's weight decay, and of the share of uniform weights and of each of
+            the best maps, which regimes after the first choose from: with more labels, less may be better.
+        maps: the maps of ``study.maps`` that are tried.
+        map_shares: factors of uniform's share that each of the best maps chooses from.
+        finalists: number of maps that are chosen from the trial of all for the tables.
+        train, val, test: number of scenes for training, for choices, and for the tables.
+        size, batch: side of a scene in pixels; images per step.
+        student_width, teacher_width, teacher_steps, teacher_lr, teacher_match: settings of the models, and of the
+            teachers' trainings.
         own_steps: length of the training of teachers on a student's own few scenes.
-        blank_steps: forwards of the untrained teacher, from which its batch norms get statistics.
-        unlabelled: the last so many of ``train``, for the row that also has images without labels.
+        blank_steps: number of forwards of the untrained teacher, from which its batch norms get statistics.
+        unlabelled: number of scenes, the last ones of ``train``, for the rows with images without labels.
     """
 
     regimes: tuple[Regime, ...] = (
@@ -86,7 +89,7 @@ class Protocol:
 UNIFORM: Config = {"info_map": "uniform_standardized", "prior": "none"}
 LOGIT_ALONE: Config = {"distill_weight": 0.0}
 
-# the library's presets as their papers have them, with the priors that they need; the last two are ours
+# the library's presets as in their papers, with the priors that they need; the last two are fastkd's own
 PRESETS: dict[str, Config] = {
     "self_information": {"info_map": "self_information", "prior": "none"},
     "energy": {"info_map": "energy", "prior": "none"},
@@ -97,7 +100,7 @@ PRESETS: dict[str, Config] = {
     "graded_iou preset": {"info_map": "graded_iou", "prior": "graded_iou"},
 }
 
-# levels of YOLOv3-tiny: backbone at strides 8, 16, 32, neck at 16, 32
+# the levels of YOLOv3-tiny are the backbone at strides 8, 16, 32 and the neck at strides 16, 32
 PLACES: dict[str, Config] = {
     "backbone only": {"level_weights": [1, 1, 1, 0, 0]},
     "neck only": {"level_weights": [0, 0, 0, 1, 1]},
@@ -106,6 +109,6 @@ PLACES: dict[str, Config] = {
 
 
 def of_map(name: str) -> Config:
-    """``"uniform"``, a preset, or a map of ``study.maps``."""
+    """Return the configuration of ``"uniform"``, of a preset, or of a map of ``study.maps``."""
     named = {"uniform": UNIFORM} | PRESETS
     return named[name] if name in named else UNIFORM | {"prior": prior_name(name)}

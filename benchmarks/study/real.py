@@ -1,11 +1,11 @@
-"""What distillation is worth on real images: YOLOv3 teaches YOLOv3-tiny, with paired seeds::
+"""The study of distillation on real images, in which YOLOv3 teaches YOLOv3-tiny, with paired seeds::
 
     PYTHONPATH=benchmarks python -m study.real neu-det --data path/to/neu-det --out runs/real
 
-The teacher has the labels of all training images; students have a share of them, and the other images without labels.
-Settings are chosen on the validation set, those of the distilled students with the map ``graded_iou`` for all maps; the
-tables are of the test set. Killed and started again, it goes on where it
-was; ``--minutes`` ends it in time. ``--report`` prints the tables of what is there.
+The teacher has the labels of all training images; students have a share of the labels, and the other images without
+labels. Settings are chosen on the validation set; those of the distilled students are chosen with the map
+``graded_iou`` and used for all maps. The tables are for the test set. If the study is stopped, the same command
+continues; ``--minutes`` stops it in time. ``--report`` prints the tables of the existing results.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from study.scenes import part_of_set, set_files, write_set
 RESULTS = Path(__file__).parent.parent / "results"
 ALONE, LONGER = "student alone", "student alone, equal time"
 GRADED = {"info_map": "graded_iou"}
-# the name of a row, and what it changes; the first ones of all seeds come first
+# the name of a row, and the settings that it changes
 ROWS: dict[str, Config] = {
     "graded_iou": GRADED,
     "uniform": {"info_map": "uniform_standardized"},
@@ -53,14 +53,16 @@ MAIN = ("graded_iou", "uniform")
 
 @dataclass(frozen=True)
 class Regime:
-    """How many of the training images a student has labels for.
+    """A share of the labels, and the trainings with it.
 
     Args:
-        share: of the training images.
-        steps: of the distilled student, and of the one alone at equal steps.
-        cost: a distilled step, in steps of the student alone, which trains for so many times the steps at equal time.
-        alone, longer, distilled: settings of each to choose from, on the validation set with a seed of its own.
-        rows: of ``ROWS``.
+        share: share of the training images that have labels for the student.
+        steps: length of the training of the distilled student, and of the student alone at equal steps.
+        cost: time of a distilled step, in steps of the student alone; at equal time, the student alone trains for this
+            multiple of ``steps``.
+        alone, longer, distilled: settings of the student alone at equal steps and at equal time, and of the distilled
+            student, to choose from on the validation set, with a seed of its own.
+        rows: names of the rows in ``ROWS`` that are run.
     """
 
     share: float
@@ -74,12 +76,14 @@ class Regime:
 
 @dataclass(frozen=True)
 class Plan:
-    """A set, its models and its regimes.
+    """The models and regimes of a data set.
 
     Args:
         usual: settings of all students.
-        teacher: of the teacher.
-        seeds: one student of every row each; and the one that settings are chosen with.
+        teacher: settings of the teacher.
+        regimes: the regimes by name.
+        seeds: every row has one student per seed.
+        tuning_seed: the seed with which settings are chosen.
     """
 
     usual: Config
@@ -89,22 +93,24 @@ class Plan:
     tuning_seed: int = 9
 
 
-SMALL = {"width": 0.25, "flip": 0.5}
+DECAYS: tuple[Config, ...] = ({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2})
+SHARES: tuple[Config, ...] = ({"lr": 1e-2, "distill_share": 4.0}, {"lr": 1e-2, "distill_share": 1.0})
+SMALL: Config = {"width": 0.25, "flip": 0.5, "size": 160, "weight_decay": 0.05}
+STUDENT = SMALL | {"model": "yolov3-tiny", "batch": 8}
+TEACHER = SMALL | {"model": "yolov3", "batch": 16, "match_threshold": 0.3, "lr": 1e-2}
 LARGE = {"width": 1.0, "flip": 0.5, "cpu": False, "mixed_precision": "bf16", "workers": 4}
 PLANS = {
     "neu-det": Plan(
-        usual=SMALL | {"size": 160, "model": "yolov3-tiny", "batch": 8, "weight_decay": 0.05},
-        teacher=SMALL
-        | {"size": 160, "model": "yolov3", "batch": 16, "match_threshold": 0.3, "epochs": 60}
-        | {"lr": 1e-2, "weight_decay": 0.05},
+        usual=STUDENT,
+        teacher=TEACHER | {"epochs": 60},
         regimes={
             "10 % of the labels": Regime(
                 share=0.1,
                 steps=1200,
                 cost=4.2,
                 alone=({"lr": 1e-2}, {"lr": 3e-2}),
-                longer=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
-                distilled=({"lr": 1e-2, "distill_share": 4.0}, {"lr": 1e-2, "distill_share": 1.0}),
+                longer=DECAYS,
+                distilled=SHARES,
                 rows=tuple(ROWS),
             ),
             "all labels": Regime(
@@ -112,33 +118,17 @@ PLANS = {
                 steps=1800,
                 cost=2.6,
                 alone=({"lr": 1e-2}, {"lr": 2e-2}),
-                longer=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
-                distilled=({"lr": 1e-2, "distill_share": 4.0}, {"lr": 1e-2, "distill_share": 1.0}),
+                longer=DECAYS,
+                distilled=SHARES,
             ),
         },
     ),
     "bccd": Plan(
-        usual=SMALL | {"size": 160, "model": "yolov3-tiny", "batch": 8, "weight_decay": 0.05},
-        teacher=SMALL
-        | {"size": 160, "model": "yolov3", "batch": 16, "match_threshold": 0.3, "epochs": 200}
-        | {"lr": 1e-2, "weight_decay": 0.05},
+        usual=STUDENT,
+        teacher=TEACHER | {"epochs": 200},
         regimes={
-            "10 % of the labels": Regime(
-                share=0.1,
-                steps=800,
-                cost=4.2,
-                alone=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
-                longer=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
-                distilled=({"lr": 1e-2, "distill_share": 4.0}, {"lr": 1e-2, "distill_share": 1.0}),
-            ),
-            "all labels": Regime(
-                share=1,
-                steps=800,
-                cost=2.6,
-                alone=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
-                longer=({"lr": 1e-2}, {"lr": 1e-2, "weight_decay": 0.2}),
-                distilled=({"lr": 1e-2, "distill_share": 4.0}, {"lr": 1e-2, "distill_share": 1.0}),
-            ),
+            "10 % of the labels": Regime(0.1, steps=800, cost=4.2, alone=DECAYS, longer=DECAYS, distilled=SHARES),
+            "all labels": Regime(1, steps=800, cost=2.6, alone=DECAYS, longer=DECAYS, distilled=SHARES),
         },
     ),
     "neu-det-gpu": Plan(
@@ -162,7 +152,7 @@ PLANS = {
 
 
 class Study:
-    """The runs of one set; those that the results file has already take no time."""
+    """The runs on one data set; runs that are in the results file are not repeated."""
 
     def __init__(self, name: str, root: Path, bench: Bench, until: float) -> None:
         self.name, self.plan, self.root, self.bench, self.until = name, PLANS[name], root, bench, until
@@ -183,7 +173,7 @@ class Study:
                     self.bench.forget()
 
     def _choose(self, regime: str, r: Regime, teacher: tuple[str, str]) -> dict[str, Config]:
-        """The settings of each kind of student with the best mAP on the validation set."""
+        """Return the settings of each kind of student that have the best mAP on the validation set."""
         longer = {"steps": round(r.cost * r.steps)}
         tried = {
             ALONE: [x | {"steps": r.steps} for x in r.alone],
@@ -216,7 +206,7 @@ class Study:
         return Run(f"{self.name}: {regime}", row, seed, scored_on, {"set": self.name} | part | config, teacher)
 
     def _go(self, runs: list[Run], *, keep: bool = False) -> None:
-        """As many at a time as there are workers, until the time is over."""
+        """Train these runs, as many at a time as there are workers; raise TimeoutError when the time is over."""
         left = [run for run in runs if run.key not in self.bench.ledger.results]
         for first in range(0, len(left), self.bench.workers):
             if time.monotonic() > self.until:
@@ -225,7 +215,7 @@ class Study:
 
 
 def by_row(results: list[Result], regime: str) -> dict[str, Row]:
-    """The results on the test set."""
+    """Return a regime's results on the test set, by row and seed."""
     rows: dict[str, Row] = {}
     for result in results:
         if result.run.regime == regime and result.run.scored_on == "test":
@@ -238,13 +228,13 @@ def regimes_of(results: list[Result]) -> list[str]:
 
 
 def gains(rows: dict[str, Row], other: str) -> dict[str, Interval]:
-    """Of each row over another, paired by seed."""
+    """Return the gain of each row over another, paired by seed."""
     over = rows.get(other, {})
     return {name: gain(row, over) for name, row in rows.items() if name != other and row.keys() & over.keys()}
 
 
 def table(results: list[Result]) -> str:
-    """By regime: means over the seeds on the test set, and paired gains with their 95 % intervals."""
+    """Return a table per regime: means over the seeds on the test set, and paired gains with 95 % intervals."""
     lines = []
     for regime in regimes_of(results):
         rows = by_row(results, regime)
@@ -261,7 +251,7 @@ def table(results: list[Result]) -> str:
 
 
 def _classes(rows: dict[str, Row]) -> list[str]:
-    """mAP by class."""
+    """Return the table of mAP by class."""
     names = list(next(iter(next(iter(rows.values())).values())).per_class or ())
     lines = [f"| mAP of | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for row, found in rows.items():
@@ -272,7 +262,7 @@ def _classes(rows: dict[str, Row]) -> list[str]:
 
 
 def draw_gains(results: list[Result], file: Path) -> None:
-    """What each row gains over the student alone, at equal steps and at equal time."""
+    """Plot the gain of each row over the student alone, at equal steps and at equal time."""
     panels: dict[str, dict[str, Interval]] = {}
     for regime in regimes_of(results):
         rows = by_row(results, regime)
@@ -282,12 +272,13 @@ def draw_gains(results: list[Result], file: Path) -> None:
 
 
 def draw_predictions(results: list[Result], root: Path, name: str, file: Path, count: int = 4) -> None:
-    """Labels and what teacher and students find in the same test images, as boxes alone: images may not be shown.
+    """Draw the boxes of the labels, the teacher and the students for some test images.
 
-    Of the first regime, whose models of the first seed must be in ``root``.
+    The images themselves are not drawn, because they may not be published. The models are those of the first regime and
+    seed 0.
 
     Raises:
-        FileNotFoundError: they are not.
+        FileNotFoundError: the models are not in ``root``.
     """
     regimes = ("teacher", next(iter(PLANS[name].regimes)))
     shown = [x.run for x in results if x.run.scored_on == "test" and x.run.seed == 0]
@@ -316,24 +307,24 @@ def draw_predictions(results: list[Result], root: Path, name: str, file: Path, c
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=PLANS)
-    parser.add_argument("--data", type=Path, help="folder of the set as it comes")
+    parser.add_argument("--data", type=Path, help="folder of the data set, in any format")
     parser.add_argument("--out", type=Path, default=Path("runs/real"), help="folder of models and links")
     parser.add_argument("--results", type=Path, default=RESULTS / "real_study.jsonl")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no run after so many")
-    parser.add_argument("--report", action="store_true", help="print the tables alone")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no run after N minutes", metavar="N")
+    parser.add_argument("--report", action="store_true", help="train nothing, and print the tables")
     parser.add_argument("--figures", type=Path, help="folder for plots of gains and of predictions")
     options = parser.parse_args()
     if not options.report:
         if options.data is None:
-            parser.error("--data: expected the folder of the set; docs/real_data.md says where it is to be had")
+            parser.error("--data: expected the folder of the data set; docs/real_data.md has its sources")
         write_set(options.data, options.out / options.name)
         ledger = Ledger(options.results)
         bench = Bench(options.out, ledger, options.workers)
         try:
             Study(options.name, options.out, bench, time.monotonic() + 60 * options.minutes).run()
         except TimeoutError:
-            print("the time is over; the same command goes on from here")
+            print("the time is over; the same command continues from here")
         finally:
             bench.close()
             ledger.close()

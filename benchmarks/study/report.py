@@ -1,4 +1,4 @@
-"""The study's tables and plots, from its results file alone."""
+"""Makes the tables and plots of the study from its results file."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ DRAWN_MAPS = (
     *("graded IoU", "predicted IoU", "object scale", "shuffled graded IoU"),
 )
 DRAWN_SCENES = 3
-LEVEL = 0.95  # of the intervals
-UNDER_WAY = "*Under way.*"  # of a regime that has no row with all its seeds
+LEVEL = 0.95  # confidence level of the intervals
+UNDER_WAY = "*Under way.*"  # table of a regime in which no row has all seeds
 SETTINGS = ("lr", "weight_decay", "steps", "zoom", "distill_share", "logit_weight")
 Row = dict[int, Result]  # by seed
 Table = list[tuple[str, ...]]
@@ -59,7 +59,7 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of the mean of independent values; the paired differences of the seeds are such."""
+    """Return the confidence interval of the mean of independent values, such as paired differences by seed."""
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
         return Interval(mean, math.nan)
@@ -68,31 +68,31 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def gain(row: Row, other: Row, metric: str = "mAP") -> Interval:
-    """Of the difference of two rows, seed by seed; seeds that only one of them has are left out.
+    """Return the interval of the paired difference of two rows, over the seeds that both have.
 
     Raises:
-        ValueError: no seed in common.
+        ValueError: no seed is in both.
     """
     seeds = sorted(row.keys() & other.keys())
     if not seeds:
-        raise ValueError("rows: expected a seed in common, got none")
+        raise ValueError("rows: expected a seed that both have, got none")
     return interval([getattr(row[seed], metric) - getattr(other[seed], metric) for seed in seeds])
 
 
 def write_report(results_file: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Draw the images of these results, and put their tables into the folder's ``README.md``.
+    """Write the plots of these results to a folder, and their tables to its ``README.md``.
 
-    A table goes between the lines ``<!-- table NAME -->`` and ``<!-- end -->``; what stands between other lines stays.
+    A table replaces the text between the lines ``<!-- table NAME -->`` and ``<!-- end -->``; all other text is kept.
 
     Raises:
-        ValueError: no results, or a table that the results do not give.
+        ValueError: there are no results, or the page has a table that the results do not have.
     """
     results = read_results(results_file)
     if not results:
         raise ValueError(f"results: expected runs of the study in {os.fspath(results_file)}, got none")
     folder = Path(folder)
     page, drawn = folder / "README.md", figures(results)
-    if page.is_file():  # a report that is made again
+    if page.is_file():  # an earlier report, which is updated
         with replacing(page) as part:
             part.write_text(_filled(page.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
     else:
@@ -104,10 +104,10 @@ def write_report(results_file: str | os.PathLike[str], folder: str | os.PathLike
 
 
 def draw_maps(results_file: str | os.PathLike[str], root: str | os.PathLike[str], file: Path) -> None:
-    """Draw some of the maps over test scenes, with the study's first teacher: its model must still be in ``root``.
+    """Draw some of the maps over test scenes, with the study's first teacher, whose model must still be in ``root``.
 
     Raises:
-        FileNotFoundError: it is not.
+        FileNotFoundError: the model is missing.
     """
     run = next(x.run for x in read_results(results_file) if x.run.teacher is not None)
     config = train_config(run, Path(root))
@@ -132,7 +132,7 @@ def _filled(page: str, found: Mapping[str, str]) -> str:
         name, _, rest = piece.partition(" -->")
         _, end, after = rest.partition("<!-- end -->")
         if name not in found or not end:
-            raise ValueError(f"README.md: expected a table among {', '.join(found)} with its end, got {name!r}")
+            raise ValueError(f"README.md: expected one of the tables {', '.join(found)} with its end, got {name!r}")
         out.append(f"<!-- table {name} -->\n\n{found[name]}\n\n{end}{after}")
     return "".join(out)
 
@@ -141,7 +141,7 @@ def _filled(page: str, found: Mapping[str, str]) -> str:
 
 
 def tables(results: Sequence[Result]) -> dict[str, str]:
-    """Markdown by name: ``rows REGIME``, ``settings``, ``maps``, ``teachers`` and ``effort``."""
+    """Return the tables as Markdown, by name: ``rows REGIME``, ``settings``, ``maps``, ``teachers`` and ``effort``."""
     regimes = list(dict.fromkeys(x.run.regime for x in results if x.run.regime != "teachers"))
     found = {f"rows {regime.name}": UNDER_WAY for regime in Protocol().regimes}
     rows = {regime: whole_rows(results, regime) for regime in regimes}
@@ -154,10 +154,10 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
 
 
 def rows_of(results: Sequence[Result], regime: str, scored_on: str = "test") -> dict[str, Row]:
-    """A regime's rows by name, in their order.
+    """Return a regime's rows by name, in their order.
 
-    Of a row with several settings those of most seeds, or else those that were begun last: a choice that is taken back
-    needs its lines removed.
+    If a row has several settings, those with the most seeds are taken, and among equals the last ones. To undo a later
+    choice of settings, remove its lines from the results file.
     """
     rows: dict[str, dict[str, Row]] = {}
     for x in results:
@@ -168,7 +168,7 @@ def rows_of(results: Sequence[Result], regime: str, scored_on: str = "test") -> 
 
 
 def whole_rows(results: Sequence[Result], regime: str) -> dict[str, Row]:
-    """Those on the test scenes that have all seeds: of a study that is not finished, fewer may mislead."""
+    """Return the rows on the test scenes that have all seeds, as fewer seeds of an unfinished study may mislead."""
     seeds = {x.run.seed for x in results if x.run.scored_on == "test" and x.run.regime != "teachers"}
     return {name: row for name, row in rows_of(results, regime).items() if row.keys() == seeds}
 
@@ -218,7 +218,7 @@ def _setting(config: Mapping[str, Any], key: str) -> str:
 
 
 def _maps_table(results: Sequence[Result], regime: str) -> str:
-    """All maps on the validation scenes, with the settings that uniform weights chose; the best first."""
+    """Return the table of all maps on the validation scenes, with uniform weights' settings, the best map first."""
     chosen = next(iter(rows_of(results, regime)["uniform"].values())).run.config
     rows: dict[str, Row] = {}
     for x in results:
@@ -234,7 +234,7 @@ def _maps_table(results: Sequence[Result], regime: str) -> str:
 
 
 def _settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without its map and its scenes."""
+    """Return a configuration without its map and its scenes."""
     return {k: v for k, v in config.items() if k not in ("info_map", "prior", "annotations", "images")}
 
 
@@ -251,10 +251,8 @@ def _teachers_table(results: Sequence[Result]) -> str:
 
 
 def _effort_table(results: Sequence[Result], regimes: Sequence[str]) -> str:
-    """Runs and hours; those of the plain student's and of the uniform one's choices side by side."""
-    table: Table = [
-        ("", "tuning runs: none", "uniform", "logit", "maps", "runs of the tables", "hours of training")
-    ]
+    """Return the table of the number of runs, by kind, and of the hours of training."""
+    table: Table = [("", "tuning runs: none", "uniform", "logit", "maps", "runs of the tables", "hours of training")]
     for regime in [*regimes, "teachers"]:
         runs = [x for x in results if x.run.regime == regime]
         tried = [x.run.row for x in runs if x.run.scored_on == "val"]
@@ -270,11 +268,11 @@ def _markdown(table: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(table[0]), *body])
 
 
-# ---- images
+# ---- plots
 
 
 def figures(results: Sequence[Result]) -> dict[str, Figure]:
-    """``gains``: of every row over no distillation, by regime; ``learning_rates``: what the choice was made from."""
+    """Return the plots ``gains``, of every row over no distillation, and ``learning_rates``, on validation scenes."""
     regimes = list(dict.fromkeys(x.run.regime for x in results if x.run.regime != "teachers"))
     rows = {regime: whole_rows(results, regime) for regime in regimes}
     gains = {
@@ -294,7 +292,7 @@ def figures(results: Sequence[Result]) -> dict[str, Figure]:
 
 
 def plot_gains(gains: Mapping[str, Mapping[str, Interval]], label: str) -> Figure:
-    """One panel per regime, one line per row, all on one scale."""
+    """Return a plot with one panel per regime and one interval per row, all on one scale."""
     from matplotlib.figure import Figure
 
     counts = [len(rows) for rows in gains.values()]
@@ -315,18 +313,18 @@ def plot_gains(gains: Mapping[str, Mapping[str, Interval]], label: str) -> Figur
 
 
 def _is_map(row: str) -> bool:
-    """Whether a map is all that a row has over uniform weights."""
+    """Whether a row differs from uniform weights by its map only."""
     return row in MAPS or (row != "uniform" and row.removesuffix(" preset") in PRESETS)
 
 
 def _by_learning_rate(results: Sequence[Result], regime: str, row: str) -> dict[float, list[float]]:
-    """mAP of each tuning seed at each learning rate, the other settings as they were when it was chosen."""
+    """Return the mAP of each tuning seed at each learning rate, in the runs from which the learning rate was chosen."""
     runs = [x for x in results if (x.run.regime, x.run.row, x.run.scored_on) == (regime, row, "val")]
 
     def others(x: Result) -> dict[str, Any]:
         return {k: v for k, v in _settings_of(x.run.config).items() if k != "lr"}
 
-    # the group of runs that differ in it alone
+    # the largest group of runs that differ in the learning rate only
     group = max(runs, key=lambda x: len({y.run.config["lr"] for y in runs if others(y) == others(x)}))
     found: dict[float, list[float]] = {}
     for x in sorted(runs, key=lambda x: (x.run.config["lr"], x.run.seed)):

@@ -1,4 +1,4 @@
-"""The study's training runs, each one line of a file that remembers those that are done."""
+"""Trains the runs of the study; the result of each run is a line of the results file, and is not computed again."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from fastkd.yolov3.train.evaluate import evaluate
 from fastkd.yolov3.train.log import versions
 from fastkd.yolov3.train.objective import Objective
 from fastkd.yolov3.train.run import epoch_steps, train, training_set
-from study import maps  # noqa: F401  # the priors that only the study knows
+from study import maps  # noqa: F401  # registers the study's priors
 from study.logits import LogitObjective
 from study.memo import remember
 from study.scenes import scene_files, set_files
 
 SCORES = ("mAP", "AP50", "AP75")
-MEMO = "memo"  # folder of what the teachers have said, by their fingerprints
-SAVE_STEPS = 200  # between two checkpoints, about
-ORPHAN_CHECK = 2.0  # seconds between two looks whether the study is still there
+MEMO = "memo"  # folder of the teachers' stored outputs, by fingerprint
+SAVE_STEPS = 200  # approximate number of steps between checkpoints
+ORPHAN_CHECK = 2.0  # seconds between two checks whether the study still runs
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Run:
     """One detector to train and to score.
 
     Args:
-        regime: how much data student and teacher have.
-        row: what is distilled, as the tables name it; of a teacher, what it has learnt from.
-        seed: of the initial weights, the order, the augmentation, and of which scenes are labelled.
-        scored_on: ``"val"`` while something is chosen, ``"test"`` for the tables.
-        config: what ``TrainConfig`` gets, but for ``out`` and ``teacher``; paths are relative to the study's folder. Of
-            the augmentation there are ``zoom``, ``flip`` (digits must not be mirrored) and ``mosaic``; ``set`` is the
-            folder of another set than the digits scenes.
+        regime: name of the amount of data for student and teacher.
+        row: name of the row in the tables; for a teacher, the data that it has learnt from.
+        seed: seed of the initial weights, the order, the augmentation, and the choice of labelled scenes.
+        scored_on: ``"val"`` for choices, ``"test"`` for the tables.
+        config: arguments of ``TrainConfig`` except ``out`` and ``teacher``; paths are relative to the study's folder.
+            Options of the augmentation are ``zoom``, ``flip`` (digits must not be mirrored) and ``mosaic``. ``set`` is
+            the folder of another data set than the digits scenes.
         teacher: key of the teacher's run and the fingerprint of its weights, so that no two teachers are mixed.
     """
 
@@ -69,33 +69,33 @@ class Run:
 
     @property
     def key(self) -> str:
-        """The same for the same run, whatever else the study holds; also the name of its folder."""
+        """An identifier that depends on this run only; also the name of its folder."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return f"{self.regime}-{self.row}-{self.scored_on}-{self.seed}-{digest[:8]}".replace(" ", "_")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ended with; metrics are percent, of the scenes that it was scored on."""
+    """The result of a run; metrics are in percent, on the scenes that it was scored on."""
 
     run: Run
-    mAP: float  # noqa: N815  (the field's name)
+    mAP: float  # noqa: N815  (the usual name)
     AP50: float
     AP75: float
     seconds: float  # of the training steps
     machine: str
     versions: dict[str, str]
-    per_class: dict[str, float | None] | None = None  # mAP; of the digits there is none
+    per_class: dict[str, float | None] | None = None  # mAP; not stored for the digits
 
 
 class Ledger:
-    """The results file: one JSON object a line, appended as runs end; held by one study at a time.
+    """The results file: one JSON object per line, appended when a run ends; one study at a time may write to it.
 
-    A line that was cut off by a kill is dropped, and its run done again.
+    A last line that was cut off by a kill is dropped, and its run is repeated.
 
     Raises:
         BlockingIOError: another study is writing to this file.
-        ValueError: a line that is no result, other than a last one without its end.
+        ValueError: a complete line is not a result.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
@@ -118,23 +118,23 @@ class Ledger:
 
 
 def read_results(file: str | os.PathLike[str]) -> list[Result]:
-    """The results that a file holds, in the order in which they came; none where there is no file.
+    """Return the results in a file, in their order; none if there is no file.
 
     Raises:
-        ValueError: a line that is no result, other than a last one without its end.
+        ValueError: a complete line is not a result.
     """
     if not Path(file).is_file():
         return []
     lines = Path(file).read_text(encoding="utf-8").split("\n")
     results = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last end of a line was cut off
+    for number, line in enumerate(lines[:-1], start=1):  # a last line without its end was cut off
         try:
             values = json.loads(line)
             run = values["run"]
             run["teacher"] = run["teacher"] and tuple(run["teacher"])
             results.append(Result(**values | {"run": Run(**run)}))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{os.fspath(file)}: line {number} is no result of the study: {error}") from None
+            raise ValueError(f"{os.fspath(file)}: line {number} is not a result of the study: {error}") from None
     return results
 
 
@@ -143,12 +143,12 @@ def _line(result: Result) -> str:
 
 
 class Bench:
-    """Trains runs in processes of their own; those that the ledger has are not trained again.
+    """Trains runs in worker processes; runs that are in the results file are not trained again.
 
     Args:
         root: the study's folder, for models and data.
-        ledger: of the results.
-        workers: how many runs at a time; they share the cores.
+        ledger: the results file.
+        workers: number of runs at a time; they share the cores.
     """
 
     def __init__(self, root: Path, ledger: Ledger, workers: int) -> None:
@@ -159,17 +159,17 @@ class Bench:
         self._pool = ProcessPoolExecutor(workers, spawn, initializer=_become_worker, initargs=(threads, os.getpid()))
 
     def results(self, runs: Sequence[Run], *, keep: bool = False) -> list[Result]:
-        """Of these runs, in their order; ``keep``: their models too."""
+        """Return the results of these runs, in their order; with ``keep``, their models are kept."""
         self._train([run for run in runs if run.key not in self.ledger.results], keep=keep)
         return [self.ledger.results[run.key] for run in runs]
 
     def teachers(self, runs: Sequence[Run]) -> list[tuple[str, str]]:
-        """Key and fingerprint of each of these runs' models, which are kept."""
+        """Return key and fingerprint of the model of each of these runs; the models are kept."""
         self._train([run for run in runs if not model_file(self.root, run.key).is_file()], keep=True)
         return [(run.key, _fingerprint(model_file(self.root, run.key))) for run in runs]
 
     def forget(self) -> None:
-        """Free the disk of what the teachers have said: some GB a seed."""
+        """Delete the teachers' stored outputs, which take some GB per seed."""
         shutil.rmtree(self.root / MEMO, ignore_errors=True)
 
     def close(self) -> None:
@@ -184,14 +184,14 @@ class Bench:
         try:
             for future in tqdm(as_completed(futures), name, len(futures), unit="run"):
                 self.ledger.add(future.result())
-        except BaseException:  # Ctrl-C, say: what is running goes on from its checkpoint next time
+        except BaseException:  # for example Ctrl-C; unfinished runs continue from their checkpoints the next time
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
 
 
 def model_file(root: Path, key: str) -> Path:
-    """Where the model of a run is kept."""
+    """Return the file of a run's model."""
     return root / "models" / f"{key}.pt"
 
 
@@ -204,25 +204,25 @@ def _fingerprint(model: Path) -> str:
 
 def _become_worker(threads: int, study: int) -> None:
     torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore", "distillation may not work")  # the untrained teacher is meant to be one
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which then ends its workers
+    warnings.filterwarnings("ignore", "distillation may not work")  # a teacher is untrained on purpose
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, the study itself ends its workers
     threading.Thread(target=_end_with, args=(study,), daemon=True).start()
 
 
 def _end_with(study: int) -> None:
-    """A study that was killed leaves no worker behind, which would write to folders of the next one."""
+    """End this worker when the study is gone, so that it does not write to the folders of the next study."""
     while os.getppid() == study:
         time.sleep(ORPHAN_CHECK)
     os._exit(1)
 
 
 def _train_and_score(run: Run, root: Path, keep: bool) -> Result:
-    """A run that was killed before goes on from its checkpoint."""
+    """Train and score a run; a run that was stopped before continues from its checkpoint."""
     out = root / "runs" / run.key
     config = train_config(run, root)
     weight = run.config.get("logit_weight")
     objective = partial(LogitObjective, logit_weight=weight) if weight else Objective
-    with contextlib.redirect_stderr(io.StringIO()):  # the bars of several runs at a time
+    with contextlib.redirect_stderr(io.StringIO()):  # hide the progress bars of parallel runs
         folder = root / MEMO / str(run.teacher and run.teacher[1])
         memory = partial(remember, folder=folder) if config.cpu else None
         result = train(config, on_teacher=memory, make_objective=objective)
@@ -240,9 +240,9 @@ def _train_and_score(run: Run, root: Path, keep: bool) -> Result:
 
 
 def train_config(run: Run, root: Path) -> TrainConfig:
-    """The run's configuration, with paths as they are here; the images fit in memory."""
+    """Return the run's configuration, with paths in ``root``; images are cached, as they fit in memory."""
     values: dict[str, Any] = {name: str(root / x) if name in PATHS else x for name, x in run.config.items()}
-    for name in ("logit_weight", "set"):  # of the objective, and of the score
+    for name in ("logit_weight", "set"):  # used by the objective and by the evaluation
         values.pop(name, None)
     changes = {name: values.pop(name) for name in ("zoom", "flip", "mosaic") if name in values}
     if "zoom" in changes:
@@ -259,7 +259,7 @@ def train_config(run: Run, root: Path) -> TrainConfig:
 
 
 def _machine() -> str:
-    """The processor, whose rounding makes other weights than another's."""
+    """Return the name of the processor, because weights depend on its rounding."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""The study's scenes: digits scenes, and the parts of them that each student is given with labels."""
+"""Data of the studies: digits scenes or another set, and the parts of them that a student gets with labels."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from fastkd.yolov3.data.formats import find_set, read_set
 
 
 def write_scenes(root: Path, *, train: int, val: int, test: int, size: int) -> None:
-    """Make the scenes; what is there stays."""
+    """Write the digits scenes, unless they exist."""
     write_digits(root / "digits", train=train, val=val, test=test, size=size)
 
 
 def scene_files(root: Path, split: str) -> tuple[Path, Path]:
-    """Annotations and images of ``"val"`` or ``"test"``."""
+    """Return annotations and images of the digits scenes of ``"val"`` or ``"test"``."""
     return root / f"digits/annotations/{split}.json", root / f"digits/images/{split}"
 
 
 def set_files(folder: Path, split: str) -> tuple[Path, Path]:
-    """Annotations and images of a split of a set that ``write_set`` has written."""
+    """Return annotations and images of a split of a set that ``write_set`` has written."""
     return folder / f"annotations/{split}.json", folder / "images"
 
 
 def write_set(source: str | os.PathLike[str], folder: Path) -> None:
-    """A set in any format as COCO JSON, with links to its images; what is there stays.
+    """Write a set of any format as COCO JSON, with links to its images; existing files are kept.
 
     Raises:
-        ValueError, FileNotFoundError: it has no train, val and test.
+        ValueError, FileNotFoundError: the set has no train, val or test.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
@@ -52,9 +52,11 @@ def write_set(source: str | os.PathLike[str], folder: Path) -> None:
 
 
 def part_of_set(root: Path, name: str, share: float, seed: int) -> dict[str, str]:
-    """A share of a set's training images with labels, drawn by the seed, and the others without, relative to ``root``.
+    """Return a random share of a set's training images with labels, and the other images without.
 
-    As ``TrainConfig`` takes them: ``annotations``, ``images`` and, unless the share is 1, ``unlabelled``.
+    Returns:
+        The paths for ``TrainConfig``, relative to ``root``: ``annotations``, ``images`` and, unless the share is 1,
+        ``unlabelled``.
     """
     images = f"{name}/images"
     if share == 1:
@@ -77,7 +79,7 @@ def part_of_set(root: Path, name: str, share: float, seed: int) -> dict[str, str
 
 
 def labelled(root: Path, first: int, count: int) -> dict[str, str]:
-    """The training scenes ``first`` to ``first + count - 1`` as ``TrainConfig`` takes them, relative to ``root``."""
+    """Return the paths for ``TrainConfig``, relative to ``root``, of scenes ``first`` to ``first + count - 1``."""
     name = f"annotations/{first}-{first + count - 1}.json"
     if not (root / name).is_file():
         content = json.loads((root / "digits/annotations/train.json").read_text(encoding="utf-8"))
@@ -94,7 +96,7 @@ def labelled(root: Path, first: int, count: int) -> dict[str, str]:
 
 
 def unlabelled(root: Path, first: int, count: int) -> str:
-    """A folder with these training scenes' images alone, relative to ``root``."""
+    """Return a folder, relative to ``root``, with the images of these training scenes."""
     folder = root / f"unlabelled/{first}-{first + count - 1}"
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(first + 1, first + count + 1):

@@ -1,4 +1,4 @@
-"""YOLOv3 and YOLOv3-tiny, their loss and their weights. Importing this package needs torch alone."""
+"""YOLOv3 and YOLOv3-tiny, with their loss and weight files. Importing this package needs torch alone."""
 
 from fastkd.yolov3.anchors import HeadLayout, Heads, dataset_anchors, kmeans_anchors
 from fastkd.yolov3.boxes import Detections, box_iou, decode, detect

@@ -1,4 +1,4 @@
-"""Anchor boxes: the sizes that a detector's heads start from, and how to find a data set's own."""
+"""Anchor boxes: the sizes that a detector's heads start from, and functions that choose them for a data set."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 _MAX_ROUNDS = 300
-_CELLS_A_BOX = 4  # a head's boxes are up to so many cells wide
+_CELLS_PER_BOX = 4  # a head is given boxes of up to this many of its cells
 
 
 class Heads(Protocol):
-    """What decoding and the losses need to know of a detector; ``YOLOv3`` and ``YOLOv3Tiny`` have it."""
+    """What decoding and the losses need to know about a detector; ``YOLOv3`` and ``YOLOv3Tiny`` have it."""
 
     @property
     def anchors(self) -> Tensor: ...  # (heads, A, 2), width and height in pixels
@@ -32,24 +32,24 @@ class HeadLayout(NamedTuple):
 
 
 def size_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes that share their centre: sizes (n, 2) and (m, 2) to (n, m)."""
+    """Return the IoU (n, m) of boxes that share their centre, from their sizes (n, 2) and (m, 2)."""
     inter = torch.minimum(a[:, None], b[None]).prod(-1)
     return inter / (a.prod(-1)[:, None] + b.prod(-1)[None] - inter).clamp(min=1e-9)
 
 
 def kmeans_anchors(wh: Tensor | Sequence[Sequence[float]], k: int, seed: int = 0) -> Tensor:
-    """k box sizes for a data set: k-means with distance 1 - IoU (Redmon & Farhadi 2017, arXiv:1612.08242, 2.).
+    """Choose k box sizes for a data set by k-means with distance 1 - IoU (YOLOv2, arXiv:1612.08242, section 2).
 
     Args:
         wh: (n, 2) widths and heights of the labelled boxes, in pixels of the network's input.
-        k: how many.
-        seed: of the initial choice (k-means++, Arthur & Vassilvitskii 2007).
+        k: number of sizes.
+        seed: seed of the initial centres (k-means++, Arthur & Vassilvitskii 2007).
 
     Returns:
         (k, 2) float32 on the CPU, the smallest area first.
 
     Raises:
-        ValueError: wh of another shape, not finite or not positive, or with fewer than k different sizes.
+        ValueError: ``wh`` has another shape, is not finite and positive, or has fewer than k different sizes.
     """
     sizes = _checked_sizes(wh, k)
     centres = _spread_out(sizes, k, torch.Generator().manual_seed(seed))
@@ -68,27 +68,28 @@ def kmeans_anchors(wh: Tensor | Sequence[Sequence[float]], k: int, seed: int = 0
 def dataset_anchors(
     wh: Tensor | Sequence[Sequence[float]], strides: Sequence[int], per_head: int = 3, seed: int = 0
 ) -> Tensor:
-    """Anchors for a detector's heads, so that each head finds the boxes of a size that its cells resolve.
+    """Choose anchors for a detector's heads, so that each head finds the boxes of a size that its cells resolve.
 
-    A box belongs to the first stride s with sqrt(w * h) < 4 s, as COCO's published anchors nearly do, or to the
-    last; each head's anchors are ``kmeans_anchors`` of its boxes. To share out by rank alone, as many do, would send
-    half of a set of small objects to the coarsest head, whose cells hold several of them. A head with fewer
-    different sizes than anchors gets squares of 2 s to 4 s instead.
+    A box is given to the head of the smallest stride s with sqrt(w * h) < 4 s, or to the coarsest head if there is
+    none; COCO's published anchors nearly follow this rule. The anchors of a head are ``kmeans_anchors`` of its boxes.
+    The usual rule sorts all anchors by area and deals them out: with a data set of small objects, it gives half of
+    the objects to the coarsest head, where several of them fall into one cell. A head whose boxes have fewer
+    different sizes than it has anchors gets squares of sides 2 s to 4 s instead.
 
     Args:
         wh: (n, 2) widths and heights of the labelled boxes, in pixels of the network's input.
-        strides: of the heads, ascending.
-        per_head: A, anchors a head.
+        strides: strides of the heads, ascending.
+        per_head: A, the number of anchors per head.
         seed: as in ``kmeans_anchors``.
 
     Returns:
         (heads, A, 2) float32, pixels, heads by ascending stride: what ``YOLOv3(anchors=...)`` takes.
 
     Raises:
-        ValueError: wh of another shape, not finite, not positive, or with fewer different sizes than anchors.
+        ValueError: ``wh`` has another shape, is not finite and positive, or has fewer different sizes than anchors.
     """
     sizes = _checked_sizes(wh, len(strides) * per_head)
-    limits = torch.tensor([_CELLS_A_BOX * stride for stride in strides[:-1]], dtype=sizes.dtype)
+    limits = torch.tensor([_CELLS_PER_BOX * stride for stride in strides[:-1]], dtype=sizes.dtype)
     head_of = torch.bucketize(sizes.prod(1).sqrt(), limits, right=True)
     heads = []
     for head, stride in enumerate(strides):
@@ -96,7 +97,7 @@ def dataset_anchors(
         if _count_distinct(own) >= per_head:
             heads.append(kmeans_anchors(own, per_head, seed))
         else:
-            heads.append(torch.linspace(2.0 * stride, _CELLS_A_BOX * stride, per_head)[:, None].expand(-1, 2))
+            heads.append(torch.linspace(2.0 * stride, _CELLS_PER_BOX * stride, per_head)[:, None].expand(-1, 2))
     return torch.stack(heads)
 
 
@@ -115,7 +116,7 @@ def _count_distinct(sizes: Tensor) -> int:
 
 
 def _spread_out(sizes: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each next centre is drawn with a chance that grows with its distance to those chosen."""
+    """Choose initial centres by k-means++: a size is drawn with a probability that grows with its distance to them."""
     first = int(torch.randint(len(sizes), (1,), generator=generator))
     centres = sizes[first : first + 1]
     while len(centres) < k:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fastkd.yolov3.anchors import Heads
 
-_MAX_LOG_RATIO = 4.0  # a box is at most e^4 = 55 times its anchor: keeps exp() finite, in float16 too
-_MAX_CANDIDATES = 3000  # of an image, best first, that reach the suppression
+_MAX_LOG_RATIO = 4.0  # a box is at most e^4 = 55 times its anchor, which keeps exp() finite, in float16 too
+_MAX_CANDIDATES = 3000  # per image; those with the best scores reach the suppression
 
 
 class Detections(NamedTuple):
-    """What was found in one image, best first, on the CPU."""
+    """The detections of one image, best first, on the CPU."""
 
     boxes: Tensor  # (k, 4) float32: x1, y1, x2, y2 in pixels of the network's input, not clipped to it
     scores: Tensor  # (k,) float32: objectness times class probability
@@ -30,21 +30,21 @@ class Decoded(NamedTuple):
 
 
 def head_cells(output: Tensor, anchors: int) -> Tensor:
-    """View of a raw head map (N, A * (5 + K), H, W) as (N, A, H, W, 5 + K)."""
+    """Return a view of a raw head map (N, A * (5 + K), H, W) as (N, A, H, W, 5 + K)."""
     n, channels, height, width = output.shape
     return output.view(n, anchors, channels // anchors, height, width).permute(0, 1, 3, 4, 2)
 
 
 def decode_head(cells: Tensor, anchors: Tensor, stride: int) -> Tensor:
-    """Boxes (N, A, H, W, 4), x1, y1, x2, y2 in pixels, of one head: arXiv:1804.02767, section 2.1.
+    """Return the boxes of one head, (N, A, H, W, 4): x1, y1, x2, y2 in pixels (arXiv:1804.02767, section 2.1).
 
-    Unlike Darknet's, a side is at most e^4 = 54.6 times its anchor's: an output that is off the scale stays finite, in
-    float16 too.
+    Unlike in Darknet, a side is at most e^4 = 54.6 times that of its anchor, so that even an extreme output gives a
+    finite box, in float16 too.
 
     Args:
         cells: (N, A, H, W, 5 + K) raw predictions, see ``head_cells``.
         anchors: (A, 2) width and height in pixels.
-        stride: pixels a cell.
+        stride: pixels per cell.
     """
     column = torch.arange(cells.shape[3], device=cells.device, dtype=cells.dtype)
     row = torch.arange(cells.shape[2], device=cells.device, dtype=cells.dtype)
@@ -55,19 +55,19 @@ def decode_head(cells: Tensor, anchors: Tensor, stride: int) -> Tensor:
 
 
 def decode(outputs: Sequence[Tensor], anchors: Tensor, strides: Sequence[int]) -> Tensor:
-    """All predictions of a batch, in pixels and probabilities.
+    """Return all predictions of a batch, in pixels and probabilities.
 
     Args:
-        outputs: raw head maps as the detectors return them, (N, A * (5 + K), H / stride, W / stride) each.
+        outputs: raw head maps as the detectors return them, each (N, A * (5 + K), H / stride, W / stride).
         anchors: (heads, A, 2) in pixels.
-        strides: of the heads, in the order of ``outputs``.
+        strides: strides of the heads, in the order of ``outputs``.
 
     Returns:
         (N, M, 5 + K) float32 or wider: x1, y1, x2, y2 in pixels, objectness, class probabilities; M runs over
-        heads, anchors, rows, columns. A side is at most e^4 = 54.6 times its anchor's.
+        heads, anchors, rows, columns. A side is at most e^4 = 54.6 times that of its anchor.
 
     Raises:
-        ValueError: number of heads or channels that do not fit the anchors.
+        ValueError: the number of heads or of channels does not fit the anchors.
     """
     check_outputs(outputs, anchors, strides)
     decoded = []
@@ -93,23 +93,23 @@ def detect(
     iou_threshold: float = 0.5,
     max_detections: int = 100,
 ) -> list[Detections]:
-    """What a detector found, after non-maximum suppression within each class.
+    """Return the detections of each image, after non-maximum suppression within each class.
 
-    A box may be reported under several classes, as COCO's metric rewards. Of each image the best 3,000 pairs
-    of box and class above the threshold are considered.
+    A box may be reported under several classes, because COCO's metric rewards that. The best 3,000 pairs of box and
+    class of an image that are above the threshold are considered.
 
     Args:
         outputs: raw head maps of a batch, as the detector returns them; or ``Decoded``, as an ``OnnxDetector`` does.
         heads: the detector, or a ``HeadLayout``: anchors, strides, num_classes.
-        score_threshold: least score, in [0, 1).
-        iou_threshold: of two boxes of a class with a larger IoU, only the better is kept, in (0, 1].
-        max_detections: at most so many an image.
+        score_threshold: minimum score, in [0, 1).
+        iou_threshold: in (0, 1]; of two boxes of a class whose IoU is larger, only the one with the better score stays.
+        max_detections: maximum number of detections per image.
 
     Returns:
-        One ``Detections`` an image.
+        One ``Detections`` per image.
 
     Raises:
-        ValueError: a threshold out of range, or outputs that do not fit ``heads``.
+        ValueError: a threshold is out of range, or the outputs do not fit ``heads``.
         ModuleNotFoundError: OpenCV is not installed.
     """
     if not 0 <= score_threshold < 1 or not 0 < iou_threshold <= 1 or max_detections < 1:
@@ -126,21 +126,21 @@ def detect(
 
 @torch.no_grad()
 def likely_boxes(outputs: Sequence[Tensor], heads: Heads, *, most: int = 100, least: float = 0.3) -> Tensor:
-    """The boxes that a detector believes in most, before suppression, packed as ``fastkd.priors`` takes them.
+    """Return the boxes of the highest scores, before suppression, packed as ``fastkd.priors`` takes them.
 
-    Its shape depends on those of the outputs alone, so nothing waits for the device.
+    The shape of the result depends on the shapes of the outputs alone, so the host never waits for the device.
 
     Args:
         outputs: raw head maps of a batch, as the detector returns them.
         heads: the detector, or a ``HeadLayout``.
-        most: at most so many an image.
-        least: score, objectness times the likeliest class's probability, above which a box counts.
+        most: maximum number of boxes per image.
+        least: a box counts if its score, objectness times the probability of its best class, is above this.
 
     Returns:
-        (M, 5) float32: image index, x1, y1, x2, y2 in pixels; rows of boxes that do not count are empty boxes.
+        (M, 5) float32: image index, x1, y1, x2, y2 in pixels; boxes that do not count are empty: their corners are 0.
 
     Raises:
-        ValueError: outputs that do not fit ``heads``.
+        ValueError: the outputs do not fit ``heads``.
     """
     found = decode(outputs, heads.anchors, heads.strides)
     scores, index = (found[..., 4] * found[..., 5:].amax(-1)).topk(min(most, found.shape[1]), dim=1)
@@ -151,7 +151,7 @@ def likely_boxes(outputs: Sequence[Tensor], heads: Heads, *, most: int = 100, le
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes x1, y1, x2, y2, element by element with broadcasting: (..., 4) and (..., 4) to (...)."""
+    """Return the IoU (...) of boxes x1, y1, x2, y2, (..., 4) and (..., 4), element by element with broadcasting."""
     overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     inter = overlap.clamp(min=0).prod(-1)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inter
@@ -159,14 +159,14 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """float16 and bfloat16 to float32; wider types as they are."""
+    """Return float16 and bfloat16 as float32, and other dtypes as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def check_outputs(
     outputs: Sequence[Tensor], anchors: Tensor, strides: Sequence[int], num_classes: int | None = None
 ) -> None:
-    """Raise ``ValueError`` unless there is one 4-D map a stride, with channels for the anchors and classes."""
+    """Raise ``ValueError`` unless there is one 4-D map per stride, with the channels of the anchors and classes."""
     if len(outputs) != len(strides) or len(anchors) != len(strides):
         raise ValueError(
             f"outputs: expected one map for each of the strides {tuple(strides)} and of the {len(anchors)} rows of "
@@ -179,13 +179,13 @@ def check_outputs(
         if not fits:
             wanted = "K" if num_classes is None else num_classes
             raise ValueError(
-                f"outputs[{index}]: expected (N, {per_cell} * (5 + {wanted}), H, W) for {per_cell} anchors a cell, "
+                f"outputs[{index}]: expected (N, {per_cell} * (5 + {wanted}), H, W) for {per_cell} anchors per cell, "
                 f"got {tuple(output.shape)}"
             )
 
 
 def _suppress(boxes: Tensor, scores: Tensor, least: float, iou_threshold: float, most: int) -> Detections:
-    import cv2  # here, so that the package imports with torch alone
+    import cv2  # imported here, so that importing the package needs torch alone
 
     ranked, index = scores.flatten().topk(min(_MAX_CANDIDATES, scores.numel()))
     kept = ranked > least
@@ -195,7 +195,7 @@ def _suppress(boxes: Tensor, scores: Tensor, least: float, iou_threshold: float,
     if len(found) == 0:
         return Detections(found, ranked, classes)
     corner_and_size = torch.cat([found[:, :2], found[:, 2:] - found[:, :2]], 1)
-    suppress: Any = cv2.dnn.NMSBoxesBatched  # its stub asks for lists, its code for arrays
+    suppress: Any = cv2.dnn.NMSBoxesBatched  # its type stub asks for lists, its code for arrays
     order = suppress(corner_and_size.double().numpy(), ranked.numpy(), classes.int().numpy(), least, iou_threshold)
     best = torch.as_tensor(order, dtype=torch.long).flatten()[:most]
     return Detections(found[best], ranked[best], classes[best])

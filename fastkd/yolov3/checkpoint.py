@@ -1,4 +1,4 @@
-"""Files of trained detectors: what is written is whole or absent, what is read can run no code."""
+"""Files of trained detectors: they are written atomically, and reading one runs no code from it."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ class Trained(NamedTuple):
     """A detector from a file, in eval mode on the CPU."""
 
     model: Detector
-    class_names: tuple[str, ...]  # one per class; empty where nothing says them (.weights)
-    size: int | None  # side in pixels of the square input that it was trained on; None where the file does not say
-    notes: tuple[str, ...] = ()  # what was taken for granted; each a sentence that names the file
+    class_names: tuple[str, ...]  # one per class; empty if no file gives them (.weights)
+    size: int | None  # side in pixels of the square input that it was trained on; None if the file does not give it
+    notes: tuple[str, ...] = ()  # assumptions that were made; each is a sentence that names the file
 
 
 def save_detector(
     model: Detector, path: str | os.PathLike[str], class_names: Sequence[str] = (), size: int | None = None
 ) -> None:
-    """Write a detector alone, without optimiser, adapters or teacher, for ``load_detector``.
+    """Write a file for ``load_detector``: the detector alone, without optimiser, adapters or teacher.
 
     Args:
-        model: what to save.
-        path: ``.pt``: a dictionary that ``torch.load(path, weights_only=True)`` reads; ``.weights``: Darknet's format,
-            with a ``.cfg`` of the same name beside it that has layers, classes, anchors and size, and a ``.names``
-            that has the class names. Replaced if there.
-        class_names: one per class. Without any, a ``.names`` file that is there stays, and is read with the weights.
+        model: the detector.
+        path: a ``.pt`` file is a dictionary that ``torch.load(path, weights_only=True)`` reads; a ``.weights`` file has
+            Darknet's format, and beside it are written a ``.cfg`` file (layers, classes, anchors and size) and a
+            ``.names`` file (class names). Existing files are replaced.
+        class_names: one per class. If there are none, an existing ``.names`` file stays, and is read with the weights.
         size: side in pixels of the network's input.
 
     Raises:
-        ValueError: another suffix, or a number of names that is not the number of classes.
+        ValueError: the suffix is another one, or the number of names is not the number of classes.
     """
     path = Path(path)
     if class_names and len(class_names) != model.num_classes:
@@ -82,16 +82,18 @@ def load_detector(
 
     Args:
         path: a ``.pt`` or ``.weights`` file.
-        model, num_classes, width, anchors: what a ``.weights`` file does not say; not looked at for ``.pt``. None: as
-            the ``.cfg`` beside it says; without one width 1.0, the model and the number of classes that have a file of
-            this size, and the anchors of ``load_weights``.
-        class_names: one per class, in place of those that the file has. None: those of a ``.pt``, or of the ``.names``
-            file beside a ``.weights``; without that COCO's for 80 classes (then ``notes`` says so), else none.
+        model, num_classes, width, anchors: what a ``.weights`` file does not contain; ignored for ``.pt``. None: taken
+            from the ``.cfg`` file beside the weights. If there is no ``.cfg`` file, the size of the weights file gives
+            the model and the number of classes, the width is 1.0, and the anchors are those of ``load_weights``.
+        class_names: one per class, which replace the file's own. None: those of the ``.pt`` file, or of the ``.names``
+            file beside the ``.weights`` file. If there is no ``.names`` file, a detector of 80 classes gets COCO's
+            names, with a note in ``notes``, and any other detector gets none.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a detector's file, another suffix, a ``.cfg`` that says something else or is none, weights that
-            do not fit the model or are not finite, or another number of names than of classes.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a detector's or has another suffix; the ``.cfg`` file is not valid or contradicts
+            the arguments; the weights do not fit the model or are not finite; or the number of names is not the number
+            of classes.
     """
     path = Path(path)
     suffix = _suffix(path)
@@ -114,14 +116,14 @@ def load_detector(
 
 
 def _named(found: Trained, path: Path, names: Sequence[str] | None) -> Trained:
-    """With these class names; None: those that go with a ``.weights`` file."""
+    """Return the detector with these class names; None: those that go with a ``.weights`` file."""
     beside, classes, notes = path.with_suffix(".names"), found.model.num_classes, found.notes
     source = "class_names"
     if names is None and beside.is_file():
         names, source = read_names(beside), os.fspath(beside)
     elif names is None and classes == len(COCO_NAMES):
         names = COCO_NAMES
-        notes = (*notes, f"{path.name}: its 80 classes are taken to be COCO's, as there is no {beside.name} beside it")
+        notes = (*notes, f"{path.name}: assumed to have COCO's 80 classes, as there is no {beside.name} beside it")
     if names and len(names) != classes:
         raise ValueError(f"{source}: expected {classes} names, one for each class of {path}, got {len(names)}")
     return found._replace(class_names=tuple(names or ()), notes=notes)
@@ -129,15 +131,15 @@ def _named(found: Trained, path: Path, names: Sequence[str] | None) -> Trained:
 
 def _load_weights(path: Path, given: dict[str, Any], anchors: AnchorSizes | None) -> Trained:
     cfg = path.with_suffix(".cfg")
-    said = read_cfg(cfg) if cfg.is_file() else None
+    described = read_cfg(cfg) if cfg.is_file() else None
     options = {name: value for name, value in given.items() if value is not None}
     for name, value in options.items():
-        if said is not None and getattr(said, name) != value:
-            raise ValueError(f"{name}: expected {getattr(said, name)!r}, as {cfg} says, got {value!r}")
+        if described is not None and getattr(described, name) != value:
+            raise ValueError(f"{name}: expected {getattr(described, name)!r} as in {cfg}, got {value!r}")
     by_size = None
-    if said is None and not {"model", "num_classes"} <= options.keys():
+    if described is None and not {"model", "num_classes"} <= options.keys():
         by_size = described_by_size(path.stat().st_size, given["model"], given["width"], anchors)
-    known = said or by_size or PUBLISHED
+    known = described or by_size or PUBLISHED
     detector = build_detector(
         options.get("model", known.model),
         options.get("num_classes", known.num_classes),
@@ -149,27 +151,32 @@ def _load_weights(path: Path, given: dict[str, Any], anchors: AnchorSizes | None
     if anchors is not None:
         detector.anchors.copy_(given_anchors)
     _require_finite(detector, path)
-    what = f"{path.name}: by its size a {name_of(detector)} of {detector.num_classes} classes"
-    return Trained(detector.eval(), (), known.size, (what,) if by_size else ())
+    note = f"{path.name}: assumed from its size to be a {name_of(detector)} of {detector.num_classes} classes"
+    return Trained(detector.eval(), (), known.size, (note,) if by_size else ())
 
 
 def read_dictionary(path: Path, what: str, keys: Sequence[str]) -> dict[str, Any]:
-    """What ``torch.save`` wrote of a dictionary with these keys; no code of the file is run.
+    """Read a dictionary with these keys that ``torch.save`` wrote; no code from the file is run.
+
+    Args:
+        path: the file.
+        what: the kind of file that is expected, for error messages.
+        keys: the keys that have to be there.
 
     Raises:
-        ValueError: the file is damaged, carries code, or is another one than ``what`` says.
+        ValueError: the file is damaged, contains code, or lacks some of the keys.
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "global" not in str(error).lower():  # what the file wants to call, not a damaged pickle
-            raise ValueError(f"{path}: not readable as {what}; is it whole?") from error
+        if "global" not in str(error).lower():  # a damaged pickle, not one that calls something
+            raise ValueError(f"{path}: not readable as {what}; is the file complete?") from error
         raise ValueError(
-            f"{path}: refused, as it carries code and not only weights (read with weights_only=True); load it where "
-            "you trust it, and write its model anew with fastkd.yolov3.checkpoint.save_detector"
+            f"{path}: refused, because it contains code besides weights (read with weights_only=True); if you trust "
+            "the file, load it yourself and write its model again with fastkd.yolov3.checkpoint.save_detector"
         ) from error
-    except Exception as error:  # torch.load raises whatever a damaged file makes its parts raise
-        raise ValueError(f"{path}: not readable as {what} ({type(error).__name__}); is it whole?") from error
+    except Exception as error:  # for a damaged file, torch.load may raise any exception
+        raise ValueError(f"{path}: not readable as {what} ({type(error).__name__}); is the file complete?") from error
     absent = [key for key in keys if key not in content] if isinstance(content, dict) else keys
     if absent:
         found = f" with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else ""
@@ -186,7 +193,7 @@ def _require_finite(model: Detector, path: Path) -> None:
         some = f"{bad[0]}, ..." if len(bad) > 1 else bad[0]
         raise ValueError(
             f"{path}: expected finite weights, got {len(bad)} tensors with NaN or infinity ({some}); the training that "
-            "wrote it went wrong: take an earlier file, or train again"
+            "wrote the file diverged: take an earlier file, or train again"
         )
 
 

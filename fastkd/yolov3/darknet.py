@@ -1,7 +1,8 @@
 """Darknet ``.weights`` files: a header of 20 bytes, then float32 values, little-endian, layer after layer.
 
-A layer with batch norm holds its bias, scale, running mean, running variance, then the convolution; one without
-holds bias, then convolution. Layers come in the order in which a model registers its modules.
+A layer with batch norm stores its bias, scale, running mean and running variance, then the weights of the convolution;
+a layer without batch norm stores the bias, then the weights. Layers come in the order in which a model registers its
+modules.
 """
 
 from __future__ import annotations
@@ -21,28 +22,28 @@ from fastkd.yolov3.darknet_cfg import PUBLISHED_CLASSES, PUBLISHED_SIZE, Describ
 from fastkd.yolov3.model import MODELS, AnchorSizes, Detector, YOLOv3, YOLOv3Tiny, build_detector, name_of
 
 _VERSION = (0, 2, 0)  # as in the files published with the paper
-PUBLISHED_SEEN = 32_013_312  # images that the published files had seen, by their header
+PUBLISHED_SEEN = 32_013_312  # images seen in training, in the header of the published files
 _LONG_HEADER = struct.Struct("<iiiq")  # major, minor, revision, images seen
 _SHORT_HEADER = struct.Struct("<iiii")  # before version 0.2
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
-    """Read a Darknet ``.weights`` file into a model, in place; nothing is changed when the file does not fit.
+    """Read a Darknet ``.weights`` file into a model, in place; a file that does not fit changes nothing.
 
-    Also takes a part of a model: ``load_weights(yolov3.backbone, "darknet53.conv.74")``. A detector with the default
-    anchors of its class gets those that the weights were trained with, where these are known: of the ``.cfg`` beside
-    the file, or of the published yolov3-tiny.weights, whose own ``.cfg`` is wrong.
+    The model may be a part of a detector: ``load_weights(yolov3.backbone, "darknet53.conv.74")``. A detector that has
+    the default anchors of its class gets the anchors that the weights were trained with, if these are known: from the
+    ``.cfg`` file beside the weights, or for the published yolov3-tiny.weights, whose own ``.cfg`` file is wrong.
 
     Args:
-        model: of convolutions and batch norms in the file's order, such as ``YOLOv3`` and ``YOLOv3Tiny``.
+        model: a module of convolutions and batch norms in the file's order, such as ``YOLOv3`` and ``YOLOv3Tiny``.
         path: the file.
 
     Returns:
-        How many images the file's network had seen in training.
+        The number of images that the network had seen in training, from the file's header.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is shorter or longer than the model's weights (says by how much).
+        FileNotFoundError: there is no such file.
+        ValueError: the file is shorter or longer than the model's weights (the message gives the difference).
     """
     data = Path(path).read_bytes()
     tensors = list(_in_file_order(model))
@@ -60,7 +61,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
 
 def _known_anchors(model: Detector, path: Path, seen: int) -> Tensor | None:
-    """Those that the weights were trained with; None where they are not known, or the model has some of its own."""
+    """Return the anchors that the weights were trained with; None if unknown, or if the model has its own."""
     if model.anchors.reshape(-1, 2).tolist() != [list(size) for size in model.default_anchors]:
         return None
     published = model.num_classes == PUBLISHED_CLASSES and seen == PUBLISHED_SEEN
@@ -69,25 +70,29 @@ def _known_anchors(model: Detector, path: Path, seen: int) -> Tensor | None:
     cfg, why = path.with_suffix(".cfg"), "there is no .cfg beside it"
     if cfg.is_file():
         try:
-            said = read_cfg(cfg)
+            described = read_cfg(cfg)
         except ValueError as error:
             why = str(error)
         else:
-            if (said.model, said.num_classes, said.width) == (name_of(model), model.num_classes, model.width):
-                return said.anchors
-            why = f"{cfg} describes a {said.model} of {said.num_classes} classes and width {said.width:g}"
+            found = (described.model, described.num_classes, described.width)
+            if found == (name_of(model), model.num_classes, model.width):
+                return described.anchors
+            why = f"{cfg} describes a {found[0]} of {found[1]} classes and width {found[2]:g}"
     if not published:
-        warnings.warn(f"{path}: the model's own anchors are taken for those of the weights, as {why}", stacklevel=3)
+        warnings.warn(f"{path}: these weights are used with the model's default anchors, as {why}", stacklevel=3)
     return None
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], seen: int = 0) -> None:
-    """Write a model as a Darknet ``.weights`` file, whole or not at all.
+    """Write a model as a Darknet ``.weights`` file, atomically.
 
     Args:
         model: as for ``load_weights``; reading the file back gives the same float32 weights bit for bit.
-        path: replaced if it exists.
-        seen: images seen in training, for the header.
+        path: the file, replaced if it exists.
+        seen: number of images seen in training, for the header.
+
+    Raises:
+        ValueError: a convolution of the model has neither a bias nor a batch norm after it.
     """
     with replacing(path) as part, part.open("wb") as file:
         file.write(_LONG_HEADER.pack(*_VERSION, seen))
@@ -97,24 +102,24 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], seen: int = 0) 
 
 
 def weights_size(model: nn.Module) -> int:
-    """Bytes of the model's ``.weights`` file."""
+    """Return the size of the model's ``.weights`` file in bytes."""
     return _LONG_HEADER.size + 4 * sum(t.numel() for t in _in_file_order(model))
 
 
 def described_by_size(
     size: int, model: str | None = None, width: float | None = None, anchors: AnchorSizes | None = None
 ) -> Described | None:
-    """The detector whose ``.weights`` file has so many bytes: the file's size says the number of classes.
+    """Return the detector whose ``.weights`` file has this size, which depends on the number of classes.
 
     Args:
-        size: of the file, in bytes.
+        size: size of the file in bytes.
         model: ``"yolov3"`` or ``"yolov3-tiny"``; None: either.
-        width: of the model's channels; None: 1.0, as published.
-        anchors: for their number a head; None: three.
+        width: multiplier of the model's channels; None: 1.0, as published.
+        anchors: any anchors with the right number per head; None: three per head.
 
     Returns:
-        What the size says, with an input of 416 pixels for 80 classes, as published; None where no number of classes
-        has files of this size.
+        Model, number of classes and width, and for 80 classes the published input size of 416 pixels; None if no
+        number of classes gives a file of this size.
     """
     for name in MODELS if model is None else (model,):
         try:
@@ -140,14 +145,16 @@ def _in_file_order(model: nn.Module) -> Iterator[Tensor]:
         elif isinstance(following, nn.BatchNorm2d) and following.running_mean is not None:
             yield from (following.bias, following.weight, following.running_mean, following.running_var)  # type: ignore[misc]
         else:
-            raise ValueError("model: a convolution without bias is not followed by a batch norm; not a Darknet network")
+            raise ValueError(
+                "model: expected a Darknet network, got a convolution without bias that no batch norm follows"
+            )
         yield layer.weight
 
 
 def _read_header(data: bytes, size: int, path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Length of the header before ``size`` bytes of values, and images seen.
+    """Return the length of the header before ``size`` bytes of values, and the number of images seen.
 
-    Some programs write the long header without a version: then the file's length tells.
+    Some programs write the long header without its version, so the file's length decides too.
     """
     if len(data) < _LONG_HEADER.size:
         raise ValueError(f"{path}: {len(data)} bytes, too short for a .weights header of {_LONG_HEADER.size} bytes")

@@ -1,4 +1,4 @@
-"""Darknet's ``.cfg`` files: what a ``.weights`` file does not say, its layers, classes and anchors."""
+"""Darknet's ``.cfg`` files: the layers, classes and anchors, which a ``.weights`` file does not contain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUBLISHED_SIZE = 416  # side of the input in pixels
 PUBLISHED_CLASSES = 80  # those of COCO
 _WIDEST = 1024  # filters of both models' widest layer at width 1
 
-# what makes a layer another one; the last three are of later networks, and in none of these
+# options in which a layer must agree; the last three belong to later networks and must be absent
 _COMPARED = (
     *("batch_normalize", "filters", "size", "stride", "activation", "layers", "from"),
     *("groups", "scale_x_y", "new_coords"),
@@ -54,11 +54,11 @@ class Described(NamedTuple):
     size: int | None  # side of the square input in pixels; None: not known
 
 
-PUBLISHED = Described("yolov3", PUBLISHED_CLASSES, 1.0, None, None)  # of a .weights file of which nothing is known
+PUBLISHED = Described("yolov3", PUBLISHED_CLASSES, 1.0, None, None)  # if nothing is known about a .weights file
 
 
 def write_cfg(model: Detector, size: int | None = None) -> str:
-    """The text of a ``.cfg`` file with which Darknet reads the model's ``.weights``.
+    """Return the text of a ``.cfg`` file with which Darknet can read the model's ``.weights`` file.
 
     Args:
         model: the detector.
@@ -73,10 +73,11 @@ def write_cfg(model: Detector, size: int | None = None) -> str:
 
 
 def read_cfg(path: str | os.PathLike[str]) -> Described:
-    """The YOLOv3 or YOLOv3-tiny that a ``.cfg`` file describes, of any width.
+    """Return the YOLOv3 or YOLOv3-tiny, of any width, that a ``.cfg`` file describes.
 
     Raises:
-        ValueError: it describes another network, or is no ``.cfg`` file (names the layer that differs).
+        ValueError: the file describes another network (the message names the layer that differs), or is not a ``.cfg``
+            file.
     """
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     sections = _parsed(text, path)
@@ -89,16 +90,16 @@ def read_cfg(path: str | os.PathLike[str]) -> Described:
         (classes,) = {int(head["classes"]) for head in heads}
         anchors = [_anchors_of(head) for head in reversed(heads)]
         (size,) = {int(net.get(side, PUBLISHED_SIZE)) for side in ("width", "height")}
-        said = re.match(r"# \S+ of fastkd, width (\S+)", text)
+        ours = re.match(r"# \S+ of fastkd, width (\S+)", text)
         filters = max(int(options["filters"]) for kind, options in layers if options.get("batch_normalize") == "1")
-        width = float(said[1]) if said else filters / _WIDEST
+        width = float(ours[1]) if ours else filters / _WIDEST
         found = Described(name, classes, width, torch.tensor(anchors), size)
         with torch.device("meta"):
             expected = _sections(build_detector(name, found.num_classes, width, found.anchors))
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(
-            f"{path}: expected a .cfg file of Darknet, with a square input, filters, and in each [yolo] the same "
-            f"classes, pairs of anchors and a mask of their numbers ({type(error).__name__}: {error})"
+            f"{path}: expected a .cfg file of Darknet with a square input and filters, and in each [yolo] section the "
+            f"same classes, anchors in pairs, and a mask of anchor numbers ({type(error).__name__}: {error})"
         ) from None
     for number, (a, b) in enumerate(zip(layers, expected, strict=False)):
         if a[0] != b[0] or any(_plain(a[1].get(key)) != b[1].get(key) for key in _COMPARED):
@@ -113,7 +114,7 @@ def _plain(value: str | None) -> str | None:
 
 
 def _sections(model: Detector) -> list[Section]:
-    """The layers of the model as Darknet lists them."""
+    """Return the layers of the model as sections of a ``.cfg`` file."""
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     return [_section(layer, convolutions, model) for layer in _LAYERS[type(model)]]
 
@@ -146,7 +147,7 @@ def _yolo(model: Detector, head: int) -> dict[str, str]:
 
 
 def _parsed(text: str, path: str | os.PathLike[str]) -> list[Section]:
-    """Sections and their options, comments and spaces left out."""
+    """Return the sections and their options, without comments and spaces."""
     sections: list[Section] = []
     for line in map(str.strip, text.splitlines()):
         if line.startswith("["):
@@ -162,7 +163,7 @@ def _parsed(text: str, path: str | os.PathLike[str]) -> list[Section]:
 
 
 def _anchors_of(head: dict[str, str]) -> list[tuple[float, float]]:
-    """Those of the anchors that the head's mask chooses."""
+    """Return the anchors that the head's mask selects."""
     sides = [float(side) for side in head["anchors"].rstrip(", ").split(",")]
     pairs = dict(enumerate(zip(sides[::2], sides[1::2], strict=True)))
     return [pairs[int(number)] for number in head["mask"].split(",")]

@@ -18,22 +18,24 @@ TERMS = ("box", "objectness", "class")
 class DetectionLoss(nn.Module):
     """YOLOv3's loss (Redmon & Farhadi 2018, arXiv:1804.02767, section 2), summed over cells, averaged over images.
 
-    Each labelled box belongs to the anchor, of all heads, whose size fits it best, in the cell that holds its centre.
-    That prediction is trained on box, class (binary cross-entropy a class) and objectness 1; all others on
-    objectness 0, but those whose box overlaps a labelled one by more than ``ignore_threshold`` are left alone.
-    The box term is Darknet's: (2 - relative area) times cross-entropy of the centre within its cell plus half the
-    squared error of log width and height. In trainings of a few hundred steps it beat 1 - CIoU (arXiv:1911.08287).
-    Computed in float32 or wider, also under autocast.
+    A labelled box is assigned to the anchor of all heads whose size has the best IoU with its own, in the cell that
+    contains its centre. That prediction is trained on the box, on the class (binary cross-entropy per class) and on an
+    objectness of 1. All other predictions are trained on an objectness of 0, except those whose box overlaps a labelled
+    box by more than ``ignore_threshold``: they have no objectness loss. The box term is that of Darknet: (2 - relative
+    area) times the sum of the cross-entropy of the centre within its cell and half the squared error of log width and
+    log height. In trainings of a few hundred steps it gave better detectors than 1 - CIoU (arXiv:1911.08287). The loss
+    is computed in float32 or wider, also under autocast.
 
     Args:
         heads: the detector, or a ``HeadLayout``: anchors, strides, num_classes.
         ignore_threshold: IoU in (0, 1]; 0.5 in the paper, 0.7 in yolov3.cfg.
-        match_threshold: IoU in (0, 1]; a box belongs also to anchors whose sizes fit it better than this (Darknet's
-            ``iou_thresh``). 1: to the best alone, as in the paper; short trainings learn classes much slower so.
+        match_threshold: IoU in (0, 1]; a box is also assigned to every anchor whose size has a larger IoU with its own
+            (Darknet's ``iou_thresh``). 1: to the best anchor alone, as in the paper; short trainings then learn the
+            classes much more slowly.
         box_weight, objectness_weight, class_weight: factors of the three terms, finite and >= 0.
 
     Raises:
-        ValueError: threshold or weight out of range.
+        ValueError: a threshold or weight is out of range.
     """
 
     anchors: Tensor
@@ -65,20 +67,20 @@ class DetectionLoss(nn.Module):
         self.register_buffer("anchors", heads.anchors.detach().clone(), persistent=False)
 
     def forward(self, outputs: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch.
+        """Return the loss of a batch and its terms.
 
         Args:
-            outputs: raw head maps, (N, A * (5 + K), H / stride, W / stride) a stride.
+            outputs: one raw head map per stride, (N, A * (5 + K), H / stride, W / stride).
             targets: (M, 6) float: index of the image in the batch, class index, x1, y1, x2, y2 in pixels of the
-                network's input. M = 0 and images without a box are fine. Indices are checked on the CPU only,
-                where that costs no synchronisation.
+                network's input. M may be 0, and images may have no box. Indices are checked on the CPU only, where
+                the check needs no synchronisation.
 
         Returns:
             The weighted sum, a scalar to differentiate, and its terms ``{"box", "objectness", "class"}``,
             weighted and detached.
 
         Raises:
-            ValueError: outputs that do not fit the anchors, targets of another shape or with unknown indices.
+            ValueError: the outputs do not fit the anchors, or targets have another shape or unknown indices.
         """
         check_outputs(outputs, self.anchors, self.strides, self.num_classes)
         _check_targets(targets, outputs[0].shape[0], self.num_classes)
@@ -94,17 +96,17 @@ class DetectionLoss(nn.Module):
         return terms.sum(), dict(zip(TERMS, terms.detach(), strict=True))
 
     def _owned(self, targets: Tensor) -> Tensor:
-        """1 where a box belongs to an anchor, else 0: (M, heads, A)."""
+        """Return (M, heads, A): 1 where a box is assigned to an anchor, else 0."""
         sizes = targets[:, 4:6] - targets[:, 2:4]
         fit = size_iou(sizes, self.anchors.to(targets).flatten(0, 1))
         best = F.one_hot(fit.argmax(1), fit.shape[1]) > 0
         return (best | (fit > self.match_threshold)).to(targets).view(-1, *self.anchors.shape[:2])
 
     def _head_terms(self, level: int, output: Tensor, targets: Tensor, owned: Tensor) -> Tensor:
-        """Box, objectness and class terms (3,) of one head.
+        """Return the box, objectness and class terms (3,) of one head.
 
-        Every box meets every anchor of its cell, (M, A) pairs weighted by ``owned``: shapes known beforehand, so
-        the device never waits for the host.
+        Every box is paired with every anchor of its cell, (M, A) pairs weighted by ``owned``: these shapes do not
+        depend on values, so the host never waits for the device.
         """
         stride, anchors = self.strides[level], self.anchors[level].to(output)
         cells = head_cells(output, len(anchors))
@@ -130,9 +132,9 @@ class DetectionLoss(nn.Module):
 
     @torch.no_grad()
     def _near_box(self, cells: Tensor, anchors: Tensor, stride: int, targets: Tensor) -> Tensor:
-        """1 where a predicted box overlaps a labelled one by more than the threshold, else 0: (N, A, H, W).
+        """Return (N, A, H, W): 1 where a predicted box overlaps a labelled one by more than the threshold, else 0.
 
-        Each labelled box meets the predictions of its own image only: M * A * H * W pairs.
+        Each labelled box is compared with the predictions of its own image only: M * A * H * W pairs.
         """
         image = targets[:, 0].long()
         predicted = decode_head(cells, anchors, stride).flatten(1, 3)
@@ -142,7 +144,7 @@ class DetectionLoss(nn.Module):
 
 
 def _place(targets: Tensor, stride: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Image, row and column (M, 3) of the cells that hold the boxes' centres; x, y (M, 2) within them, 0 to 1."""
+    """Return image, row and column (M, 3) of the cells of the boxes' centres, and x, y within them (M, 2), 0..1."""
     centre = (targets[:, 2:4] + targets[:, 4:6]) / (2 * stride)
     column = centre[:, 0].long().clamp(0, size[1] - 1)
     row = centre[:, 1].long().clamp(0, size[0] - 1)

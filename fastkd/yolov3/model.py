@@ -1,7 +1,7 @@
 """YOLOv3 and YOLOv3-tiny (Redmon & Farhadi, 2018, arXiv:1804.02767), layer by layer as in their .cfg files.
 
 Modules are registered in the order of the .cfg files, because that is the order of a ``.weights`` file
-(``darknet.py``). Names end in the stride of what they compute.
+(``darknet.py``). The number at the end of a module's name is the stride of its output.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch.nn import functional as F
 AnchorSizes = Tensor | Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]]
 
 _COARSEST_STRIDE = 32
-_OBJECT_PRIOR = 0.01  # chance that an untrained head gives a cell to an object (Lin et al. 2017, section 4.1)
+_OBJECT_PRIOR = 0.01  # objectness that an untrained head predicts (focal loss, arXiv:1708.02002, section 4.1)
 
 
 def conv_block(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution without bias, batch norm, leaky ReLU 0.1: every layer of both networks but the heads' last.
+    """Return a convolution without bias, batch norm and leaky ReLU 0.1: all layers except the last of each head.
 
-    Batch norm divides by sqrt(variance + 1e-5), as Darknet does on a GPU; on a CPU it divides by sqrt(variance) + 1e-6.
+    Batch norm divides by sqrt(variance + 1e-5), as Darknet does on a GPU; on a CPU Darknet divides by
+    sqrt(variance) + 1e-6.
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
     norm = nn.BatchNorm2d(out_channels, eps=1e-5, momentum=0.03)
@@ -65,7 +66,7 @@ class Darknet53(nn.Module):
 
 
 class _Detector(nn.Module):
-    """What the two networks share: arguments and their checks, heads, initial weights."""
+    """Base of the two networks: arguments and their checks, heads, initial weights."""
 
     strides: ClassVar[tuple[int, ...]]
     backbone_levels: ClassVar[tuple[str, ...]]
@@ -89,7 +90,7 @@ class _Detector(nn.Module):
         return nn.Conv2d(in_channels, self.anchors.shape[1] * (5 + self.num_classes), 1)
 
     def _initialize(self) -> None:
-        """He initialisation; heads that begin at the priors: 1 cell in 100 holds an object, all classes alike."""
+        """Initialise the weights as He et al. do; heads predict an objectness of 0.01 and 1 / K for each class."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, a=0.1, nonlinearity="leaky_relu")
@@ -106,22 +107,23 @@ class _Detector(nn.Module):
 
 
 class YOLOv3(_Detector):
-    """YOLOv3: Darknet-53 and three heads. 61,949,149 parameters at 80 classes and width 1.
+    """YOLOv3: Darknet-53 and three heads; 61,949,149 parameters with 80 classes and width 1.
 
     Args:
         num_classes: K, at least 1.
-        width: multiplies every channel count but the heads' outputs, rounded to a multiple of 8 (at least 8).
+        width: multiplies every number of channels except the heads' outputs; products are rounded to a multiple of 8
+            (at least 8).
         anchors: box sizes (w, h) in pixels of the network's input, (3, A, 2) or (3A, 2) with the smallest first;
-            default: those of yolov3.cfg, for COCO at 416 pixels. ``dataset_anchors`` finds your own.
+            None: those of yolov3.cfg, for COCO at 416 pixels. ``dataset_anchors`` chooses them for a data set.
 
     Attributes:
-        strides: of the heads, (8, 16, 32).
+        strides: strides of the heads, (8, 16, 32).
         anchors: buffer (3, A, 2), pixels; saved in ``state_dict``.
         backbone_levels, neck_levels: names of the modules whose outputs are distilled, strides 8, 16, 32; the
-            neck's are what the heads' last 1x1 convolutions read.
+            outputs of the neck's modules are the inputs of the heads' last 1x1 convolutions.
 
     Raises:
-        ValueError: num_classes, width or anchors not as above.
+        ValueError: num_classes, width or anchors are not as above.
     """
 
     strides = (8, 16, 32)
@@ -151,17 +153,17 @@ class YOLOv3(_Detector):
         self._initialize()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Raw head maps of RGB images.
+        """Return the raw head maps of RGB images.
 
         Args:
             images: (N, 3, H, W) floating point, 0..1, H and W multiples of 32.
 
         Returns:
-            One map a stride, ascending, (N, A * (5 + K), H / stride, W / stride). Channels of each anchor: tx, ty,
-            tw, th, objectness logit, K class logits; ``decode`` makes boxes of them.
+            One map per stride, ascending, (N, A * (5 + K), H / stride, W / stride). Channels of each anchor: tx, ty,
+            tw, th, objectness logit, K class logits; ``decode`` turns them into boxes.
 
         Raises:
-            ValueError: images of another shape.
+            ValueError: images have another shape.
         """
         _check_images(images)
         c8, c16, c32 = self.backbone(images)
@@ -173,11 +175,11 @@ class YOLOv3(_Detector):
 
 
 class YOLOv3Tiny(_Detector):
-    """YOLOv3-tiny: seven convolutions and two heads. 8,852,366 parameters at 80 classes and width 1.
+    """YOLOv3-tiny: seven convolutions and two heads; 8,852,366 parameters with 80 classes and width 1.
 
-    Arguments, attributes, output and errors as in ``YOLOv3``, with two heads at strides (16, 32) and anchors
-    (2, A, 2); ``backbone_levels`` still has strides 8, 16 and 32. The yolov3-tiny.weights that were published had
-    been trained with a slip in their .cfg, ``mask = 1,2,3``: they want ``anchors=YOLOv3Tiny.published_anchors``.
+    Arguments, attributes, output and errors are those of ``YOLOv3``, with two heads at strides (16, 32) and anchors
+    (2, A, 2); ``backbone_levels`` still has strides 8, 16 and 32. The published yolov3-tiny.weights were trained with
+    a mistake in their .cfg file, ``mask = 1,2,3``, and need ``anchors=YOLOv3Tiny.published_anchors``.
     """
 
     strides = (16, 32)
@@ -205,14 +207,14 @@ class YOLOv3Tiny(_Detector):
         self._initialize()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Raw head maps at strides 16 and 32; see ``YOLOv3.forward``."""
+        """Return the raw head maps at strides 16 and 32; see ``YOLOv3.forward``."""
         _check_images(images)
         x = images
         for conv in (self.conv1, self.conv2, self.conv4, self.conv8):
             x = F.max_pool2d(conv(x), 2)
         f16 = self.conv16(x)
         f32 = self.conv32(F.max_pool2d(f16, 2))
-        # Darknet's 2x2 pooling at stride 1 keeps the size: what lies beyond the right and bottom edges never wins.
+        # Darknet's 2x2 pooling with stride 1 keeps the size: cells beyond the right and bottom edges count as -inf.
         pooled = F.max_pool2d(F.pad(f32, (0, 1, 0, 1), value=-math.inf), 2, stride=1)
         p32 = self.block32(self.top32(pooled))
         p16 = torch.cat([_upsample(self.lateral16(p32)), f16], 1)
@@ -227,10 +229,10 @@ MODELS: dict[str, type[YOLOv3] | type[YOLOv3Tiny]] = {"yolov3": YOLOv3, "yolov3-
 def build_detector(
     name: str, num_classes: int = 80, width: float = 1.0, anchors: AnchorSizes | None = None
 ) -> Detector:
-    """A detector with initial weights, by name.
+    """Return a detector with initial weights, chosen by name.
 
     Raises:
-        ValueError: unknown name (lists the known ones), or as the model itself.
+        ValueError: the name is unknown (the message lists the known ones), or what the model itself raises.
     """
     if name not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}; got {name!r}")
@@ -238,12 +240,12 @@ def build_detector(
 
 
 def name_of(model: Detector) -> str:
-    """The name that ``build_detector`` makes it by."""
+    """Return the detector's name, as ``build_detector`` takes it."""
     return next(name for name, kind in MODELS.items() if type(model) is kind)
 
 
 def scale_channels(channels: int, width: float) -> int:
-    """``channels * width`` to the nearest multiple of 8, at least 8."""
+    """Return ``channels * width``, rounded to the nearest multiple of 8, at least 8."""
     return max(8, round(channels * width / 8) * 8)
 
 
@@ -273,7 +275,7 @@ def _anchors_per_head(anchors: AnchorSizes, heads: int) -> Tensor:
     if not (per_head or flat) or sizes.shape[-1] != 2 or sizes.numel() == 0:
         raise ValueError(
             f"anchors: expected sizes (w, h) for {heads} heads, shape ({heads}, A, 2) or ({heads} * A, 2); "
-            f"got shape {tuple(sizes.shape)}; dataset_anchors() makes them for these strides"
+            f"got shape {tuple(sizes.shape)}; dataset_anchors() chooses them for these strides"
         )
     if not bool((sizes.isfinite() & (sizes > 0)).all()):
         raise ValueError("anchors: expected finite widths and heights > 0, in pixels")
@@ -284,5 +286,5 @@ def _check_images(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or any(side % _COARSEST_STRIDE for side in images.shape[2:]):
         raise ValueError(
             f"images: expected (N, 3, H, W) with H and W multiples of {_COARSEST_STRIDE}, got {tuple(images.shape)}; "
-            "letterbox them to such a size"
+            "letterbox the images to such a size"
         )

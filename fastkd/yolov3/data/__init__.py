@@ -1,4 +1,4 @@
-"""Images and boxes: readers of data formats, augmentation, and the set that a data loader reads."""
+"""Images and boxes: readers of data formats, augmentation, and the data set that a data loader reads."""
 
 from fastkd.yolov3.data.annotations import Annotations
 from fastkd.yolov3.data.augment import Augmentation

@@ -1,4 +1,4 @@
-"""``Annotations``: images and boxes of a set in memory, whatever format they came in; and the rules for faults."""
+"""``Annotations``: the images and boxes of a set in memory, read from any format, and the rules for faulty boxes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class Annotations:
-    """A set of P images and M boxes, as arrays: 100,000 images take some 100 MB, and workers share them.
+    """A set of P images and M boxes, as arrays, which worker processes share; 100,000 images take about 100 MB.
 
     Args:
-        source: where they come from, for messages.
+        source: the file or folder that was read, for messages.
         image_dir: the folder that file names are relative to.
         file_names: P names.
-        image_ids: (P,) int64, as in the file, or 1, 2, ... where it has none.
-        sizes: (P, 2) int64, width and height in pixels; 0 where the image could not be read.
-        class_names: one a class, in the order of the class indices.
-        category_ids: one a class, as in the file, or 1, 2, ... where it has none.
-        boxes: (M, 4) float64 x, y, width, height in pixels of the image, as in the files, or as ``clean`` left them;
-            image by image in ``rows``' order.
-        rows: (M,) int64, ascending: the image of each box.
+        image_ids: (P,) int64, as in the file, or 1, 2, ... if it has none.
+        sizes: (P, 2) int64, width and height in pixels; 0 if the image could not be read.
+        class_names: one per class, in the order of the class indices.
+        category_ids: one per class, as in the file, or 1, 2, ... if it has none.
+        boxes: (M, 4) float64 x, y, width, height in pixels of the image, as in the files, or as ``clean`` returns
+            them; sorted by image, as ``rows``.
+        rows: (M,) int64, ascending: index of the image of each box.
         classes: (M,) int64.
-        crowd: (M,) bool: not a training target, and neither a hit nor a miss in evaluation.
-        areas: (M,) float64 of the objects in pixels, for COCO's small, medium and large.
-        problems: what was left out or changed, to the name of the image of each case: a name may be there twice.
-        notes: how the files were understood, where they leave it open; whole sentences.
-        unread: (P,) bool, or None: images that were found to be unreadable when they were decoded.
+        crowd: (M,) bool: boxes that are no training targets, and count neither as hits nor as misses in evaluation.
+        areas: (M,) float64, areas of the objects in pixels, for COCO's small, medium and large.
+        problems: maps a description of what was left out or changed to the image name of each case; a name may be
+            listed twice.
+        notes: how the files were interpreted if they are ambiguous; whole sentences.
+        unread: (P,) bool, or None: images that could not be decoded.
     """
 
     source: str
@@ -58,11 +59,11 @@ class Annotations:
         return len(self.file_names)
 
     def path(self, row: int) -> Path:
-        """The file of an image."""
+        """Return the file of an image."""
         return self.image_dir / self.file_names[row]
 
     def of(self, row: int) -> slice:
-        """Where an image's boxes are."""
+        """Return the slice of an image's boxes."""
         return slice(int(self._starts[row]), int(self._starts[row + 1]))
 
     @cached_property
@@ -71,13 +72,13 @@ class Annotations:
         return starts
 
     def first(self, count: int | None) -> Annotations:
-        """The first ``count`` images, or all, with their boxes."""
+        """Return the first ``count`` images with their boxes; None: all."""
         if count is None or count >= len(self):
             return self
         return self.only(np.arange(len(self)) < count)
 
     def only(self, kept: Array) -> Annotations:
-        """The images that ``kept`` (P,) bool marks, with their boxes."""
+        """Return the images where ``kept``, (P,) bool, is True, with their boxes."""
         boxes = kept[self.rows]
         return replace(
             self._keeping(boxes),
@@ -89,7 +90,7 @@ class Annotations:
         )
 
     def once(self) -> Annotations:
-        """Each file once: the boxes of its later entries go to the first one, except those that repeat a box."""
+        """Return each file once: boxes of its later entries are added to the first entry, unless they repeat a box."""
         places: dict[str, int] = {}
         first = np.array([places.setdefault(os.path.normpath(x), row) for row, x in enumerate(self.file_names)])
         kept = np.isin(np.arange(len(self)), first)
@@ -104,7 +105,7 @@ class Annotations:
         )
 
     def repeated(self) -> Array:
-        """(M,) bool: boxes that have image, class and corners of an earlier one."""
+        """Return (M,) bool: boxes with the same image, class and corners as an earlier box."""
         table = np.column_stack([self.rows, self.classes, self.boxes])
         order = np.lexsort(table.T[::-1])
         again = np.zeros(len(table), dtype=bool)
@@ -112,25 +113,25 @@ class Annotations:
         return again
 
     def _keeping(self, kept: Array) -> Annotations:
-        """With these boxes alone."""
+        """Return the set with these boxes only."""
         boxes, rows, classes, crowd, areas = (
             x[kept] for x in (self.boxes, self.rows, self.classes, self.crowd, self.areas)
         )
         return replace(self, boxes=boxes, rows=rows, classes=classes, crowd=crowd, areas=areas)
 
     def clean(self) -> Annotations:
-        """For training: boxes clipped to their images; those without area there, or not finite, left out.
+        """Return the set for training: boxes are clipped to their images, and dropped if no area is left or not finite.
 
-        ``problems`` tells how many, and where.
+        ``problems`` lists the images of the boxes that were changed or dropped.
         """
         finite: Array = np.logical_and.reduce(np.isfinite(self.boxes), axis=1)
         boxes = self.boxes if finite.all() else np.where(finite[:, None], self.boxes, 0)
         limit = self.sizes[self.rows].astype(np.float64)
         low, high = boxes[:, :2].clip(0, limit), (boxes[:, :2] + boxes[:, 2:]).clip(0, limit)
         kept: Array = finite & (high > low).all(1)
-        # half a pixel outside is rounding, common in real sets, and not worth a word
+        # boxes that reach out by at most half a pixel are common in real sets, by rounding, and are not reported
         outside = np.maximum(low - boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - high).max(1, initial=0) > 0.5
-        # a box inside keeps its own numbers: x + width - x rounds
+        # a box inside its image keeps its exact numbers, as x + width - x would be rounded
         changed = (low != boxes[:, :2]) | (high != boxes[:, :2] + boxes[:, 2:])
         if changed.any():
             boxes = np.where(changed.any(1)[:, None], np.concatenate([low, high - low], 1), boxes)
@@ -145,10 +146,10 @@ class Annotations:
         return cleaned if kept.all() else cleaned._keeping(kept)
 
     def as_given(self) -> Annotations:
-        """Boxes as in the files, also where they reach outside their image: for evaluation.
+        """Return the set for evaluation: boxes as in the files, even if they reach outside their image.
 
-        Left out are those that are not finite or have no width or height, which no detection can match. Areas that the
-        files do not give are those of the boxes.
+        Boxes that are not finite or have no width or height are left out: no detection can match them. An object whose
+        area the files do not give gets the area of its box.
         """
         has_area = self.boxes[:, 2:].min(1, initial=np.inf) > 0
         kept: Array = np.logical_and.reduce(np.isfinite(self.boxes), axis=1) & has_area
@@ -158,22 +159,25 @@ class Annotations:
         return found if kept.all() else found._keeping(kept)
 
     def names_of(self, boxes: Array) -> list[str]:
-        """The image's name of each of these boxes, given as (M,) bool."""
+        """Return the image name of each box where ``boxes``, (M,) bool, is True."""
         return [self.file_names[row] for row in self.rows[boxes].tolist()]
 
     def missing(self) -> list[str]:
-        """Names of the images that are not there."""
+        """Return the names of the images whose files do not exist."""
         return [name for name in self.file_names if not (self.image_dir / name).is_file()]
 
     def have_size(self) -> Array:
-        """(P,) bool: images whose size is known; of the others the header could not be read."""
+        """Return (P,) bool: False for images whose header could not be read, so that their size is unknown."""
         known: Array = np.logical_and.reduce(self.sizes > 0, axis=1)
         return known
 
     def coco(self, *, boxes: bool = True) -> dict[str, Any]:
-        """The set as COCO JSON has it, without boxes if so asked. Annotations are numbered from 1.
+        """Return the set as COCO JSON, with or without boxes; annotations are numbered from 1.
 
-        Images that were found to be unreadable are left out: no detector has seen them.
+        Images that could not be decoded are left out: no detector has seen them.
+
+        Raises:
+            ValueError: no image could be decoded.
         """
         if self.unread is not None and self.unread.any():
             if self.unread.all():
@@ -212,7 +216,12 @@ def from_rows(
     table: Array,
     notes: Sequence[str] = (),
 ) -> Annotations:
-    """Of formats without ids. ``table``: (M, 7) float64, image's row, class, x, y, width, height, crowd."""
+    """Return the annotations of a format without ids.
+
+    Args:
+        source, image_dir, file_names, sizes, class_names, notes: as for ``Annotations``.
+        table: (M, 7) float64: index of the image, class, x, y, width, height, crowd.
+    """
     return Annotations(
         source=source,
         image_dir=image_dir,
@@ -231,13 +240,13 @@ def from_rows(
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:
-    """The first names, each once, for a message."""
+    """Return the first ``most`` different names, for a message."""
     different = list(dict.fromkeys(names))
     return ", ".join(different[:most]) + (", ..." if len(different) > most else "")
 
 
 def refuse_outside(file_name: str, source: str) -> None:
-    """A file name comes from outside: it may not lead out of the image folder, on any system."""
+    """Raise ``ValueError`` if a file name from an annotation file leads out of the image folder, on any system."""
     for path in (PurePosixPath(file_name), PureWindowsPath(file_name)):
         if not path.parts or path.is_absolute() or path.drive or path.root or ".." in path.parts:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""Training-time changes to an image and its boxes.
+"""Augmentation: random changes to an image and its boxes in training.
 
-Everything random comes from the `numpy.random.Generator` that the caller passes, so the same generator state gives the
+All random numbers come from the `numpy.random.Generator` that the caller passes, so the same generator state gives the
 same image. Images are (H, W, 3) uint8 RGB; boxes (k, 4) float32 x1, y1, x2, y2 in pixels; classes (k,) int64.
 """
 
@@ -15,21 +15,25 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Labelled = tuple[Array, Array, Array]  # image, boxes, classes
 
-FILL = 114  # grey of the cells that no image covers
+FILL = 114  # grey of the pixels that no image covers
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What `augment` may do, and how much.
+    """The options of `augment`.
 
     Args:
-        flip: probability of mirroring left to right. Leave at 0 where it changes the meaning, as with digits.
-        zoom: range of the zoom factor, e.g. (0.7, 1.4): below 1 the image shrinks into grey, above 1 it is cropped.
-        translate: largest shift, as a share of the image's sides.
-        hue, saturation, value: largest change: of the hue as a share of the colour circle, of the others as a share of
-            themselves.
+        flip: probability of mirroring left to right; leave it at 0 if mirroring changes the class, as with digits.
+        zoom: range of the zoom factor, for example (0.7, 1.4): below 1 the image shrinks and gets a grey border, above
+            1 it is cropped.
+        translate: largest shift, as a fraction of the image's sides.
+        hue: largest change of the hue, as a fraction of the colour circle.
+        saturation, value: largest relative change of saturation and brightness.
         mosaic: probability of joining the image with three others (YOLOv4, arXiv:2004.10934, section 3.3).
-        min_visible: a box is dropped where less than this share of its area stays in the image.
+        min_visible: a box is dropped if less than this fraction of its area stays in the image.
+
+    Raises:
+        ValueError: a value is not in 0..1, or the zoom is not a range of positive numbers.
     """
 
     flip: float = 0.0
@@ -55,8 +59,8 @@ def augment(
 ) -> Labelled:
     """Crop or pad (zoom, shift), mirror and recolour an image.
 
-    The zoom chooses the window that the image is cut to, so its size changes and no pixel is resampled here:
-    letterboxing to the network's size afterwards does that, once.
+    The zoom only selects the window that is cut out of the image, so the size of the image changes and no pixel is
+    resampled: letterboxing to the network's size does that afterwards, once.
 
     Returns:
         The new image, and the boxes and classes that are still visible, boxes clipped to the image.
@@ -78,7 +82,7 @@ def augment(
 def crop(
     image: Array, boxes: Array, classes: Array, window: tuple[int, int, int, int], *, min_visible: float = 0.0
 ) -> Labelled:
-    """Cut a window (x, y, width, height) out of an image; where it reaches outside, the result is grey."""
+    """Cut a window (x, y, width, height) out of an image; the parts of it outside the image are grey."""
     x, y, width, height = window
     left, top = max(x, 0), max(y, 0)
     right, bottom = min(x + width, image.shape[1]), min(y + height, image.shape[0])
@@ -86,7 +90,7 @@ def crop(
     if left < right and top < bottom:
         out[top - y : bottom - y, left - x : right - x] = image[top:bottom, left:right]
 
-    # Only the part of the window that shows image counts as visible.
+    # Only the part of a box that is in both the window and the image counts as visible.
     clipped = boxes.copy()
     clipped[:, 0::2] = clipped[:, 0::2].clip(left, max(left, right)) - x
     clipped[:, 1::2] = clipped[:, 1::2].clip(top, max(top, bottom)) - y
@@ -108,7 +112,7 @@ def recolour(image: Array, rng: np.random.Generator, options: Augmentation) -> A
     if not (hue or saturation or value):
         return image
     levels = np.arange(256)
-    tables = (  # OpenCV's hue has 180 steps
+    tables = (  # a uint8 hue has 180 steps in OpenCV
         (levels + hue * 180) % 180,
         (levels * (1 + saturation)).clip(0, 255),
         (levels * (1 + value)).clip(0, 255),
@@ -120,9 +124,12 @@ def recolour(image: Array, rng: np.random.Generator, options: Augmentation) -> A
 
 
 def mosaic(tiles: Sequence[Labelled], rng: np.random.Generator, *, min_visible: float = 0.0) -> Labelled:
-    """Join four square images of one size into one of that size, around a random centre.
+    """Join four square images of one size into one image of that size, around a random centre.
 
-    Each quadrant shows a random part of its image, unscaled. Box rules are those of `crop`.
+    Each quadrant shows a random part of its image, not scaled. Boxes are clipped and dropped as in `crop`.
+
+    Raises:
+        ValueError: there are not four images, or they are not square and of one size.
     """
     if len(tiles) != 4:
         raise ValueError(f"tiles: expected 4 labelled images, got {len(tiles)}")
@@ -153,5 +160,5 @@ def _areas(boxes: Array) -> Array:
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """Zooming in and out by the same factor should be equally likely."""
+    """Draw a zoom factor so that zooming in and out by the same factor are equally likely."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))

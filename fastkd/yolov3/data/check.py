@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it, before hours are spent on it: ``fastkd data check``."""
+"""``fastkd data check``: counts the images, boxes and classes of a data set and lists its faults before a training."""
 
 from __future__ import annotations
 
@@ -23,28 +23,31 @@ from fastkd.yolov3.data.dataset import decode, letterbox_of
 from fastkd.yolov3.data.draw import Image, draw, write_image
 from fastkd.yolov3.data.formats import YAML, find_set, read_set
 
-ORIENTATION = 0x0112  # of EXIF
-TINY = 2  # pixels of the network's input, under which a box has no cell of its own at any stride
-BAR = 30  # characters
-TILE = 480  # pixels
+ORIENTATION = 0x0112  # EXIF's tag of the orientation
+TINY = 2  # pixels of the network's input; smaller boxes are reported
+BAR = 30  # length of the longest bar in characters
+TILE = 480  # side of a sample in pixels
 UNREADABLE = "images can't be read"
 
 
 @dataclass
 class SetReport:
-    """One set, looked at. ``faults`` are what a training would leave out or be misled by: what it is, and where."""
+    """The contents and faults of one set.
+
+    ``faults`` maps a description of what a training would leave out, or learn wrongly from, to the names of the images.
+    """
 
     name: str
-    annotations: Annotations  # as they are in the files
-    clean: Annotations  # as training sees them
-    tiny: int
+    annotations: Annotations  # as in the files
+    clean: Annotations  # as training uses them
+    tiny: int  # boxes of less than TINY pixels
     quick: bool = False
     turned: int = 0  # images with an orientation tag
     deep: int = 0  # images of 16 bits per channel
     faults: dict[str, list[str]] = field(default_factory=dict)
-    # of the images' bytes, or their paths where the images were not read, to file names
+    # maps a hash of an image's bytes, or its path if the images were not read, to its file name
     hashes: dict[str, str] = field(default_factory=dict)
-    copies: list[str] = field(default_factory=list)  # images with the bytes of another one
+    copies: list[str] = field(default_factory=list)  # images with the same bytes as another one
 
     def lines(self) -> list[str]:
         found, boxes = self.annotations, self.clean.boxes
@@ -52,7 +55,7 @@ class SetReport:
         per_image = len(boxes) / max(len(np.unique(self.clean.rows)), 1)
         lines = [
             f"{self.name}: {len(found)} images, {len(boxes)} boxes  ({found.source})",
-            f"  images without a box: {without}; boxes per image that has some: {per_image:.1f}; "
+            f"  images without a box: {without}; boxes per image with boxes: {per_image:.1f}; "
             f"crowd or difficult: {int(self.clean.crowd.sum())}",
         ]
         counts = np.bincount(self.clean.classes, minlength=len(found.class_names)).tolist()
@@ -75,18 +78,18 @@ class SetReport:
         empty = [name for name, count in zip(self.annotations.class_names, counts, strict=True) if not count]
         if empty and any(counts):
             from_one = Path(self.annotations.source).suffix in YAML and empty == self.annotations.class_names[:1]
-            hint = "; are the class numbers of the labels counted from 1?" if from_one else ""
+            hint = "; do the class numbers in the labels start at 1?" if from_one else ""
             notes.append(f"{len(empty)} classes have no box: {some_of(empty)}{hint}")
         if self.tiny:
             notes.append(f"{self.tiny} boxes are under {TINY} pixels wide or high in the network's input")
         if self.turned:
             notes.append(
                 f"{self.turned} images have an orientation tag, which is ignored: boxes must fit the pixels as stored; "
-                "if yours were drawn on the turned image, turn the files first"
+                "if yours were drawn on the rotated image, rotate the files first"
             )
         if self.deep:
             notes.append(
-                f"{self.deep} images have 16 bits per channel, of which the highest eight that are in use are read"
+                f"{self.deep} images have 16 bits per channel, of which the highest 8 that are in use are read"
             )
         return notes
 
@@ -94,16 +97,17 @@ class SetReport:
 def check_set(
     folder: str | os.PathLike[str], name: str, *, size: int = 416, quick: bool = False, progress: bool = False
 ) -> SetReport:
-    """Look at one set.
+    """Count the contents of one set and find its faults.
 
     Args:
         folder, name: as for ``find_set``.
         size: side of the network's input in pixels.
-        quick: do not read the images, only whether they are there.
-        progress: whether to show a bar, where the output is a terminal.
+        quick: do not read the images, only check that they exist.
+        progress: whether to show a progress bar if the output is a terminal.
 
     Raises:
-        FileNotFoundError, ValueError: no such set, or annotations that cannot be read (names the place).
+        FileNotFoundError, ValueError: there is no such set, or its annotations cannot be read (the message names the
+            place).
     """
     annotations = read_set(*find_set(folder, name))
     readable = annotations.have_size()
@@ -131,7 +135,7 @@ def check_set(
 
 
 def compare_sets(reports: Sequence[SetReport]) -> list[str]:
-    """What two sets must not have in common, or must: images and classes. Faults begin with ``FAULT``."""
+    """Return lines on pairs of sets that share images or differ in their classes; faults start with ``FAULT``."""
     lines = []
     for a, b in combinations(reports, 2):
         keys = a.hashes.keys() & b.hashes.keys()
@@ -161,10 +165,10 @@ def _are_parts(a: str, b: str) -> bool:
 
 
 def write_samples(reports: Sequence[SetReport], path: str | os.PathLike[str], *, columns: int = 4) -> bool:
-    """A plot of some images with their boxes: one row per set, spread over it, those with boxes first.
+    """Write an image file of samples with their boxes: one row per set, evenly spaced, of images with boxes if any.
 
     Returns:
-        Whether there was an image to show.
+        Whether there was an image to show; without one, no file is written.
     """
     rows = [row for report in reports if (row := _tiles(report.clean, columns))]
     if rows:
@@ -173,7 +177,7 @@ def write_samples(reports: Sequence[SetReport], path: str | os.PathLike[str], *,
 
 
 def _look(report: SetReport, row: int) -> list[str]:
-    """What is wrong with an image; the report gets what is worth a note."""
+    """Return the faults of an image, and count in the report what is worth a note."""
     annotations, path = report.annotations, report.annotations.path(row)
     try:
         encoded = np.fromfile(path, dtype=np.uint8)
@@ -218,7 +222,7 @@ def _tiles(clean: Annotations, count: int) -> list[Array]:
     chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)].tolist()
     tiles = []
     for row in chosen:
-        with contextlib.suppress(OSError):  # a fault that the report names
+        with contextlib.suppress(OSError):  # the report has this fault already
             found = decode(np.fromfile(clean.path(row), dtype=np.uint8))
             tiles += [_tile(clean, row, found.image)] if found is not None else []
     blank = np.full((TILE, TILE, 3), 255, dtype=np.uint8)
@@ -226,7 +230,7 @@ def _tiles(clean: Annotations, count: int) -> list[Array]:
 
 
 def _tile(clean: Annotations, row: int, image: Array) -> Array:
-    """One image, enlarged or reduced so that names can be read, in a white square."""
+    """Return one image, scaled so that the class names can be read, in a white square."""
     height, width = image.shape[:2]
     letterbox = letterbox_of(width, height, TILE - 8)
     boxes = clean.boxes[clean.of(row)]

@@ -21,22 +21,26 @@ NOT_BOXES = {"segments_info": "the segments of panoptic segmentation", "caption"
 
 
 class _Kept:
-    """Stands for an annotation that has gone into the arrays."""
+    """Stands in the list for an annotation that has been moved to the arrays."""
 
 
 def read_coco(path: Path, images: str | os.PathLike[str]) -> Annotations:
-    """COCO JSON. Classes are numbered 0, 1, ... in the order of the category ids; ``iscrowd`` is kept.
+    """Read COCO JSON. Classes are numbered 0, 1, ... in the order of the category ids; ``iscrowd`` is kept.
 
-    Ids of annotations are not used, so they may repeat. Image ids that are text become 1, 2, ...
+    The ids of annotations are not used, so they may repeat. Image ids that are text are replaced by 1, 2, ...
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not COCO detection JSON (the message names the place).
     """
-    numbers, boxes, areas = array("q"), array("d"), array("d")  # image and category ids, iscrowd; four; one
+    numbers, boxes, areas = array("q"), array("d"), array("d")  # per box: image id, category id, iscrowd; 4; 1
     texts: dict[str, int] = {}
 
     def number_of(image_id: Any) -> Any:
         return texts.setdefault(image_id, TEXT_IDS + len(texts)) if isinstance(image_id, str) else image_id
 
     def keep(entry: Any) -> Any:
-        """Annotations become numbers as they are parsed: as dictionaries they would take a kilobyte each."""
+        """Move an annotation to the arrays as soon as it is parsed: a dictionary would take about a kilobyte."""
         try:
             box, area = entry["bbox"], entry.get("area")
             area = math.nan if area is None else area
@@ -46,7 +50,7 @@ def read_coco(path: Path, images: str | os.PathLike[str]) -> Annotations:
             row = [number_of(entry["image_id"]), entry["category_id"], int(entry.get("iscrowd") or 0)]
             numbers.extend(row)
         except (KeyError, TypeError, ValueError, OverflowError):
-            return entry  # an image, a category, or a fault that the checks below name
+            return entry  # an image, a category, or a fault that the checks below report
         boxes.extend(box)
         areas.append(area)
         return _Kept
@@ -83,12 +87,12 @@ def read_coco(path: Path, images: str | os.PathLike[str]) -> Annotations:
         classes=classes[order],
         crowd=table[order, 2] > 0,
         areas=np.frombuffer(areas)[order],
-        notes=["image ids are text; detections number the images 1, 2, ... in their order"] if texts else [],
+        notes=["image ids are text; in detections the images are numbered 1, 2, ... in their order"] if texts else [],
     )
 
 
 def _check_coco(content: Any, path: Path) -> None:
-    """Whether all that is used of a file is there."""
+    """Raise ``ValueError`` if something that is read from a file is missing or has another type."""
     fields = {
         "images": ("id", "file_name", "width", "height"),
         "annotations": ("image_id", "category_id", "bbox"),
@@ -133,7 +137,7 @@ def _check_entry(entry: Any, keys: tuple[str, ...], where: str) -> None:
 
 
 def _check_ids(part: str, ids: list[Any], path: Path) -> None:
-    """Whole numbers of 64 bits or, of images, text; each once."""
+    """Raise ``ValueError`` unless all ids are different and 64-bit integers or, for images, text."""
     whole = all(isinstance(number, int) and abs(number) < 1 << 63 for number in ids)
     if not (whole or (part == "images" and all(isinstance(number, str) for number in ids))):
         wrong = next(i for i, number in enumerate(ids) if not isinstance(number, int) or abs(number) >= 1 << 63)
@@ -143,11 +147,11 @@ def _check_ids(part: str, ids: list[Any], path: Path) -> None:
         )
     again = [number for number, times in Counter(ids).items() if times > 1]
     if again:
-        raise ValueError(f"annotation_file: {path}: ids in '{part}' are not unique: {again[0]!r} is there twice")
+        raise ValueError(f"annotation_file: {path}: expected different ids in '{part}', got {again[0]!r} twice")
 
 
 def _places(values: Any, known: Any) -> Any:
-    """Index of each value in ``known``, -1 where it is not there."""
+    """Return the index of each value in ``known``, -1 for a value that is not there."""
     if not len(known):
         return np.full(len(values), -1)
     order = np.argsort(known)
@@ -156,7 +160,7 @@ def _places(values: Any, known: Any) -> Any:
 
 
 def _require_known(key: str, ids: Array, places: Array, known: list[Any], texts: dict[str, int], path: Path) -> None:
-    """Whether the image or category of each annotation is there."""
+    """Raise ``ValueError`` if the image or category of an annotation is not in the file."""
     if (places < 0).any():
         position = int(np.argmax(places < 0))
         number = int(ids[position])

@@ -1,4 +1,4 @@
-"""Write sets of any layout as COCO JSON or YOLO text: ``fastkd data convert`` and ``fastkd data split``."""
+"""Writes sets of any layout as COCO JSON or YOLO text, for ``fastkd data convert`` and ``fastkd data split``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastkd.yolov3.data.annotations import Annotations, Array, some_of
 from fastkd.yolov3.data.formats import find_set, read_set, require_sets
 
 FORMATS = ("coco", "yolo")
-KEYS = ("train", "val", "test")  # of a data.yaml
+KEYS = ("train", "val", "test")  # the sets of a data.yaml
 
 
 def convert(
@@ -34,14 +34,15 @@ def convert(
 
     Args:
         folder: as for ``find_set``.
-        names: of the sets; None: all that are there.
+        names: names of the sets; None: all sets.
         out, to, copy: as for ``write_sets``.
 
     Returns:
-        What was written, by the name of the set.
+        The annotations that were written, by the name of the set.
 
     Raises:
-        As ``write_sets``; FileNotFoundError, ValueError: no such set, or annotations that can't be read.
+        FileNotFoundError, ValueError: there is no such set, or its annotations can't be read.
+        Also what ``write_sets`` raises.
     """
     chosen = require_sets(folder) if names is None else names
     return write_sets({name: read_set(*find_set(folder, name)) for name in chosen}, out, to, copy=copy)
@@ -50,26 +51,26 @@ def convert(
 def write_sets(
     sets: Mapping[str, Annotations], out: str | os.PathLike[str], to: str, *, copy: bool = False
 ) -> dict[str, Annotations]:
-    """Write sets to a new folder, which appears once it is whole.
+    """Write sets to a new folder, atomically.
 
-    Images go to ``images/NAME``. COCO: ``annotations/NAME.json`` has boxes, areas, crowds (VOC's difficult objects are
-    crowds too) and the ids of images and categories as they were read. YOLO: ``labels/NAME`` and a ``data.yaml``;
-    crowds are left out, as the text can't say what they are, and boxes are clipped to their image, as other trainers
-    refuse those that reach outside. Left out of both are boxes without area or with a number that is not finite, and
-    images that can't be read; ``problems`` of what is returned names them.
+    Images go to ``images/NAME``. For COCO, ``annotations/NAME.json`` has the boxes, areas and crowds (VOC's difficult
+    objects become crowds too), and the ids of images and categories as they were read. For YOLO, labels go to
+    ``labels/NAME`` and the classes to a ``data.yaml``; crowds are left out, as the format can't mark them, and boxes
+    are clipped to their image, as other trainers refuse boxes that reach outside. Both formats leave out boxes without
+    area, boxes that are not finite, and images that can't be read; ``problems`` of the returned annotations names them.
 
     Args:
         sets: annotations by the name of the set.
-        out: the folder, which must not be there.
+        out: the folder, which must not exist.
         to: ``"coco"`` or ``"yolo"``.
-        copy: copy the images; False: links to them, or copies where the system has no links.
+        copy: copy the images; False: link to them, or copy them if the system has no links.
 
     Returns:
-        What was written, by the name of the set; the file names are those in ``images/NAME``.
+        The annotations that were written, by the name of the set; file names are relative to ``images/NAME``.
 
     Raises:
-        FileExistsError: ``out`` is there already. FileNotFoundError: images are missing.
-        ValueError: another format; sets of other classes, or two images with one name, which YOLO can't tell apart.
+        FileExistsError: ``out`` exists. FileNotFoundError: images are missing.
+        ValueError: the format is unknown; or for YOLO, sets have different classes or two images have one name.
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected coco or yolo, got {to!r}")
@@ -87,7 +88,7 @@ def write_sets(
 
 
 def as_coco(annotations: Annotations) -> Annotations:
-    """What COCO JSON can hold of a set: images of a known size with names inside one folder, boxes with an area.
+    """Return the part of a set that COCO JSON can hold: images of known size in one folder, and boxes with an area.
 
     Raises:
         FileNotFoundError: images are missing.
@@ -96,7 +97,7 @@ def as_coco(annotations: Annotations) -> Annotations:
     if missing:
         raise FileNotFoundError(
             f"{annotations.source}: {len(missing)} of {len(annotations)} images are missing from "
-            f"{annotations.image_dir}: {some_of(missing)}; take them out of the annotations, or put them there"
+            f"{annotations.image_dir}: {some_of(missing)}; remove them from the annotations, or add the files"
         )
     readable = annotations.have_size()
     found = annotations.only(readable)
@@ -119,7 +120,7 @@ def _as_yolo(annotations: Annotations) -> Annotations:
 
 
 def _inside(annotations: Annotations) -> Annotations:
-    """With names relative to a folder that all images are in."""
+    """Return the set with file names relative to a folder that contains all images."""
     names = [PurePath(name) for name in annotations.file_names]
     if not any(name.is_absolute() or ".." in name.parts for name in names):
         return replace(annotations, file_names=[name.as_posix() for name in names])
@@ -129,15 +130,18 @@ def _inside(annotations: Annotations) -> Annotations:
 
 
 def _place_images(annotations: Annotations, folder: Path, *, copy: bool, flat: bool) -> Annotations:
-    """Links or copies of the images; ``flat``: without a folder ``images`` in their names, which YOLO looks for."""
+    """Link or copy the images to a folder.
+
+    ``flat``: leave out folders called ``images`` below it, because YOLO finds labels by the last ``images`` of a path.
+    """
     names = annotations.file_names
     if flat:
         names = ["/".join(part for part in name.split("/") if part != "images") for name in names]
         twice = [name for name, times in Counter(os.path.splitext(name)[0] for name in names).items() if times > 1]
         if twice:
             raise ValueError(
-                f"{annotations.source}: YOLO's label files are named as their images, but {len(twice)} names are those "
-                f"of two images: {some_of(twice)}; rename them, or write COCO"
+                f"{annotations.source}: expected different names, as YOLO's label files are named after their images; "
+                f"got {len(twice)} names twice: {some_of(twice)}; rename the images, or write COCO"
             )
     folder.mkdir(parents=True)
     for row, name in enumerate(names):
@@ -148,14 +152,14 @@ def _place_images(annotations: Annotations, folder: Path, *, copy: bool, flat: b
 
 def _place(file: Path, target: Path, *, copy: bool) -> None:
     if not copy:
-        with suppress(OSError, NotImplementedError):  # not every disk has links
+        with suppress(OSError, NotImplementedError):  # not every file system has links
             target.symlink_to(os.path.abspath(file))
             return
     shutil.copyfile(file, target)
 
 
 def write_coco(annotations: Annotations, path: str | os.PathLike[str]) -> None:
-    """One set as COCO JSON, as ``as_coco`` leaves it. Raises as ``fastkd.files.replacing``."""
+    """Write one set, as ``as_coco`` returns it, as COCO JSON. Raises what ``fastkd.files.replacing`` raises."""
     with replacing(path) as part:
         part.write_text(json.dumps(annotations.coco(), ensure_ascii=False), encoding="utf-8")
 
@@ -179,13 +183,13 @@ def _write_yolo(sets: Mapping[str, Annotations], folder: Path) -> None:
 
 
 def _key_of(name: str, names: Collection[str]) -> str:
-    """That of a data.yaml: of val2017, val; of a set that was never split, train."""
+    """Return the key of a set in a data.yaml: ``val`` for ``val2017``, and ``train`` for the only set of a folder."""
     key = name.rstrip("0123456789") if len(names) > 1 else "train"
     return name if name in KEYS or key not in KEYS or key in names else key
 
 
 def _write_labels(annotations: Annotations, folder: Path) -> None:
-    """A file an image, also of one without a box: class, centre, width and height relative to the image."""
+    """Write one file per image, even without boxes: class, centre, width and height relative to the image."""
     sizes = annotations.sizes[annotations.rows]
     centres = annotations.boxes[:, :2] + annotations.boxes[:, 2:] / 2
     relative = np.concatenate([centres / sizes, annotations.boxes[:, 2:] / sizes], axis=1).tolist()

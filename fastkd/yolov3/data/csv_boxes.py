@@ -1,4 +1,4 @@
-"""Reader of CSV files with a box a row, as the tutorials of TensorFlow have them and Roboflow exports them."""
+"""Reader of CSV files with one box per row, as in TensorFlow's tutorials and in Roboflow's exports."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from fastkd.yolov3.data.images import ALIASES, ALL, SPLITS, require_there, size_
 from fastkd.yolov3.data.voc import boxes_of_corners
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-COLUMNS = ("filename", "class", *CORNERS)  # width and height too, where they are there
+COLUMNS = ("filename", "class", *CORNERS)  # width and height are optional
 HEADING = "filename,width,height,class,xmin,ymin,xmax,ymax"
 
 
 def read_csv(path: Path, images: str | os.PathLike[str]) -> Annotations:
-    """CSV with the columns ``filename, width, height, class, xmin, ymin, xmax, ymax``: a row a box, in pixels.
+    """Read CSV with the columns ``filename, width, height, class, xmin, ymin, xmax, ymax``: one box per row, in pixels.
 
-    Classes are those of all such files beside it, sorted, and of the other splits' folders, so that every split numbers
-    them alike. Corners are counted as those of ``read_voc``, of which most such files are made. A row with a file name
-    alone is an image without a box; without ``width`` and ``height`` the size is the image's.
+    The classes are the sorted labels of all such files in this folder and in the folders of the other splits, so that
+    every split numbers them alike. Corners are interpreted as in ``read_voc``, because most such files are made from
+    VOC XML. A row with only a file name is an image without a box. ``width`` and ``height`` are optional: without
+    them, the size is read from the image.
 
     Raises:
-        ValueError: a column is missing, or a row makes no sense (names file and line).
+        FileNotFoundError: there is no such file.
+        ValueError: a column is missing, or a row is not valid (the message names file and line).
     """
     tables = {file: _read_table(file) for file in dict.fromkeys([path, *_beside(path)])}
     labels = sorted({label for table in tables.values() for label in table.labels})
@@ -38,7 +40,7 @@ def read_csv(path: Path, images: str | os.PathLike[str]) -> Annotations:
     corners = np.concatenate([table.corners for table in tables.values()])
     boxes, note = boxes_of_corners(np.column_stack([corners, np.zeros(len(corners))]))
     if len(corners) and np.nanmax(np.abs(corners)) <= 1:
-        raise ValueError(f"{path}: expected corners in pixels, got none above 1; multiply them with width and height")
+        raise ValueError(f"{path}: expected corners in pixels, got none above 1; multiply them by width and height")
     found = tables[path]
     if not found.file_names:
         raise ValueError(f"{path} lists no images; expected rows of {HEADING}")
@@ -54,7 +56,7 @@ def read_csv(path: Path, images: str | os.PathLike[str]) -> Annotations:
 
 
 def sets_of_csv(root: Path) -> dict[str, tuple[Path, Path]]:
-    """Sets of the CSV files of a folder: ``train_labels.csv``, ``data/test.csv``, ``valid/_annotations.csv``, ..."""
+    """Return the sets of CSV files in a folder: ``train_labels.csv``, ``data/test.csv``, ``valid/_annotations.csv``."""
     folders = (root, root / "data", root / "annotations", root / "images", *(root / split for split in SPLITS))
     files = [file for folder in folders for file in sorted(folder.glob("*.csv")) if _has_boxes(file)]
     found: dict[str, tuple[Path, Path]] = {}
@@ -68,7 +70,7 @@ def sets_of_csv(root: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def columns_of(file: Path) -> list[str]:
-    """The first line of a CSV file, or nothing of what is no text."""
+    """Return the columns of a CSV file, from its first line; none for a file that is not CSV text."""
     try:
         with _rows_of(file) as reader:
             return list(reader.fieldnames or ())
@@ -81,7 +83,7 @@ def _has_boxes(file: Path) -> bool:
 
 
 def _images_of(file: Path, root: Path, split: str) -> Path:
-    """The folder in which the first file is."""
+    """Return the folder that contains the first image of a CSV file."""
     with _rows_of(file) as reader:
         first = next((row["filename"] or "" for row in reader), "")
     folders = [root / "images" / split, root / split, root / "images", file.parent, root] if split else []
@@ -91,7 +93,7 @@ def _images_of(file: Path, root: Path, split: str) -> Path:
 
 
 def _beside(path: Path) -> Iterator[Path]:
-    """The other files of the set."""
+    """Yield the CSV files with boxes in the same folder and in the folders of the other splits."""
     splits = [path.parent.parent / split for split in SPLITS] if path.parent.name in SPLITS else []
     for folder in (path.parent, *splits):
         yield from (file for file in sorted(folder.glob("*.csv")) if _has_boxes(file))
@@ -100,7 +102,7 @@ def _beside(path: Path) -> Iterator[Path]:
 class _Table(NamedTuple):
     file_names: list[str]
     sizes: list[tuple[int, int] | None]
-    rows: Array  # (k,) int64: the image of each box
+    rows: Array  # (k,) int64: index of the image of each box
     labels: list[str]
     corners: Array  # (k, 4)
 
@@ -138,7 +140,7 @@ def _read_table(path: Path) -> _Table:
 
 @contextmanager
 def _rows_of(path: Path) -> Iterator[csv.DictReader[str]]:
-    """Rows by column; commas, semicolons or tabs between them, as the first line has."""
+    """Open a CSV file as a reader of its rows; the first line decides between commas, semicolons and tabs."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             first = file.readline(4096)
@@ -157,7 +159,7 @@ def _text(row: dict[str, Any], column: str) -> str:
 
 
 def _size_of(row: dict[str, Any]) -> tuple[int, int] | None:
-    """Width and height; None where they are not given, or are no numbers."""
+    """Return width and height; None if they are not given, or not numbers."""
     try:
         width, height = (int(float(_text(row, side))) for side in ("width", "height"))
     except (ValueError, OverflowError):

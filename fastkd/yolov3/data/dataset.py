@@ -1,4 +1,4 @@
-"""Detection data as a PyTorch data set whose samples depend on (seed, epoch, index) only."""
+"""A detection data set for PyTorch whose samples depend on (seed, epoch, index) only."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ T = TypeVar("T")
 READ_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 JPEG_START, JPEG_END, JPEG_SCAN = b"\xff\xd8", b"\xff\xd9", b"\xda"  # markers
 JPEG_SEGMENT = re.compile(rb"\xff+([^\xff])(.{0,2})", re.DOTALL)  # fill bytes, marker and length
-NAMED = 5  # so many images that are left out are named in warnings
+NAMED = 5  # the number of left-out images that are named in warnings
 
 
 class Letterbox(NamedTuple):
-    """How an image was fitted into the network's square input: input = original * scale + pad, in pixels."""
+    """The mapping from an image to the network's square input: input = original * scale + pad, in pixels."""
 
     scale_x: float
     scale_y: float
@@ -56,17 +56,17 @@ class Letterbox(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image, ready for the network but for its scale to 0..1."""
+    """One image as uint8, and its targets; ``collate`` scales it to 0..1."""
 
     image: Tensor  # (3, size, size) uint8, RGB
     targets: Tensor  # (k, 5) float32: class index, x1, y1, x2, y2 in pixels of the network's input
     image_id: int
-    letterbox: Letterbox  # without augmentation, the way back to the original image
+    letterbox: Letterbox  # maps boxes back to the original image, if there is no augmentation
     readable: bool = True  # False: the file could not be read; the image is grey, and `collate` leaves the sample out
 
 
 class Batch(NamedTuple):
-    """What the network trains on."""
+    """The images and targets of a training step."""
 
     images: Tensor  # (N, 3, size, size) float32, RGB, 0..1
     targets: Tensor  # (M, 6) float32: index in the batch, class index, x1, y1, x2, y2 in pixels of the input
@@ -75,34 +75,38 @@ class Batch(NamedTuple):
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Images and boxes of a set in COCO JSON, Pascal VOC XML or YOLO text.
+    """The images and boxes of a set in COCO JSON, Pascal VOC XML, YOLO text or CSV.
 
     A sample depends on (seed, epoch, index) only: not on the order of access, the number of workers, or where a run was
-    resumed. Classes are numbered 0, 1, ...: in COCO in the order of the category ids, in VOC sorted by name.
+    resumed. Classes are numbered 0, 1, ...: for COCO in the order of the category ids, for VOC sorted by name.
 
-    What is wrong in a file is found when it is opened, or when the image is read, and is named:
+    Faults are found when the annotations or the images are read, and are reported with the file's name:
 
-    - missing image: FileNotFoundError with the count and the first few, at construction;
-    - image that can't be read, or of another size than the annotations say: left out; warnings name the first five.
-      With augmentation the next image that can be read takes its place, so that a sample still depends on (seed, epoch,
-      index) only; without, `collate` drops the sample, and the evaluation does not count its boxes;
-    - JPEG that is cut off: read as far as it goes, the rest is grey, with a warning that names it;
-    - file that is listed twice: one image, with the boxes of both entries;
-    - unknown class or image, file name outside the image folder: ValueError at construction;
-    - box outside the image: clipped to it; box without area (also after clipping) or not finite: dropped. One warning
-      gives the counts and names, which stay in `annotations.problems`. `truth`, which evaluation scores against, has
-      the boxes as they are in the files, see `Annotations.as_given`;
-    - crowd annotation (`iscrowd`; VOC's `difficult`): not a training target, but part of the evaluation;
-    - image without boxes: kept, as background.
+    - a missing image: FileNotFoundError at construction, with the count and the first names;
+    - an image that can't be read, or has another size than annotated: left out; warnings name the first five.
+      With augmentation, the next readable image takes its place, so that a sample still depends on (seed, epoch, index)
+      only. Without augmentation, `collate` drops the sample, and the evaluation does not count its boxes;
+    - a JPEG that is cut off: read as far as it goes, with the rest grey, and a warning that names the file;
+    - a file that is listed twice: one image, with the boxes of both entries;
+    - an unknown class or image, or a file name outside the image folder: ValueError at construction;
+    - a box that reaches outside its image is clipped; a box without area (also after clipping) or not finite is
+      dropped. One warning gives counts and names, which stay in `annotations.problems`. `truth`, which the evaluation
+      scores against, has the boxes as in the files, see `Annotations.as_given`;
+    - a crowd annotation (`iscrowd`; VOC's `difficult`): not a training target, but part of the evaluation;
+    - an image without boxes: kept, as background.
 
     Args:
-        annotations, images: the set, see ``fastkd.yolov3.data.formats``; or an ``Annotations`` that has been read.
+        annotations, images: the paths of the set, see ``fastkd.yolov3.data.formats``; or an ``Annotations`` and None.
         size: side of the network's square input in pixels, a multiple of 32. Images are letterboxed to it.
-        augmentation: what to vary at random while training; None for evaluation.
-        seed: of the augmentation.
-        cache: keep decoded images in memory (in each worker process), for sets that fit.
-        limit: use the first `limit` images only.
-        strict: an image that can't be read, or has another size than the annotations say, is a ValueError instead.
+        augmentation: options of the augmentation in training; None for evaluation.
+        seed: seed of the augmentation.
+        cache: keep decoded images in memory (in each worker process), if they fit.
+        limit: use the first `limit` images only; None: all.
+        strict: raise a ValueError for an image that can't be read or has another size, instead of leaving it out.
+
+    Raises:
+        FileNotFoundError: images are missing, or what ``read_set`` raises.
+        ValueError: ``size`` or ``limit`` is out of range, no image can be read, or the annotations are faulty.
     """
 
     def __init__(
@@ -136,14 +140,14 @@ class DetectionDataset(Dataset[Sample]):
         boxes = self.annotations.boxes
         self._corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).astype(np.float32)
 
-        # In shared memory, so that workers that outlive an epoch see the new one, and tell what they could not read.
+        # In shared memory: workers that live longer than an epoch see the new epoch, and all see what was unreadable.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._unread = torch.zeros(len(self), dtype=torch.bool)
         self._share()
         self._cache: dict[int, Array] | None = {} if cache else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy shares its own memory with its own workers."""
+        """Restore a copy, which shares memory of its own with its own workers."""
         self.__dict__.update(state)
         self._share()
 
@@ -154,7 +158,7 @@ class DetectionDataset(Dataset[Sample]):
 
     @classmethod
     def of_images(cls, folder: str | os.PathLike[str], size: int, **options: Any) -> DetectionDataset:
-        """All images of a folder and its sub-folders, without boxes or classes. Options as of the constructor."""
+        """Return all images of a folder and its sub-folders, without boxes; options are those of the constructor."""
         return cls(read_images(folder), None, size, **options)
 
     @property
@@ -173,14 +177,14 @@ class DetectionDataset(Dataset[Sample]):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation's random numbers; call it before iterating over a loader."""
+        """Set the epoch, which selects the augmentation's random numbers; call it before iterating over a loader."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, self.epoch)
 
     def sample(self, index: int, epoch: int) -> Sample:
-        """The sample as it is in this epoch, whatever `set_epoch` says: for samplers that hand out (epoch, index)."""
+        """Return the sample of this epoch, independent of `set_epoch`, for samplers that yield (epoch, index)."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: expected 0..{len(self) - 1}, got {index}")
         index %= len(self)
@@ -203,16 +207,16 @@ class DetectionDataset(Dataset[Sample]):
         )
 
     def box_sizes(self) -> Tensor:
-        """Widths and heights (M, 2), float32, of all target boxes as the network sees them: for choosing anchors."""
+        """Return widths and heights (M, 2), float32, of all target boxes in pixels of the network's input."""
         trained = ~self.annotations.crowd
         sizes = self.annotations.sizes[self.annotations.rows[trained]]
         boxes = self._corners[trained]
-        # letterbox_of, of all images at once
+        # as in letterbox_of, for all images at once
         scaled = np.rint(sizes * (self.size / sizes.max(1, keepdims=True))).clip(min=1) / sizes
         return torch.from_numpy(((boxes[:, 2:] - boxes[:, :2]) * scaled).astype(np.float32))
 
     def _augmented(self, loaded: Labelled, rng: np.random.Generator, options: Augmentation) -> Labelled:
-        """The labelled image, augmented and letterboxed, perhaps in a mosaic with three others."""
+        """Return the labelled image, augmented and letterboxed; with probability `mosaic` joined with three others."""
         members = [loaded]
         if rng.random() < options.mosaic:
             members += [self._next_readable(other)[1] for other in rng.integers(len(self), size=3).tolist()]
@@ -224,15 +228,15 @@ class DetectionDataset(Dataset[Sample]):
         return fitted, letterbox.to_input(boxes), classes
 
     def _next_readable(self, index: int) -> tuple[int, Labelled]:
-        """The image of this index, or the first one after it that can be read, with its own index."""
+        """Return the image of this index or, if it can't be read, the next one that can, and the index used."""
         for place in itertools.chain(range(index, len(self)), range(index)):
             loaded = self._load(place)
             if loaded is not None:
                 return place, loaded
-        raise ValueError(f"{self.annotations.source}: none of the {len(self)} images can be used, see the warnings")
+        raise ValueError(f"{self.annotations.source}: none of the {len(self)} images can be read, see the warnings")
 
     def _load(self, index: int) -> Labelled | None:
-        """Image, boxes and classes; None where the image can't be read or has not the size that its boxes are for."""
+        """Return image, boxes and classes; None if the image can't be read or its size is not the annotated one."""
         image = self._cache.get(index) if self._cache is not None else None
         if image is None and not self._unread[index]:
             try:
@@ -250,23 +254,28 @@ class DetectionDataset(Dataset[Sample]):
         return image, self._corners[of][trained], self.annotations.classes[of][trained]
 
     def _leave_out(self, index: int, error: ValueError) -> None:
-        """Mark an image as unread, with a warning if it is one of the first."""
+        """Mark an image as unread, with a warning for the first ``NAMED`` of them."""
         before = int(self._unread.sum())
         self._unread[index] = True
         if before < NAMED:
-            warnings.warn(f"This image is left out: {error}", stacklevel=3)
+            warnings.warn(f"this image is left out: {error}", stacklevel=3)
         elif before == NAMED:
-            more = "More images are left out, which are not named here; fastkd data check counts all of them."
+            more = "more images are left out, without further warnings; fastkd data check lists all of them"
             warnings.warn(more, stacklevel=3)
 
 
 def _readable(annotations: Annotations, strict: bool) -> Annotations:
-    """Without the images whose header can't be read; all files have to be there."""
+    """Return the set without images whose header can't be read.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: no image can be read; with ``strict``: some can't be read.
+    """
     missing = annotations.missing()
     if missing:
         raise FileNotFoundError(
-            f"images: {len(missing)} of {len(annotations)} images not in {annotations.image_dir}: {some_of(missing)}; "
-            "fastkd data check lists all faults of a set"
+            f"images: {len(missing)} of {len(annotations)} images are not in {annotations.image_dir}: "
+            f"{some_of(missing)}; fastkd data check lists all faults of a set"
         )
     readable = annotations.have_size()
     if readable.all():
@@ -282,7 +291,7 @@ def _readable(annotations: Annotations, strict: bool) -> Annotations:
 
 
 def _read_as(path: Path, width: int, height: int) -> Array:
-    """The image, which has to have this size; whatever is wrong with its file is a ValueError that names it."""
+    """Read an image, which must have this size; every fault of the file is raised as a ValueError that names it."""
     try:
         image = read_image(path)
     except OSError as error:  # no permission, for example
@@ -297,12 +306,12 @@ def _read_as(path: Path, width: int, height: int) -> Array:
 
 
 def _blank(size: int) -> Labelled:
-    """Stands for an image that can't be read."""
+    """Return a grey image without boxes, in place of an image that can't be read."""
     return np.full((size, size, 3), FILL, np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Join samples into a batch: pass it to a DataLoader as `collate_fn`. Those that could not be read are left out."""
+    """Join samples into a batch, as a DataLoader's `collate_fn`; samples that could not be read are left out."""
     kept = [sample for sample in samples if sample.readable]
     targets = [
         torch.cat([sample.targets.new_full((len(sample.targets), 1), index), sample.targets], dim=1)
@@ -318,12 +327,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """At most ``count`` of ``total`` indices, evenly spaced."""
+    """Return at most ``count`` of ``total`` indices, evenly spaced."""
     return [i * total // min(count, total) for i in range(min(count, total))]
 
 
 def spread_readable(total: int, count: int, read: Callable[[int], T | None]) -> list[T]:
-    """What ``read`` returns for ``spread`` indices, or for the next index in place of one where it returns None."""
+    """Return what ``read`` returns for the indices of ``spread``; where it returns None, the next index is tried."""
     found: dict[int, T | None] = {}
     for start in spread(total, count):
         for index in itertools.chain(range(start, total), range(start)):
@@ -335,9 +344,9 @@ def spread_readable(total: int, count: int, read: Callable[[int], T | None]) -> 
 
 
 def some_batch(data: DetectionDataset, count: int) -> Batch:
-    """At most ``count`` images of a data set, evenly spaced and always the same.
+    """Return a batch of at most ``count`` images of a data set, evenly spaced and always the same.
 
-    The next readable image takes the place of one that can't be read; the batch is empty where none can be read.
+    The next readable image takes the place of one that can't be read; the batch is empty if no image can be read.
     """
 
     def read(index: int) -> Sample | None:
@@ -348,7 +357,7 @@ def some_batch(data: DetectionDataset, count: int) -> Batch:
 
 
 class Decoded(NamedTuple):
-    """An encoded image's pixels, and what a data check says of it."""
+    """The pixels of a decoded image, and what a data check reports about its file."""
 
     image: Array  # (H, W, 3) uint8 RGB
     deep: bool  # the file has 16 bits per channel
@@ -358,14 +367,14 @@ class Decoded(NamedTuple):
 def read_image(path: str | os.PathLike[str]) -> Array:
     """Read an image as (H, W, 3) uint8 RGB, as stored: an orientation tag is ignored, as COCO's boxes expect.
 
-    A JPEG that is cut off is read as far as it goes, with a warning. Of 16 bits per channel those eight are kept that
-    the image's largest value needs, counted in steps of two bits, so that 12-bit values are not black.
+    A JPEG that is cut off is read as far as it goes, with a warning. An image of 16 bits per channel is shifted right
+    by 0, 2, 4, 6 or 8 bits, as its largest value needs, so that an image with 12-bit values does not become black.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not an image that OpenCV can read.
     """
-    # From bytes, because cv2.imread returns None for a missing and a broken file alike, and trips over some names.
+    # From bytes, because cv2.imread returns None for missing and for damaged files, and can't open some file names.
     encoded = np.fromfile(path, dtype=np.uint8)
     found = decode(encoded)
     if found is None:
@@ -376,13 +385,13 @@ def read_image(path: str | os.PathLike[str]) -> Array:
 
 
 def decode(encoded: Array) -> Decoded | None:
-    """The image in the bytes of a file, (n,) uint8; None where OpenCV cannot read it."""
+    """Return the image in the bytes of a file, (n,) uint8; None if OpenCV cannot read it."""
     data = encoded.tobytes()
     cut_off = _is_cut_off(data)
-    for end in (b"", JPEG_END) if cut_off else (b"",):  # with an end OpenCV reads what is there, as cv2.imread does
+    for end in (b"", JPEG_END) if cut_off else (b"",):  # with an end added, OpenCV reads the part that is there
         try:
             image = cv2.imdecode(np.frombuffer(data + end, np.uint8), READ_FLAGS) if data else None
-        except cv2.error:  # of more pixels than OpenCV's limit, for example
+        except cv2.error:  # for example, more pixels than OpenCV's limit
             image = None
         if image is not None and image.dtype in (np.uint8, np.uint16):
             deep = image.dtype == np.uint16
@@ -392,23 +401,23 @@ def decode(encoded: Array) -> Decoded | None:
 
 
 def _is_cut_off(data: bytes) -> bool:
-    """Whether this is a JPEG in which no end follows the start of the first scan."""
+    """Whether this is a JPEG without an end marker after the start of its first scan."""
     if not data.startswith(JPEG_START):
         return False
     place = len(JPEG_START)
     while (segment := JPEG_SEGMENT.match(data, place)) and segment[1] != JPEG_SCAN:
-        place = segment.end(1) + int.from_bytes(segment[2], "big")  # it may hold a thumbnail with an end of its own
+        place = segment.end(1) + int.from_bytes(segment[2], "big")  # skips a thumbnail, which has an end marker too
     return data.find(JPEG_END, place) < 0
 
 
 def _eight_bits(image: Array) -> Array:
-    """The eight bits that matter of uint16: cameras store 10, 12 or 14 bits in 16."""
+    """Return the highest 8 bits in use of uint16 pixels: cameras store 10, 12 or 14 bits in 16."""
     bits = next(bits for bits in (8, 10, 12, 14, 16) if image.max() < 1 << bits)
     return (image >> (bits - 8)).astype(np.uint8)
 
 
 def fit(image: Array, size: int) -> tuple[Array, Letterbox]:
-    """Letterbox an image: scale its longer side to `size`, centre it in a grey square (size, size, 3)."""
+    """Letterbox an image: scale its longer side to `size`, and centre it in a grey square (size, size, 3)."""
     height, width = image.shape[:2]
     letterbox = letterbox_of(width, height, size)
     new_width, new_height = round(width * letterbox.scale_x), round(height * letterbox.scale_y)
@@ -426,7 +435,7 @@ def fit(image: Array, size: int) -> tuple[Array, Letterbox]:
 
 
 def letterbox_of(width: int, height: int, size: int) -> Letterbox:
-    """The letterbox of an image of this width and height in a square of side `size`, in whole pixels."""
+    """Return the letterbox of an image of this width and height in a square of side `size`, in whole pixels."""
     scale = size / max(width, height)
     new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
     return Letterbox(

@@ -1,10 +1,11 @@
-"""Digits scenes: a detection data set made from real images that scikit-learn ships, so nothing is downloaded.
+"""Digits scenes: a detection data set that is made from real images in scikit-learn, so nothing is downloaded.
 
-Handwritten digits (`sklearn.datasets.load_digits`, 8x8 scans) are enlarged smoothly and inked onto crops of the two
+Handwritten digits (`sklearn.datasets.load_digits`, 8x8 scans) are enlarged smoothly and drawn onto crops of the two
 photographs of `sklearn.datasets.load_sample_images`, among strokes and patches that are not digits.
 
-A set is the same, pixel for pixel, on every machine: random numbers are plain uniform doubles of PCG64, and pixels come
-from exact integer sums and single IEEE operations only (no BLAS, no transcendental functions, no SIMD-dependent sums).
+A set is identical, pixel for pixel, on every machine: random numbers are uniform doubles of PCG64, and pixels are
+computed by exact integer sums and single IEEE operations only (no BLAS, no transcendental functions, no sums whose
+order depends on SIMD).
 """
 
 import json
@@ -20,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.datasets import load_digits, load_sample_images
 
-FORMAT_VERSION = 1  # goes up whenever the pixels or boxes of a given seed change
+FORMAT_VERSION = 1  # increased when the pixels or boxes of a given seed change
 SPLITS = ("train", "val", "test")
-SUBSETS = (100, 300)  # the first scenes of "train" again, as small labelled sets
+SUBSETS = (100, 300)  # the first scenes of "train" are also written as small labelled sets
 
 CLASS_NAMES = tuple("0123456789")
 GLYPH_HEIGHT = (20, 48)  # pixels
@@ -43,7 +44,10 @@ class Scene(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """What the scenes of one split are made from; splits share no digit, and "train" no photograph half with others."""
+    """What the scenes of one split are made from.
+
+    Splits share no digits, and "train" uses other halves of the photographs than "val" and "test".
+    """
 
     glyphs: list[Array]  # (h, w) int64, ink 0..16, cropped to the ink
     labels: list[int]
@@ -61,15 +65,22 @@ def write_digits(
 ) -> Path:
     """Write digits scenes as PNG files and COCO JSON; return `out_dir`.
 
-    Layout: `annotations/{train,val,test}.json`, `images/{train,val,test}/000001.png`, `manifest.json`, and, where
-    `train` is larger, `annotations/train_100.json` and `train_300.json`: the first scenes of train. A scene depends on
-    (seed, split, its number, size) only, not on how many there are.
+    The layout is `annotations/{train,val,test}.json`, `images/{train,val,test}/000001.png` and `manifest.json`. If
+    `train` is large enough, `annotations/train_100.json` and `train_300.json` list its first scenes. A scene depends on
+    (seed, split, its number, size) only, not on the number of scenes.
 
-    The folder appears whole or not at all. One that holds the same set already is reused, untouched.
+    The folder is written atomically. A folder that already contains this set is left as it is.
+
+    Args:
+        out_dir: the folder.
+        train, val, test: number of scenes of each split.
+        size: side of a scene in pixels.
+        seed: seed of the random numbers.
 
     Raises:
-        ValueError: a negative count, or `size` outside 80..320 (a glyph must fit, and the crop the photograph half).
-        FileExistsError: `out_dir` holds something else.
+        ValueError: a count is negative, or `size` is outside 80..320: a digit must fit into a scene, and a scene into
+            half a photograph.
+        FileExistsError: `out_dir` contains something else.
     """
     out = Path(out_dir)
     counts = dict(zip(SPLITS, (train, val, test), strict=True))
@@ -89,7 +100,7 @@ def write_digits(
         _write_json(partial / "manifest.json", manifest)
         try:
             partial.rename(out)
-        except OSError:  # another process was faster: fine if it wrote the same set
+        except OSError:  # another process was faster, which is fine if it wrote the same set
             if not _holds(out, manifest):
                 raise
     finally:
@@ -98,7 +109,7 @@ def write_digits(
 
 
 def make_scene(sources: Sources, *, size: int, rng: np.random.Generator) -> Scene:
-    """Compose one scene: a photograph crop, clutter, then 1 to 4 digits that (almost) do not overlap."""
+    """Compose one scene from a crop of a photograph, clutter, and 1 to 4 digits that hardly overlap."""
     canvas = _photograph_crop(sources.photographs, size, rng)
     for _ in range(_integer(rng, 0, 2)):
         _add_patch(canvas, sources.photographs, rng)
@@ -123,7 +134,7 @@ def make_scene(sources: Sources, *, size: int, rng: np.random.Generator) -> Scen
 
 
 def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """The random numbers of scene `index` (from 0) of a split."""
+    """Return the random generator of scene `index` (from 0) of a split."""
     return np.random.Generator(np.random.PCG64([seed, SPLITS.index(split), index]))
 
 
@@ -131,7 +142,7 @@ def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
 def load_sources(split: str) -> Sources:
     """Load the digits and photograph halves that the scenes of `split` ("train", "val" or "test") may use."""
     digits = load_digits()
-    # A fixed shuffle, the same for every seed, so that sets of different seeds may be mixed without a leak.
+    # The shuffle is the same for every seed, so that sets of different seeds can be mixed without a leak to the test.
     order = np.argsort(np.random.Generator(np.random.PCG64(0)).random(len(digits.target)), kind="stable")
     ends = np.rint(np.cumsum([0.0, *SHARE_OF_DIGITS.values()]) * len(order)).astype(int)
     position = SPLITS.index(split)
@@ -145,7 +156,7 @@ def load_sources(split: str) -> Sources:
     return Sources(glyphs, [int(digits.target[i]) for i in chosen], photographs)
 
 
-# ---- pixels: every function below changes a float64 canvas (H, W, 3) or makes an opacity mask (h, w) in 0..1
+# ---- pixels: each function changes a float64 canvas (H, W, 3) or returns an opacity mask (h, w) in 0..1
 
 
 def _photograph_crop(photographs: list[Array], size: int, rng: np.random.Generator) -> Array:
@@ -160,7 +171,7 @@ def _photograph_crop(photographs: list[Array], size: int, rng: np.random.Generat
 
 
 def _add_patch(canvas: Array, photographs: list[Array], rng: np.random.Generator) -> None:
-    """Blend in a rectangle: a flat colour, or a piece of photograph from elsewhere."""
+    """Blend in a rectangle: a single colour, or another part of a photograph."""
     size = canvas.shape[0]
     height, width = _integer(rng, 8, size // 2), _integer(rng, 8, size // 2)
     y, x = _integer(rng, 0, size - height), _integer(rng, 0, size - width)
@@ -171,7 +182,7 @@ def _add_patch(canvas: Array, photographs: list[Array], rng: np.random.Generator
 
 
 def _add_stroke(canvas: Array, rng: np.random.Generator) -> None:
-    """Draw a quadratic Bézier curve, about as long, wide and coloured as a digit's."""
+    """Draw a quadratic Bézier curve with about the length, width and colour of a digit's strokes."""
     size = _integer(rng, 12, GLYPH_HEIGHT[1])
     control = rng.random((3, 2)) * size
     t = (np.arange(33) / 32)[:, None]
@@ -186,7 +197,7 @@ def _add_stroke(canvas: Array, rng: np.random.Generator) -> None:
 
 
 def _ink(canvas: Array, alpha: Array, place: tuple[int, int], opacity: float, rng: np.random.Generator) -> None:
-    """Blend a random colour, clearly lighter or darker than what lies below, through `alpha` at (y, x)."""
+    """Blend a random colour, clearly lighter or darker than the canvas below, through the mask `alpha` at (y, x)."""
     (y, x), (height, width) = place, alpha.shape
     area = canvas[y : y + height, x : x + width]
     below = int(area.astype(np.int64).sum()) / area.size  # an integer sum, so that its order cannot matter
@@ -200,7 +211,7 @@ def _ink(canvas: Array, alpha: Array, place: tuple[int, int], opacity: float, rn
 
 
 def _enlarge(glyph: Array, rng: np.random.Generator) -> Array:
-    """Enlarge 8x8 ink to an opacity mask GLYPH_HEIGHT tall, its width jittered and its upright slanted a little."""
+    """Enlarge 8x8 ink to an opacity mask of a height in GLYPH_HEIGHT, with a slightly random width and slant."""
     height = _integer(rng, *GLYPH_HEIGHT)
     width = max(6, int(height * glyph.shape[1] / glyph.shape[0] * _between(rng, 0.9, 1.1)))
     rows, columns = _cubic_weights(glyph.shape[0], height), _cubic_weights(glyph.shape[1], width)
@@ -210,7 +221,7 @@ def _enlarge(glyph: Array, rng: np.random.Generator) -> Array:
 
 
 def _slant(ink: Array, slope: float) -> Array:
-    """Shear (h, w) sideways, by linear interpolation within each row; wider by the largest shift."""
+    """Shear (h, w) horizontally, by linear interpolation in each row; the result is wider by the largest shift."""
     height, width = ink.shape
     shifts = slope * np.arange(height) + max(0.0, -slope * (height - 1))
     whole = shifts.astype(np.int64)
@@ -225,7 +236,7 @@ def _slant(ink: Array, slope: float) -> Array:
 
 @cache
 def _cubic_weights(n_in: int, n_out: int) -> Array:
-    """Catmull-Rom resampling as an integer matrix (n_out, n_in), rows summing to about 1024; outside is no ink."""
+    """Return Catmull-Rom resampling as an integer matrix (n_out, n_in), whose rows sum to about 1024 inside."""
     at = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
     d = np.abs(at[:, None] - np.arange(n_in))
     near = (1.5 * d - 2.5) * d * d + 1
@@ -238,7 +249,7 @@ def _cubic_weights(n_in: int, n_out: int) -> Array:
 def _free_place(
     alpha: Array, boxes: list[Box], size: int, rng: np.random.Generator
 ) -> tuple[tuple[int, int], Box] | None:
-    """A place (y, x) and its box for a glyph that keeps clear of `boxes`, or None after a few attempts."""
+    """Return a place (y, x) and the box of a glyph that hardly overlaps `boxes`; None after 20 attempts."""
     height, width = alpha.shape
     x1, y1, x2, y2 = _tight_box(alpha)
     for _ in range(20):
@@ -250,7 +261,7 @@ def _free_place(
 
 
 def _tight_box(alpha: Array) -> Box:
-    """The box of the pixels that are at least half covered with ink."""
+    """Return the box of the pixels that are at least half covered with ink."""
     rows, columns = np.flatnonzero((alpha >= 0.5).any(axis=1)), np.flatnonzero((alpha >= 0.5).any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -271,7 +282,7 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _integer(rng: np.random.Generator, low: int, high: int) -> int:
-    """Uniform in low..high, both included. (NumPy keeps the stream of its doubles, not that of its integers.)"""
+    """Draw an integer from low..high, both included; only NumPy's doubles are the same in all of its versions."""
     return low + int(rng.random() * (high - low + 1))
 
 
@@ -279,7 +290,7 @@ def _integer(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 def _holds(out: Path, manifest: dict[str, Any]) -> bool:
-    """Whether `out` holds this very set; False if there is nothing; FileExistsError if it holds something else."""
+    """Whether `out` contains this set; False if it is empty or missing; raise FileExistsError if it is neither."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
@@ -288,7 +299,7 @@ def _holds(out: Path, manifest: dict[str, Any]) -> bool:
         found = "no manifest of digits scenes"
     if found == manifest:
         return True
-    raise FileExistsError(f"out_dir: {out} holds something else; expected {manifest}, found {found}; give a new folder")
+    raise FileExistsError(f"out_dir: expected a new folder or {manifest} in {out}, got {found}; give another folder")
 
 
 def _write_set(root: Path, counts: dict[str, int], size: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Boxes drawn on images, and images in files."""
+"""Draws boxes on images, and writes images to files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114
 
 
 def draw(image: Image, found: Detections, class_names: Sequence[str] = (), *, scores: bool = True) -> Image:
-    """A copy of an (H, W, 3) uint8 RGB image with boxes, names and, if asked, scores, the best on top."""
+    """Return a copy of an (H, W, 3) uint8 RGB image with boxes, names and optionally scores, the best box on top."""
     canvas: Image = image.copy()
     scale = max(0.35, min(image.shape[:2]) / 900)
     width = max(1, round(2 * scale))
@@ -34,7 +34,7 @@ def draw(image: Image, found: Detections, class_names: Sequence[str] = (), *, sc
 
 
 def _label(canvas: Image, text: str, corner: tuple[int, int], colour: tuple[int, int, int], scale: float) -> None:
-    """Text on a filled bar above the corner, or below it where the image ends."""
+    """Draw text on a filled bar above the corner, or below it if there is no room above."""
     font = cv2.FONT_HERSHEY_SIMPLEX
     (width, height), descent = cv2.getTextSize(text, font, scale, 1)
     x = max(0, min(corner[0], canvas.shape[1] - width))
@@ -45,7 +45,11 @@ def _label(canvas: Image, text: str, corner: tuple[int, int], colour: tuple[int,
 
 
 def write_image(target: Path, image: Image) -> None:
-    """An (H, W, 3) uint8 RGB image to a file, whole or not at all."""
+    """Write an (H, W, 3) uint8 RGB image to a file, atomically; the suffix chooses the format.
+
+    Raises:
+        ValueError: the image could not be encoded.
+    """
     done, encoded = cv2.imencode(target.suffix, cast(Image, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)))
     if not done:
         raise ValueError(f"{target}: this image could not be encoded as {target.suffix}")

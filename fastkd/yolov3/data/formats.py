@@ -1,17 +1,17 @@
 """Readers of annotated sets: COCO JSON, Pascal VOC XML, YOLO text, CSV of boxes, and images without labels.
 
-A set is a pair of paths, ``annotations`` and ``images``, whose kind says the format; ``find_set`` finds the pair in a
-folder, ``read_set`` reads it:
+A set is a pair of paths, ``annotations`` and ``images``, whose kind determines the format. ``find_set`` finds the pair
+in a folder, ``read_set`` reads it:
 
 =======  ==============================================  ===================================================
 format   annotations                                     images
 =======  ==============================================  ===================================================
 COCO     ``NAME.json``                                   folder of the images
-VOC      ``ImageSets/Main/NAME.txt``, or the folder of   folder of the images
-         the XML files for all of them
+VOC      ``ImageSets/Main/NAME.txt``, or a folder, of    folder of the images
+         which all XML files are read
 YOLO     ``data.yaml``; Darknet's ``obj.data``; or a     folder or ``.txt`` list, or several of them joined
          list of class names, ``classes.txt``            by ``os.pathsep``
-CSV      ``train_labels.csv``, a row a box               folder of the images
+CSV      ``train_labels.csv``, one row per box           folder of the images
 =======  ==============================================  ===================================================
 """
 
@@ -41,7 +41,7 @@ from fastkd.yolov3.data.yolo import (
 
 __all__ = ["ALL", "IMAGE_SUFFIXES", "YAML", "Pair", "find_set", "read_images", "read_set", "require_sets", "sets_in"]
 
-# how COCO's files without our boxes begin
+# prefixes of COCO's files for other tasks than detection
 OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
 LAYOUTS = (
     "looked for annotations/[instances_]{name}.json with images in images/{name}, {name} or images (COCO), "
@@ -50,17 +50,17 @@ LAYOUTS = (
     "classes.txt (YOLO), obj.data (Darknet), {name}_labels.csv (CSV)"
 )
 ROBOFLOW = "_annotations.coco.json"
-# of Label Studio, TACO, FiftyOne and Roboflow: a file for all images, which are beside it or in a folder of it
+# COCO files for all images of a folder, as Label Studio, TACO, FiftyOne and Roboflow name them
 WHOLE_COCO = ("result.json", "annotations.json", "labels.json", ROBOFLOW)
 Pair = tuple[Path, Path]  # annotations and images
 
 
 def read_set(annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> Annotations:
-    """Read a set, its format told by what ``annotations`` is.
+    """Read a set in the format that ``annotations`` determines, see the table in this module.
 
     Raises:
         FileNotFoundError, PermissionError: a file or folder is missing or not readable.
-        ValueError: not one of the formats, or a fault in a file (names the file, and the line or position).
+        ValueError: the format is unknown, or a file has a fault (the message names the file, and line or position).
     """
     path = Path(annotations)
     if path.suffix == ".json":
@@ -73,27 +73,27 @@ def read_set(annotations: str | os.PathLike[str], images: str | os.PathLike[str]
         return read_voc(path, images).once()
     require_there("annotations", path)
     raise ValueError(
-        f"annotations: expected a .json file (COCO), a data.yaml, .data file or classes.txt (YOLO), a .csv file, or a "
-        f".txt list or folder of .xml files (VOC), "
-        f"got {path}"
+        "annotations: expected a .json file (COCO), a data.yaml, .data file or classes.txt (YOLO), a .csv file, or a "
+        f".txt list or folder of .xml files (VOC), got {path}"
     )
 
 
 def find_set(folder: str | os.PathLike[str], name: str) -> Pair:
-    """Annotations and images of one set, in any of the layouts that docs/data.md shows.
+    """Return the paths of annotations and images of one set, in any of the layouts that docs/data.md shows.
 
-    ``train_100`` is found to be a part of ``train``: its images are in ``images/train``. ``val`` may be called
-    ``valid`` or ``validation``.
+    ``train_100`` is a part of ``train``: its images are in ``images/train``. The set ``val`` may be called ``valid`` or
+    ``validation``.
 
     Args:
-        folder: of the data set; or YOLO's ``.yaml`` file, or Darknet's ``.data`` file, itself.
-        name: of the set: ``train``, ``val``, ``train2017``, ...; ``all`` for a folder's single set without a name.
+        folder: folder of the data set; or YOLO's ``.yaml`` file, or Darknet's ``.data`` file.
+        name: name of the set: ``train``, ``val``, ``train2017``, ...; ``all`` for the only set of a folder, if it has
+            no name.
 
     Returns:
-        What ``read_set`` and ``DetectionDataset`` take.
+        The two paths, as ``read_set`` and ``DetectionDataset`` take them.
 
     Raises:
-        FileNotFoundError: no such set (says what was looked for, and lists the sets that are there).
+        FileNotFoundError: there is no such set (the message lists the files that were looked for and the sets found).
     """
     root = Path(folder)
     if root.suffix in YAML:
@@ -103,7 +103,7 @@ def find_set(folder: str | os.PathLike[str], name: str) -> Pair:
     for alias in ALIASES.get(name, (name,)):
         try:
             found = _listed_set(root, alias)
-        except FileNotFoundError as error:  # of COCO without its images, which another layout may have
+        except FileNotFoundError as error:  # COCO without its images; another layout may have the set
             missing = missing or error
             continue
         if found is not None:
@@ -113,17 +113,17 @@ def find_set(folder: str | os.PathLike[str], name: str) -> Pair:
         names = sets_in(root)
         file = _yaml_in(root)
         line = f", write the line '{name}: FOLDER' into {file}" if file is not None else ""
-        made = f"name one of these{line}, or make a split: fastkd data split {root} --out FOLDER"
-        way_out = made if names else _hint(root)
+        choices = f"name one of these{line}, or make a split: fastkd data split {root} --out FOLDER"
+        hint = choices if names else _hint(root)
         raise missing or FileNotFoundError(
             f"set {name!r} in {root}: not found; sets found: {', '.join(names) or 'none'}; "
-            + (way_out or LAYOUTS.format(name=name))
+            + (hint or LAYOUTS.format(name=name))
         )
     return found
 
 
 def _listed_set(root: Path, name: str) -> Pair | None:
-    """Of COCO's or VOC's layout."""
+    """Return a set of COCO's or VOC's layout; None if there is none."""
     files = [root / "annotations" / f"{prefix}{name}.json" for prefix in ("", "instances_")]
     images = [root / "images" / name, root / name, root / "images" / name.split("_")[0]]
     found_file = next((x for x in files if x.is_file()), None)
@@ -141,7 +141,7 @@ def _listed_set(root: Path, name: str) -> Pair | None:
 
 
 def _yaml_split(root: Path, name: str) -> Pair | None:
-    """Of the folder's YAML file, if that has this set."""
+    """Return a set of the folder's YAML file; None if there is none."""
     file = _yaml_in(root)
     if file is None or name not in sets_of_yaml(file):
         return None
@@ -149,7 +149,7 @@ def _yaml_split(root: Path, name: str) -> Pair | None:
 
 
 def _folder_split(root: Path, name: str) -> Pair | None:
-    """Annotations in the folder of the images: Roboflow's COCO, and XML files; or XML files that are in no list."""
+    """Return a set whose annotations are beside its images (Roboflow's COCO, XML), or XML files without a list."""
     for folder in [root / alias for alias in ALIASES.get(name, (name,))]:
         if (folder / ROBOFLOW).is_file():
             return folder / ROBOFLOW, folder
@@ -159,7 +159,7 @@ def _folder_split(root: Path, name: str) -> Pair | None:
 
 
 def _other_sets(root: Path) -> dict[str, Pair]:
-    """Sets of the layouts that are looked for last: a single COCO file, YOLO without a YAML file, CSV."""
+    """Return the sets of the layouts that are tried last: a single COCO file, YOLO without a YAML file, CSV."""
     if not root.is_dir():
         return sets_of_lists(root)
     file = next((root / name for name in WHOLE_COCO if (root / name).is_file()), None)
@@ -174,21 +174,21 @@ def _start_of(file: Path) -> str:
 
 
 def _images_beside(file: Path) -> Path:
-    """Of a COCO file: ``images``, ``data`` or its own folder, by its first image."""
+    """Return the image folder of a COCO file, ``images``, ``data`` or its own folder: the one with its first image."""
     first = re.search(r'"file_name"\s*:\s*"([^"]+)"', _start_of(file))
     folders = [file.parent / "images", file.parent / "data", file.parent]
     return next((x for x in folders if first and (x / first[1]).is_file()), folders[-1])
 
 
 def _unlisted(root: Path) -> Pair | None:
-    """XML files and images, in two folders or in one, without lists."""
+    """Return the folders of XML files and images, two or one, that no list divides into sets; None without any."""
     pairs = itertools.product((root / "Annotations", root / "annotations"), (root / "JPEGImages", root / "images"))
     found = (pair for pair in pairs if any(pair[0].glob("*.xml")) and pair[1].is_dir())
     return next(found, (root, root) if _is_labelled(root) else None)
 
 
 def _yaml_in(root: Path) -> Path | None:
-    """The folder's ``data.yaml``, or its only YAML file with ``names:`` where there is no other format's folder."""
+    """Return the folder's ``data.yaml``, or its only YAML file with ``names:`` if it has no folder of other formats."""
     files = [x for suffix in YAML for x in sorted(root.glob(f"[!.]*{suffix}")) if x.is_file()]
     named = [x for x in files if x.stem == "data"]
     if named or any((root / x).is_dir() for x in ("annotations", "ImageSets")):
@@ -198,7 +198,7 @@ def _yaml_in(root: Path) -> Path | None:
 
 
 def _has_names(file: Path) -> bool:
-    with contextlib.suppress(ValueError, OSError):  # a file that can't be read is not of the set
+    with contextlib.suppress(ValueError, OSError):  # a file that can't be read does not belong to the set
         return "names" in read_yaml(file)
     return False
 
@@ -208,7 +208,7 @@ def _is_labelled(folder: Path) -> bool:
 
 
 def sets_in(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the sets that ``find_set`` finds in a folder, or in a ``.yaml`` or ``.data`` file."""
+    """Return the names of the sets that ``find_set`` finds in a folder, or in a ``.yaml`` or ``.data`` file."""
     root = Path(folder)
     if root.suffix in YAML:
         return sets_of_yaml(root)
@@ -227,10 +227,11 @@ def sets_in(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def require_sets(folder: str | os.PathLike[str]) -> list[str]:
-    """As ``sets_in``, of which there must be some.
+    """Return the names of the sets of a folder, as ``sets_in``; there must be at least one.
 
     Raises:
-        FileNotFoundError: no such folder, or no set in it (says what was looked for, and what is there).
+        FileNotFoundError: there is no such folder, or no set in it (the message lists what was looked for, and what is
+            there).
     """
     root = Path(folder)
     require_there("data", root)
@@ -239,22 +240,22 @@ def require_sets(folder: str | os.PathLike[str]) -> list[str]:
         return found
     if root.is_dir():
         inside = sorted(x.name for x in root.iterdir())
-        what = f"which holds {', '.join(inside[:8]) or 'nothing'}"
+        what = f"which contains {', '.join(inside[:8]) or 'nothing'}"
     else:
-        what = "as none of train:, val: and test: is in it" if root.suffix in YAML else "which is a file, not a folder"
+        what = "which has no train:, val: or test:" if root.suffix in YAML else "which is a file, not a folder"
     raise FileNotFoundError(f"data: no set in {root}, {what}; " + (_hint(root) or LAYOUTS.format(name="NAME")))
 
 
 def _hint(root: Path) -> str:
-    """What to write where the layout is known, but says too little to be read."""
+    """Return what is missing for a layout that is known but incomplete; empty if it is not known."""
     parts = [name for name in SPLITS if (root / "images" / name).is_dir()]
     if (root / "images").is_dir() and (root / "labels").is_dir():
         known = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
         places = {known.get(name, name): f"images/{name}" for name in parts} or {"train": "images"}
         lines = [*(f"{split}: {place}" for split, place in places.items()), "names: [first class, second, ...]"]
         return (
-            f"this looks like YOLO's layout without the names of its classes; to have it read, write them into "
-            f"{root / 'classes.txt'}, one a line, or write {root / 'data.yaml'} with the lines "
+            "this looks like YOLO's layout without class names; write them to "
+            f"{root / 'classes.txt'}, one per line, or write {root / 'data.yaml'} with the lines "
             f"{', '.join(map(repr, lines))}"
         )
     tables = sorted(root.glob("*.csv")) if root.is_dir() else []

@@ -1,4 +1,4 @@
-"""Images without labels, and what the readers of all formats share: names, sizes, lines of a list."""
+"""Reads folders of images without labels; and what all readers share: file names, image sizes, lines of a list."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fastkd.yolov3.data.annotations import Annotations, from_rows
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "val", "valid", "validation", "test")
-ALIASES = {"val": ("val", "valid", "validation")}  # of a set to the names that its folder or file may have
-ALL = "all"  # the set of a folder that has none by name
+ALIASES = {"val": ("val", "valid", "validation")}  # maps a set to the names that its folder or file may have
+ALL = "all"  # name of a folder's only set, if it has none
 LARGEST_SIDE = 1 << 31
 
 
 def read_images(folder: str | os.PathLike[str]) -> Annotations:
-    """All images of a folder and its sub-folders, without a box or a class.
+    """Return all images of a folder and its sub-folders, without boxes or classes.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: no image in it.
+        FileNotFoundError: there is no such folder. ValueError: there is no image in it.
     """
     root = Path(folder)
     require_there("folder", root)
@@ -33,12 +33,12 @@ def read_images(folder: str | os.PathLike[str]) -> Annotations:
 
 
 def has_images(folder: Path) -> bool:
-    """Whether an image is in a folder itself."""
+    """Whether a folder directly contains an image."""
     return folder.is_dir() and any(x.suffix.lower() in IMAGE_SUFFIXES for x in folder.iterdir())
 
 
 def size_of_image(path: Path) -> tuple[int, int]:
-    """Width and height from the file's header; (0, 0) of what is missing or no image."""
+    """Return width and height from the file's header; (0, 0) if the file is missing or not an image."""
     try:
         with Image.open(path) as image:
             return (image.width, image.height)
@@ -47,12 +47,18 @@ def size_of_image(path: Path) -> tuple[int, int]:
 
 
 def images_in(folder: Path) -> Iterator[Path]:
-    """In the order of their paths, numbers in them by value; linked folders are looked into, each folder once."""
+    """Yield the images of a folder and its sub-folders, sorted by path with numbers by value.
+
+    Linked folders are followed; each folder is read once.
+
+    Raises:
+        ValueError: there is no image.
+    """
     found: list[Path] = []
     seen: set[str] = set()
     top = os.path.realpath(folder)
     waiting = [Path(folder)]
-    while waiting:  # links come after all folders, which keep their own names where a link leads to one of them
+    while waiting:  # links come last: a folder that is also linked keeps its own path
         links = []
         for root, folders, names in os.walk(waiting.pop(0), onerror=_raise):
             if (real := os.path.realpath(root)) in seen or (seen and Path(top).is_relative_to(real)):

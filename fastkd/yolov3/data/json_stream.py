@@ -1,4 +1,4 @@
-"""Large JSON files, entry by entry: as text they are several times what is kept of them."""
+"""Reads large JSON files entry by entry, because their text needs several times the memory of what is kept."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-CHUNK = 1 << 24  # characters in memory at a time, and those of one entry more
+CHUNK = 1 << 24  # characters that are read at a time; in memory are these and one entry
 SPACE = re.compile(r"[ \t\n\r]*")
 NUMBER = re.compile(r"[-+.eE0-9]*")
 
 
 def read_json(path: Path, keep: Callable[[Any], Any], *, chunk: int = CHUNK) -> Any:
-    """As ``json.loads`` of the file's text, of which no more than an entry of its lists is in memory.
+    """Return what ``json.loads`` returns for the file's text, with each list entry replaced by what ``keep`` returns.
+
+    The file is read in chunks, so that its text is never in memory as a whole.
 
     Args:
         path: the file, in UTF-8.
-        keep: what to keep of an entry of a list, where the list is all of the file or a value of its outer object;
-            called once for each, in their order.
-        chunk: characters to read at a time.
+        keep: called for each entry of the outermost list, or of the lists that are values of the outermost object, in
+            their order; returns what to store in place of the entry.
+        chunk: number of characters to read at a time.
 
     Raises:
-        ValueError: not JSON (says from which character on), nested too deeply, or no UTF-8.
+        ValueError: the file is not JSON (the message gives the position), nested too deeply, or not UTF-8.
     """
     with path.open(encoding="utf-8-sig") as file:
         return _Reader(file, keep, chunk).whole()
@@ -32,8 +34,8 @@ def read_json(path: Path, keep: Callable[[Any], Any], *, chunk: int = CHUNK) -> 
 class _Reader:
     def __init__(self, file: TextIO, keep: Callable[[Any], Any], chunk: int) -> None:
         self.file, self.keep, self.chunk = file, keep, chunk
-        self.text, self.at = "", 0  # what is in memory, and how much of it has been read
-        self.gone = 0  # characters before it
+        self.text, self.at = "", 0  # the text in memory, and the position of the parser in it
+        self.gone = 0  # number of characters before this text
         self.decode = json.JSONDecoder().raw_decode
 
     def whole(self) -> Any:
@@ -71,7 +73,7 @@ class _Reader:
         return entries
 
     def _value(self) -> Any:
-        """The next value, whole: where the text in memory ends before it does, more is read."""
+        """Return the next value; more text is read until it is complete."""
         while self._next():
             try:
                 value, end = self.decode(self.text, self.at)
@@ -79,8 +81,8 @@ class _Reader:
                 if not self._read():
                     raise ValueError(f"{error.msg} at character {self.gone + error.pos}") from None
                 continue
-            except ValueError:  # of more digits than Python converts
-                raise ValueError(f"a number of too many digits after character {self._where()}") from None
+            except ValueError:  # Python converts a limited number of digits
+                raise ValueError(f"a number with too many digits after character {self._where()}") from None
             except RecursionError:
                 raise ValueError(f"nested too deeply after character {self._where()}") from None
             if not (isinstance(value, (int, float)) and self._may_go_on(end) and self._read()):
@@ -89,8 +91,8 @@ class _Reader:
         raise ValueError(f"expected a value at character {self._where()}, got the end")
 
     def _may_go_on(self, end: int) -> bool:
-        """Whether a number may, with what has not been read yet."""
-        return NUMBER.match(self.text, end).end() == len(self.text)  # type: ignore[union-attr]  # it matches nothing too
+        """Whether a number may be continued by the text that has not been read yet."""
+        return NUMBER.match(self.text, end).end() == len(self.text)  # type: ignore[union-attr]  # it also matches the empty string
 
     def _take(self, expected: str) -> None:
         if self._next() != expected:
@@ -99,9 +101,9 @@ class _Reader:
         self.at += 1
 
     def _next(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """Return the next character that is not white space; empty at the end."""
         while True:
-            self.at = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it matches nothing too
+            self.at = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it also matches ""
             if self.at < len(self.text) or not self._read():
                 return self.text[self.at : self.at + 1]
 

@@ -1,4 +1,4 @@
-"""Parts of a set that is not split: drawn by class, the same for the same seed; and the one that a run makes."""
+"""Splits of a set: random parts with a share of every class; and the validation split that a training run makes."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from fastkd.yolov3.data.annotations import Annotations, Array
 from fastkd.yolov3.data.convert import as_coco, write_coco
 from fastkd.yolov3.data.formats import Pair, find_set, read_set, require_sets
 
-SHARE = 0.1  # of the images that a run holds back for validation
+SHARE = 0.1  # share of the images that a run holds back for validation
 RECORD = "split.json"
 
 
 def split(annotations: Annotations, shares: Mapping[str, float], *, seed: int = 0) -> dict[str, Annotations]:
     """Divide a set at random, so that each part has its share of every class.
 
-    An image counts as one of the rarest class that it has a box of, and an image without a box as one of a class of
-    its own; of the images of each such class every part gets its share, rounded up or down. Images that show the same
-    scene, as the frames of a video do, should be in one part: split such sets by hand.
+    Images are grouped by the rarest class among their boxes, with a further group for images without boxes. Every part
+    gets its share of each group, rounded up or down. Images that show the same scene, such as the frames of a video,
+    should be in one part: split such sets by hand.
 
     Args:
-        annotations: of P images.
-        shares: name of each part to its share of the images, more than 0 and together less than 1: a part has
+        annotations: the set, of P images.
+        shares: maps the name of each part to its share of the images, more than 0 and together less than 1; a part has
             ``int(share * P)`` images, but at least one.
-        seed: other seeds draw other parts.
+        seed: seed of the random parts.
 
     Returns:
-        ``train``, which has the rest, and the parts by name; the images of each in their order.
+        The parts by name, and the remaining images as ``train``; images are in their original order.
 
     Raises:
-        ValueError: shares that are none (names them), or too few images.
+        ValueError: the shares are out of range, or there are too few images.
     """
     if not shares or not all(0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise ValueError(f"shares: expected numbers above 0 that are less than 1 together, got {dict(shares)}")
@@ -49,7 +49,7 @@ def split(annotations: Annotations, shares: Mapping[str, float], *, seed: int = 
         count = max(1, int(share * len(annotations) + 1e-9))
         left = order[free[order]]
         if count >= len(left):
-            raise ValueError(f"{annotations.source}: too few images to split: {len(annotations)}")
+            raise ValueError(f"{annotations.source}: expected enough images for every part, got {len(annotations)}")
         places = ((np.arange(count) + 0.5) * len(left) / count).astype(np.int64)
         chosen[name] = np.isin(np.arange(len(annotations)), left[places])
         free &= ~chosen[name]
@@ -57,9 +57,9 @@ def split(annotations: Annotations, shares: Mapping[str, float], *, seed: int = 
 
 
 def _by_class(annotations: Annotations, seed: int) -> Array:
-    """(P,) rows of the images, those of the rarest class first, each class in random order."""
+    """Return (P,) indices of the images: those of the rarest class first, each class in random order."""
     boxes = np.unique(np.column_stack([annotations.rows, annotations.classes]), axis=0)
-    images = np.bincount(boxes[:, 1], minlength=len(annotations.class_names))  # of each class
+    images = np.bincount(boxes[:, 1], minlength=len(annotations.class_names))  # number of images of each class
     rank = np.argsort(np.argsort(images, kind="stable"))
     group = np.full(len(annotations), len(rank))
     np.minimum.at(group, boxes[:, 0], rank[boxes[:, 1]])
@@ -68,7 +68,7 @@ def _by_class(annotations: Annotations, seed: int) -> Array:
 
 
 def set_to_split(folder: str | os.PathLike[str], name: str = "train") -> str:
-    """``name``, or the single set of a folder that has none by this name, unless that is one to evaluate on.
+    """Return ``name`` or, if there is no such set, the name of a folder's only set, unless it is for evaluation.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -83,57 +83,58 @@ def set_to_split(folder: str | os.PathLike[str], name: str = "train") -> str:
 def split_folder(
     folder: str | os.PathLike[str], shares: Mapping[str, float], *, name: str | None = None, seed: int = 0
 ) -> dict[str, Annotations]:
-    """Divide a set of a folder as ``split`` does, and read the folder's other sets along.
+    """Divide a set of a folder as ``split`` does, and return the parts together with the folder's other sets.
 
     Args:
         folder: as for ``find_set``.
         shares, seed: as for ``split``.
-        name: of the set to divide, without the others; None: ``train``, or the only set.
+        name: name of the set to divide, and then the other sets are left out; None: ``train``, or the only set.
 
     Raises:
-        As ``split``; FileExistsError: the folder has a set of such a name already.
-        FileNotFoundError, ValueError: no such set, or annotations that can't be read.
+        FileExistsError: the folder already has a set with the name of a part.
+        FileNotFoundError, ValueError: there is no such set, or its annotations can't be read.
+        Also what ``split`` raises.
     """
     whole = set_to_split(folder) if name is None else name
     others = [x for x in require_sets(folder) if x != whole] if name is None else []
     there = [x for x in others if x in shares]
     if there:
         raise FileExistsError(
-            f"{folder} has a set {there[0]} already: --{there[0]} 0 keeps it, --set {whole} leaves it out"
+            f"{folder} already has a set {there[0]}: --{there[0]} 0 keeps it, --set {whole} leaves it out"
         )
     parts = split(read_set(*find_set(folder, whole)), shares, seed=seed)
     return parts | {x: read_set(*find_set(folder, x)) for x in others}
 
 
-# ---- of a run
+# ---- the split of a run
 
 
 class RunSets(NamedTuple):
-    """Training and validation set of a run, as ``TrainConfig`` takes them, and what is to be said of them."""
+    """Training and validation set of a run, as ``TrainConfig`` takes them, and a note for the user."""
 
     train: Pair
     val: Pair | None
-    said: str = ""
+    note: str = ""
 
 
 def sets_of_run(
     folder: str | os.PathLike[str], out: str | os.PathLike[str], *, train: str = "train", val: str | None = "val"
 ) -> RunSets:
-    """The sets of a run, of which ``val`` is held back from the training set where the folder has none.
+    """Return the sets of a run; if the folder has no ``val``, a part of the training set is held back for it.
 
     That part is the same in every run on the same data: a tenth of the images, drawn by class (``split``, seed 0). It
-    is written to the folder ``split`` of the run, in COCO's layout, so that a resumed run has the same one, and other
-    runs may have it as their data (``--data RUN/split``). The data's own folder is not written to.
+    is written to the folder ``split`` of the run, in COCO's layout, so that a resumed run uses the same part, and other
+    runs can use it as their data (``--data RUN/split``). The folder of the data is not written to.
 
     Args:
         folder: as for ``find_set``.
         out: folder of the run.
-        train: name of the training set; a folder with a single set is trained on that.
-        val: name of the validation set, or None for none.
+        train: name of the training set; if a folder has only one set, ``train`` stands for it.
+        val: name of the validation set; None: no validation.
 
     Raises:
-        FileNotFoundError: no such set, and none to hold back from: only ``val`` is held back, and only where no set's
-            name begins like it.
+        FileNotFoundError: there is no such set, and nothing is held back: that is done for ``val`` only, and only if no
+            set has a name that starts with ``val``.
         ValueError: ``out`` has a split of other data.
     """
     whole = set_to_split(folder, train) if train == "train" else train
@@ -144,7 +145,7 @@ def sets_of_run(
     if val != "val" or any(name.startswith("val") for name in require_sets(folder)):
         return RunSets(find_set(folder, whole), find_set(folder, val))
     if not record.is_file():
-        if (Path(out) / "config.json").is_file():  # a run that was begun without a split
+        if (Path(out) / "config.json").is_file():  # a run that was started without a split
             find_set(folder, val)
         _write_split(read_set(*find_set(folder, whole)), record, source)
     made = _read_record(record)
@@ -153,15 +154,15 @@ def sets_of_run(
             f"out: {record.parent} is the split of {made['data']}, set {made['set']}, not of {source['data']}, set "
             f"{source['set']}; give another --out"
         )
-    said = (
+    note = (
         f"{val}: not in {folder}, so {made['val']} of the {made['images']} images of {whole} are held back, drawn by "
-        f"class, as {record.parent / 'annotations' / 'val.json'} says; --val none trains on all"
+        f"class and listed in {record.parent / 'annotations' / 'val.json'}; --val none trains on all"
     )
-    return RunSets(_pair(record, "train"), _pair(record, "val"), said)
+    return RunSets(_pair(record, "train"), _pair(record, "val"), note)
 
 
 def split_of_run(run: str | os.PathLike[str], folder: str | os.PathLike[str], name: str) -> Pair | None:
-    """Training or validation set of a folder as the run in ``run`` split it; None where it did not."""
+    """Return the training or validation set of a folder as the run in ``run`` split it; None if it did not."""
     record = Path(run) / "split" / RECORD
     if name not in ("train", "val") or not record.is_file():
         return None
@@ -173,7 +174,10 @@ def _source_of(folder: str | os.PathLike[str], whole: str) -> dict[str, str]:
 
 
 def _write_split(annotations: Annotations, record: Path, source: dict[str, str]) -> None:
-    """Whole before the record is there; several processes of a run write the same."""
+    """Write both parts, and the record last, so that a record is always of a complete split.
+
+    All processes of a run write the same files.
+    """
     found = as_coco(annotations)
     found = replace(found, image_dir=Path(os.path.abspath(found.image_dir)))
     parts = split(found, {"val": SHARE})
@@ -193,7 +197,7 @@ def _read_record(record: Path) -> dict[str, Any]:
         made: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         [made[key] for key in ("data", "set", "image_dir", "images", "val")]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{record}: expected what fastkd train wrote there, got {error!r}") from None
+        raise ValueError(f"{record}: expected the split that fastkd train writes there, got {error!r}") from None
     return made
 
 

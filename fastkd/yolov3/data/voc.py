@@ -19,15 +19,19 @@ from fastkd.yolov3.data.images import IMAGE_SUFFIXES, LARGEST_SIDE, SPLITS, line
 
 
 def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
-    """Pascal VOC XML, in a folder of its own or beside the images.
+    """Read Pascal VOC XML, in a folder of its own or beside the images.
 
-    Corners are whole pixels counted from 1, of which the last is inside the box. Where a corner of the set is at 0 or
-    has a fraction, they are points counted from 0 instead; negative ones show neither. A box whose last corner is not
-    behind its first has no area.
+    Corners are whole pixels counted from 1, and the last pixel is inside the box. If any corner of the set is 0 or has
+    a fraction, all corners are instead points counted from 0; negative corners decide nothing. A box whose second
+    corner is not greater than its first has no area.
 
-    Classes are those of all XML files of the folder, sorted, so that every list of it numbers them alike; of files
-    beside the images in train/ and valid/, those of all these folders. ``difficult`` objects are treated as COCO's
-    crowds: VOC neither counts them as misses nor their detections as false.
+    The classes are the sorted labels of all XML files of the folder, so that every list of it numbers them alike; if
+    the files are beside the images in train/ and valid/, they are the labels of all these folders. ``difficult``
+    objects are treated as COCO's crowds: in VOC's evaluation too, they count neither as misses nor as false detections.
+
+    Raises:
+        FileNotFoundError: the folder of the XML files, or the list, is missing.
+        ValueError: a file is not Pascal VOC XML (the message names it), or a list has unknown names or none.
     """
     folder = path if path.is_dir() else path.parent.parent.parent / "Annotations"
     require_there("annotations", folder)
@@ -36,7 +40,7 @@ def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
         raise ValueError(f"annotations: no .xml files in {folder}")
     listed = list(files) if path.is_dir() else _voc_names(path, files)
     if not listed:
-        raise ValueError(f"{path} lists no names; expected the names of XML files in {folder}, one a line")
+        raise ValueError(f"{path} lists no names; expected the names of XML files in {folder}, one per line")
     absent = [name for name in listed if name not in files]
     if absent:
         raise ValueError(f"{path}: {len(absent)} of {len(listed)} names have no file in {folder}: {some_of(absent)}")
@@ -51,7 +55,7 @@ def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
     for name in listed:
         xml = parsed[name]
         file_name, other = _voc_image(Path(images), files[name], xml.file_name, files)
-        others_named += [f"{name}.xml says {other}"] if other else []
+        others_named += [f"{name}.xml names {other}"] if other else []
         names.append(file_name)
         sizes.append(xml.size or size_of_image(Path(images) / file_name))
         chosen.append(np.arange(ends[name] - len(xml.labels), ends[name]))
@@ -60,21 +64,21 @@ def read_voc(path: Path, images: str | os.PathLike[str]) -> Annotations:
     notes = [note]
     if others_named:
         notes.append(
-            f"{len(others_named)} XML files name another image that is there too; the image of the XML file's own name "
-            f"is taken: {some_of(others_named)}"
+            f"{len(others_named)} XML files name another image, which exists too; they are used for the image that has "
+            f"the XML file's own name: {some_of(others_named)}"
         )
     return from_rows(str(path), Path(images), names, sizes, list(index), table, notes)
 
 
 def _beside(folder: Path) -> list[Path]:
-    """XML files of the other splits, where they are beside their images."""
+    """Return the XML files of the other splits, if they are beside their images."""
     if folder.name not in SPLITS:
         return []
     return [file for split in SPLITS if split != folder.name for file in sorted((folder.parent / split).glob("*.xml"))]
 
 
 def boxes_of_corners(objects: Array) -> tuple[Array, str]:
-    """(M, 5) x, y, width, height and difficult of (M, 5) corners and difficult, and how the corners were understood."""
+    """Return (M, 5) x, y, width, height, difficult from (M, 5) corners, difficult; and a note on the corners."""
     corners = objects[:, :4]
     known = corners[np.isfinite(corners).all(1)]
     from_zero = int(((known[:, :2] == 0).any(1) | (known % 1 != 0).any(1)).sum())
@@ -84,7 +88,7 @@ def boxes_of_corners(objects: Array) -> tuple[Array, str]:
     boxes = np.concatenate([corners[:, :2] - offset, size + offset * (size > 0), objects[:, 4:]], axis=1)
     if from_zero:
         return boxes, f"corners are read as points counted from 0: {from_zero} boxes have one at 0 or with a fraction"
-    return boxes, "corners are read as whole pixels counted from 1, as VOC has them: none is at 0 or has a fraction"
+    return boxes, "corners are read as whole pixels counted from 1, as in VOC: none is at 0 or has a fraction"
 
 
 class _Xml(NamedTuple):
@@ -106,17 +110,19 @@ def _read_xml(path: Path) -> _Xml:
             labels.append(sys.intern(label))
             objects.extend((*_corners_of(entry, label), entry.findtext("difficult", "0").strip() == "1"))
     except DefusedXmlException as error:
-        raise ValueError(f"{path}: refused, as it declares entities, which no annotation needs ({error})") from None
+        raise ValueError(
+            f"{path}: refused, because it declares entities, which no annotation needs ({error})"
+        ) from None
     except (XmlTree.ParseError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not Pascal VOC XML: {error}") from None
     return _Xml(root.findtext("filename", "").strip(), size, labels, np.frombuffer(objects).reshape(-1, 5))
 
 
 def _size_of(root: Any) -> tuple[int, int] | None:
-    """Width and height; None where they are not given, or are no numbers."""
+    """Return width and height; None if they are not given, or not numbers."""
     try:
         width, height = (int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
-    except (ValueError, OverflowError):  # of nothing, nan or inf
+    except (ValueError, OverflowError):  # empty text, nan or inf
         return None
     if max(width, height) >= LARGEST_SIDE:
         raise ValueError(f"expected a size of less than 2^31 pixels, got {float(width):g}x{float(height):g}")
@@ -130,17 +136,17 @@ def _corners_of(entry: Any, label: str) -> list[float]:
     except (TypeError, ValueError):
         found = "no bndbox" if entry.find("bndbox") is None else texts
         other = next((tag for tag in ("polygon", "segm", "robndbox") if entry.find(tag) is not None), None)
-        hint = f"; it has a {other}, as files of LabelMe and others do: convert these to boxes first" if other else ""
+        hint = f"; it has a {other}, as files of LabelMe and others do: convert them to boxes first" if other else ""
         raise ValueError(
             f"object {label!r}: expected numbers in bndbox's xmin, ymin, xmax, ymax, got {found}{hint}"
         ) from None
 
 
 def _voc_image(folder: Path, file: Path, file_name: str, stems: Container[str]) -> tuple[str, str]:
-    """The image of an XML file, and another image that it names.
+    """Return the image of an XML file, and the name of another existing image if the file names that one.
 
-    It is the image of the XML file's own name or, without one, the image that it names, unless that has the name of
-    another XML file (``stems`` are all their names), whose image it is.
+    An XML file belongs to the image with its own name. If there is none, it belongs to the image that it names, unless
+    that image belongs to another XML file; ``stems`` are the names of all XML files.
     """
     stem, named = file.stem, PureWindowsPath(file_name)
     suffixes = dict.fromkeys((named.suffix or IMAGE_SUFFIXES[0], *IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)))
@@ -155,7 +161,7 @@ def _voc_image(folder: Path, file: Path, file_name: str, stems: Container[str]) 
 
 
 def _voc_names(path: Path, known: Container[str]) -> list[str]:
-    """Names of a list of VOC, whose lines may go on with a flag."""
+    """Return the names in a list of VOC, where a flag may follow the name."""
     names = []
     for line in filter(None, map(str.strip, lines_of(path))):
         while line not in known and len(line.split()) > 1:

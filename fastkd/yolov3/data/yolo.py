@@ -29,15 +29,23 @@ from fastkd.yolov3.data.images import (
 
 YAML = (".yaml", ".yml")
 DARKNET = ".data"
-CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # of Label Studio and LabelImg, Darknet, Roboflow
+CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # by Label Studio and LabelImg, Darknet, Roboflow
 
 
 def read_yolo(path: Path, images: str | os.PathLike[str]) -> Annotations:
-    """YOLO text: one ``.txt`` per image, beside it or with ``labels`` for ``images`` in its path.
+    """Read YOLO text: one ``.txt`` file per image, beside it, or in ``labels`` instead of ``images``.
 
-    ``path`` has the class names: a ``data.yaml``, Darknet's ``.data`` file, which names the list of them, or that list.
-    A line is a class index and centre, width and height relative to the image; a longer one is a polygon, of which the
-    bounding box is taken. An image with an empty label file, or none, is background.
+    A line has a class index, and centre, width and height relative to the image. A longer line has a polygon, which is
+    replaced by its bounding box. An image with an empty label file, or without one, is background.
+
+    Args:
+        path: the file with the class names: a ``data.yaml``, a list with one name per line, or a ``.data`` file of
+            Darknet, which names such a list.
+        images: folder of images, ``.txt`` list of images, or several of these joined by ``os.pathsep``.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: a file has a fault (the message names file and line), or no image has a label file.
     """
     classes = _classes_of(path)
     places = [Path(images)]
@@ -66,19 +74,19 @@ def read_yolo(path: Path, images: str | os.PathLike[str]) -> Annotations:
 
 
 def is_class_list(path: Path) -> bool:
-    """Whether a file is one with a class name a line, by its name."""
+    """Whether a file has the name of a list with one class name per line."""
     return path.name in CLASS_LISTS or path.suffix == ".names"
 
 
 def _classes_of(path: Path) -> dict[int, str]:
-    """Name of each class index, from a ``data.yaml``, a ``.data`` file, or a list."""
+    """Return the name of each class index, from a ``data.yaml``, a ``.data`` file, or a list."""
     if is_class_list(path):
         return dict(enumerate(read_names(path)))
     if path.suffix == DARKNET:
-        said = read_darknet(path)
-        if "names" not in said:
-            raise ValueError(f"{path}: expected a line 'names = obj.names', the file with a class name a line")
-        return dict(enumerate(read_names(darknet_place(path, said["names"]))))
+        entries = read_darknet(path)
+        if "names" not in entries:
+            raise ValueError(f"{path}: expected a line 'names = obj.names', a file with one class name per line")
+        return dict(enumerate(read_names(darknet_place(path, entries["names"]))))
     content = read_yaml(path)
     if "kpt_shape" in content:
         raise ValueError(f"{path}: kpt_shape: expected labels of boxes or polygons, got those of key points")
@@ -91,12 +99,12 @@ def _yolo_notes(classes: dict[int, str], corners: list[int]) -> list[str]:
         notes.append(f"names: has {len(classes)} indices with gaps; the classes are numbered 0, 1, ... in their order")
     if corners:
         what = "oriented boxes" if set(corners) == {4} else "polygons"
-        notes.append(f"{len(corners)} rows have corners, as those of {what}; their upright bounding boxes are taken")
+        notes.append(f"{len(corners)} lines have the corners of {what}; their upright bounding boxes are used")
     return notes
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what makes a short file large: repetitions of lists and mappings."""
+    """A YAML loader that refuses aliases of lists and mappings, with which a short file can expand to a huge one."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         repeats = self.check_event(yaml.AliasEvent)
@@ -115,7 +123,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"data: no such file: {path}") from None
     except RecursionError:
         raise ValueError(f"{path}: not YAML: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # of a date that is none, for example
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError for an impossible date, for example
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected train:, val: and names:, got {type(content).__name__}")
@@ -123,7 +131,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _classes(content: dict[str, Any], path: Path) -> dict[int, str]:
-    """Name of each index of ``names:``, in the order of the indices, which may have gaps."""
+    """Return the name of each index of ``names:``, in the order of the indices, which may have gaps."""
     names = content.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
@@ -137,18 +145,18 @@ def _classes(content: dict[str, Any], path: Path) -> dict[int, str]:
 
 
 def sets_of_yaml(path: Path) -> list[str]:
-    """The sets of a data.yaml."""
+    """Return the names of the sets of a data.yaml."""
     content = read_yaml(path)
     return [name for name in ("train", "val", "test") if _entry_of(content, path, name)]
 
 
 def _entry_of(content: dict[str, Any], path: Path, name: str) -> Any:
-    """What a data.yaml has of a split, or what lies beside the training set as this split."""
+    """Return the entry of a split in a data.yaml or, without one, a folder of its name beside the training set."""
     names = ALIASES.get(name, (name,))
-    said = next((content[x] for x in names if content.get(x)), None)
+    entry = next((content[x] for x in names if content.get(x)), None)
     train = content.get("train")
-    if said or name == "train" or not isinstance(train, str) or "train" not in Path(train).parts:
-        return said
+    if entry or name == "train" or not isinstance(train, str) or "train" not in Path(train).parts:
+        return entry
     parts = list(Path(train).parts)
     place = len(parts) - 1 - parts[::-1].index("train")
     beside = [str(Path(*parts[:place], x, *parts[place + 1 :])) for x in names]
@@ -156,27 +164,33 @@ def _entry_of(content: dict[str, Any], path: Path, name: str) -> Any:
 
 
 def _places_of(content: dict[str, Any], path: Path, value: str) -> tuple[Path, ...]:
-    """Where an entry may be; exports of Roboflow say ../train/images of what is beside the file."""
+    """Return the paths that an entry may stand for; Roboflow's exports write ../train/images for ./train/images."""
     root = path.parent / str(content.get("path") or "")
     return root / value, path.parent / value, path.parent / value.removeprefix("../")
 
 
 def has_labels(folder: Path) -> bool:
-    """Whether an image that is in a folder itself has a label file."""
+    """Whether a folder directly contains an image that has a label file."""
     return has_images(folder) and any(
         _label_file(x).is_file() for x in folder.iterdir() if x.suffix.lower() in IMAGE_SUFFIXES
     )
 
 
 def split_of(content: dict[str, Any], path: Path, name: str) -> Path:
-    """Folder or list of a split, or several joined; relative to ``path:``, which is relative to the file."""
+    """Return the folder or list of a split, or several joined by ``os.pathsep``.
+
+    Entries are relative to ``path:``, which is relative to the file.
+
+    Raises:
+        FileNotFoundError: there is no such split, or its folder or list does not exist.
+    """
     value = _entry_of(content, path, name)
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(x, str) for x in values):
         got = "no such entry" if value is None else reprlib.repr(value)
         raise FileNotFoundError(
             f"set {name!r} in {path}: expected a folder, a .txt list, or a list of them, got {got}; "
-            f"sets found: {', '.join(sets_of_yaml(path)) or 'none'}; write the line '{name}: images/{name}', say"
+            f"sets found: {', '.join(sets_of_yaml(path)) or 'none'}; add a line such as '{name}: images/{name}'"
         )
     found = []
     for value in values:
@@ -191,11 +205,12 @@ def split_of(content: dict[str, Any], path: Path, name: str) -> Path:
 
 
 def sets_of_lists(root: Path) -> dict[str, tuple[Path, Path]]:
-    """Sets of a folder with a list of class names and no data.yaml: Darknet's, or ``images`` and ``labels``."""
+    """Return the sets of a folder with a list of class names and no data.yaml: Darknet's, or images and labels."""
     file = darknet_file(root)
     if file is not None:
-        said = read_darknet(file)
-        return {name: (file, darknet_place(file, said[name])) for name in ("train", "val", "test") if name in said}
+        entries = read_darknet(file)
+        names = [name for name in ("train", "val", "test") if name in entries]
+        return {name: (file, darknet_place(file, entries[name])) for name in names}
     found: dict[str, tuple[Path, Path]] = {}
     for name in ("train", "val", "test"):
         for part in ALIASES.get(name, (name,)):
@@ -212,39 +227,41 @@ def _listed_set(root: Path, name: str, part: str, folders: tuple[Path, ...]) -> 
 
 
 def darknet_file(root: Path) -> Path | None:
-    """A ``.data`` file that is a folder, or lies in it or a folder of it."""
+    """Return the first ``.data`` file with a training set that is ``root``, or in it, or in one of its folders."""
     files = [root] if root.suffix == DARKNET else sorted([*root.glob(f"*{DARKNET}"), *root.glob(f"*/*{DARKNET}")])
     return next((file for file in files if "train" in read_darknet(file)), None)
 
 
 def read_darknet(file: Path) -> dict[str, str]:
-    """What a ``.data`` file of Darknet says of train, val, test and names; nothing of another file."""
+    """Return the entries train, val, test and names of a ``.data`` file of Darknet; none of any other file."""
     if not file.is_file() or file.stat().st_size > 1 << 16:
         return {}
     pairs = [line.split("=") for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
-    said = {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2 and pair[1].strip()}
-    keys = {name: next((x for x in ALIASES.get(name, (name,)) if x in said), "") for name in ("train", "val", "test")}
-    return {name: said[key] for name, key in (keys | {"names": "names"}).items() if key in said}
+    found = {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2 and pair[1].strip()}
+    keys = {name: next((x for x in ALIASES.get(name, (name,)) if x in found), "") for name in ("train", "val", "test")}
+    return {name: found[key] for name, key in (keys | {"names": "names"}).items() if key in found}
 
 
 def darknet_place(file: Path, value: str) -> Path:
-    """What a ``.data`` file names, which is relative to the folder that Darknet runs in: often the folder above.
+    """Return the path of an entry of a ``.data`` file.
+
+    Entries are relative to the folder that Darknet runs in, which is often the folder above the file.
 
     Raises:
-        FileNotFoundError: it is not there (names the file, and what it says).
+        FileNotFoundError: the path does not exist (the message lists the places).
     """
     places = (file.parent / value, file.parent.parent / value, file.parent / Path(value).name)
     place = next((x for x in places if x.exists()), None)
     if place is None:
-        raise FileNotFoundError(f"{file}: {value} is not there; looked for {', '.join(map(str, places))}")
+        raise FileNotFoundError(f"{file}: {value} does not exist; looked for {', '.join(map(str, places))}")
     return place
 
 
 def _listed_images(images: Path) -> list[Path]:
-    """The images of a folder and its sub-folders, or of a list.
+    """Return the images of a folder and its sub-folders, or of a list.
 
-    Relative paths of a list are relative to its folder or, as Darknet has them, to the folder above, or to its folder
-    under another name, as CVAT has them (``data/``): to the one in which more of them exist.
+    The paths in a list may be relative to the list's folder; to the folder above, as in Darknet; or to the list's
+    folder under another name, as in CVAT's exports (``data/``). The choice under which most files exist is used.
     """
     require_there("images", images)
     if images.is_dir():
@@ -259,7 +276,7 @@ def _listed_images(images: Path) -> list[Path]:
 
 
 def _label_file(image: Path) -> Path:
-    """With the last ``images`` of its path as ``labels``; or beside the image, where that is absent."""
+    """Return the label file of an image: the last ``images`` of its path becomes ``labels``; or beside the image."""
     beside, parts = image.with_suffix(".txt"), list(image.parts)
     for place in range(len(parts) - 2, -1, -1):
         if parts[place] == "images":
@@ -269,7 +286,7 @@ def _label_file(image: Path) -> Path:
 
 
 def _read_labels(path: Path, classes: Collection[int]) -> Iterator[tuple[int, float, float, float, float, int]]:
-    """Of each line: class index; centre, width and height relative to the image; number of corners, 0 of a box."""
+    """Yield for each line class index, centre, width and height relative to the image, number of corners or 0."""
     for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
@@ -298,13 +315,13 @@ def _range(classes: Collection[int]) -> str:
 
 
 def _looks_like(words: list[str]) -> str:
-    """What a row that is not numbers may be, for the message."""
+    """Return a guess, for the message, of what a line that is not numbers may be."""
     if any("," in word for word in words):
-        return "; are they separated by commas? Expected spaces between the numbers, and a decimal point"
+        return "; are they separated by commas? Separate numbers by spaces, and use a decimal point"
     numeric = [re.fullmatch(r"[-+.\deE]+", word) is not None for word in words]
     if len(words) in (9, 10) and all(numeric[:8]) and not numeric[8]:
         return "; this looks like an oriented box of DOTA: eight coordinates of corners, and a name"
-    return "; the first is the class as a number, not its name" if not numeric[0] and all(numeric[1:]) else ""
+    return "; write the class as its number, not its name" if not numeric[0] and all(numeric[1:]) else ""
 
 
 def _box_of(polygon: list[float]) -> tuple[float, float, float, float]:

@@ -1,1 +1,1 @@
-"""What people look at: predictions, maps of a run, and the demo."""
+"""Output for people: predictions, maps of a run, and the demo."""

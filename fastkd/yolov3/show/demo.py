@@ -1,4 +1,4 @@
-"""The demo: what distillation is worth to a small detector with few labels, on digits scenes, in minutes on a CPU."""
+"""The demo: trains a small detector on few labels with and without distillation, on digits scenes, on a CPU."""
 
 from __future__ import annotations
 
@@ -38,27 +38,28 @@ if TYPE_CHECKING:
 
 PLAIN, DISTILLED = "without distillation", "with distillation"
 SHOWN = ("mAP", "AP50", "AP75")
-SCENES_SHOWN = 5  # scenes in the images
-MARK = ".demo"  # in a folder that a demo has made
+SCENES_SHOWN = 5  # number of scenes in the figures
+MARK = ".demo"  # a file that marks the folder of a demo
 DRAWN = ("curves", "predictions", "maps", "differences", "level_losses")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo trains.
+    """The trainings of the demo.
 
     Args:
-        scenes: how many for the teacher's training.
-        labelled: how many of these the students are given, with labels.
-        val, test: scenes for the curves, and to report on.
-        teacher_width, student_width: of YOLOv3 and YOLOv3-tiny.
-        teacher_steps, student_steps, batch: lengths of the trainings.
-        teacher_lr: the teacher's learning rate.
-        plain, distilled: what else the configuration of each student has, as the study (docs/study) chose it for
-            100 labelled scenes.
-        teacher_match: the teacher's ``match_threshold``, lower than the student's: more of its heads train on each box,
-            so that the coarse levels, which are those that the student has too, know every size.
-        curve_points: evaluations during a student's training.
+        scenes: number of scenes for the teacher's training.
+        labelled: number of these scenes, with labels, for the students' training.
+        val, test: number of scenes for the curves, and for the table.
+        teacher_width, student_width: width of YOLOv3 and of YOLOv3-tiny.
+        teacher_steps, student_steps, batch: number of steps, and images per step.
+        teacher_lr: learning rate of the teacher.
+        plain, distilled: further options of each student's configuration, as the study (docs/study) chose them for 100
+            labelled scenes.
+        teacher_match: ``match_threshold`` of the teacher, lower than the student's: more of its heads are trained on
+            each box, so that the coarse levels, which the student has too, learn boxes of every size.
+        curve_points: number of evaluations during a student's training.
+        size: side of a scene and of the network's input in pixels.
     """
 
     scenes: int = 4000
@@ -93,29 +94,29 @@ class Student:
 def run_demo(
     out: str | os.PathLike[str] = "runs/demo", seeds: int = 1, settings: Settings = Settings()
 ) -> dict[str, Any]:
-    """Train teacher and students, compare them on the test scenes, print a table and write images.
+    """Train teacher and students, compare them on the test scenes, print a table and write plots.
 
-    The folder gets ``results.json`` (every figure, seed and version), ``report.txt``, the plots ``curves.png``,
-    ``predictions.png`` and those of ``inspect_run``, the data and the trained models. A teacher that is there is used
-    again; students are always trained, and what an earlier demo found is kept in ``earlier``.
+    The folder gets ``results.json`` (all numbers, seeds and versions), ``report.txt``, the plots ``curves.png``,
+    ``predictions.png`` and those of ``inspect_run``, the data and the trained models. A teacher in the folder is used
+    again; students are always trained, and the results of an earlier demo are moved to ``earlier``.
 
     Args:
         out: the folder.
-        seeds: how many times both students are trained.
-        settings: sizes and lengths.
+        seeds: number of seeds with which both students are trained.
+        settings: sizes and lengths of the trainings.
 
     Returns:
-        What ``results.json`` holds.
+        The content of ``results.json``.
 
     Raises:
-        ValueError: seeds < 1, or a teacher in ``out`` that was trained with other settings.
-        FileExistsError: ``out`` holds something else than a demo.
+        ValueError: seeds < 1, or the teacher in ``out`` was trained with other settings.
+        FileExistsError: ``out`` contains something else than a demo.
     """
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     started = time.perf_counter()
     root = Path(out)
-    import matplotlib  # noqa: F401  # the plots come last, and minutes would be lost
+    import matplotlib  # noqa: F401  # if it is missing, fail before the trainings
 
     _require_own(root)
     with alone_in(root):
@@ -127,11 +128,11 @@ def run_demo(
 def _require_own(root: Path) -> None:
     there = [x.name for x in root.iterdir() if not x.name.startswith(".")] if root.is_dir() else []
     if there and not (root / MARK).is_file():
-        raise FileExistsError(f"out: {root} holds other files ({', '.join(there[:3])}); give another folder")
+        raise FileExistsError(f"out: {root} contains other files ({', '.join(there[:3])}); give another folder")
 
 
 def _put_aside(root: Path) -> None:
-    """Move what an earlier demo has left, but for the teacher and the scenes, into a folder of its own."""
+    """Move the files of an earlier demo, except the teacher and the scenes, into a new folder."""
     names = ("students", "results.json", "report.txt", *(f"{name}.png" for name in DRAWN))
     there = [root / name for name in names if (root / name).exists()]
     if there:
@@ -214,7 +215,7 @@ def _train_student(root: Path, settings: Settings, seed: int, teacher: TrainResu
 
 
 def _data(root: Path, annotations: str, images: str) -> dict[str, Any]:
-    """What all trainings share: digits must not be mirrored, and the scenes fit in memory."""
+    """Return the options that all trainings share: digits must not be mirrored, and the scenes fit in memory."""
     return {
         "annotations": str(root / f"digits/annotations/{annotations}.json"),
         "images": str(root / f"digits/images/{images}"),
@@ -232,11 +233,11 @@ def _scenes(root: Path, settings: Settings, split: str) -> DetectionDataset:
     )
 
 
-# ---- figures
+# ---- numbers
 
 
 def _restored(student: Student) -> Objective:
-    """Student, teacher, adapters and statistics as the training left them."""
+    """Return student, teacher, adapters and statistics as they were at the end of the training."""
     objective = build_objective(student.config, training_set(student.config))
     load_checkpoint(student.config, objective)
     return objective
@@ -251,7 +252,7 @@ def _distiller(objective: Objective) -> fastkd.Distiller:
 def _loss_arguments(
     objective: Objective, batch: Batch
 ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None, Tensor]:
-    """What the distillation loss gets for these scenes, to time it with: features of both, prior and a task loss."""
+    """Return arguments of the distillation loss for timing: student's and teacher's features, prior, task loss."""
     caught: list[Any] = []
     distiller = _distiller(objective)
     hook = distiller.criterion.register_forward_pre_hook(lambda _, arguments: caught.append(arguments))
@@ -266,7 +267,7 @@ def _loss_arguments(
 
 
 def _shares_of_step(objective: Objective, batch: Batch, step_seconds: float, repeats: int = 15) -> dict[str, float]:
-    """Share of a mean training step spent in the distillation loss, forward and backward, and in the teacher."""
+    """Return the shares of a mean training step of the distillation loss, forward and backward, and the teacher."""
     distiller = _distiller(objective)
     criterion, model = distiller.criterion, distiller.teacher
     student, *constants = _loss_arguments(objective, batch)
@@ -344,26 +345,25 @@ def _mean_and_spread(metrics: Sequence[Metrics]) -> dict[str, Any]:
 
 
 def _summary(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, and the sample's standard deviation where there are several."""
+    """Return the mean and, if there are several values, the sample's standard deviation."""
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "standard_deviation": spread, "values": list(values)}
 
 
 def _note(settings: Settings) -> str:
     return (
-        f"The teacher had what the students had not: the labels of {settings.scenes} scenes and "
-        f"{settings.teacher_steps} steps. Both students see the same {settings.labelled} of these scenes with labels, "
-        f"for the same {settings.student_steps} steps, from the same initial weights; the distilled one also sees the "
-        "teacher's features on them, which takes more time. So what distillation passes on is what the teacher learnt "
-        "from its larger data. "
-        "Learning rate and weight decay of each are those that the study of the maps chose on other scenes. "
-        f"Scores are on {settings.test} test scenes, made of other digits and the other halves of the "
-        "photographs than the training scenes, on which nothing was chosen."
+        f"The teacher was trained on the labels of {settings.scenes} scenes for {settings.teacher_steps} steps. Both "
+        f"students see only {settings.labelled} of these scenes, with labels, for the same {settings.student_steps} "
+        "steps and from the same initial weights; the distilled one also sees the teacher's features on them, which "
+        "takes more time. So distillation passes on what the teacher learnt from its larger data. "
+        "Learning rate and weight decay of each student are those that the study of the maps chose on other scenes. "
+        f"Scores are on {settings.test} test scenes, which were not used to choose anything; they are made of other "
+        "digits and the other halves of the photographs than the training scenes."
     )
 
 
 def _report(results: dict[str, Any]) -> str:
-    """The table and the note, as text."""
+    """Return the table and the note as text."""
     settings = results["settings"]
     rows = [f"{'on the test scenes':<34}{'mAP':>12}{'AP50':>12}{'AP75':>12}{'seconds':>9}"]
     test = results["teacher"]["test"]
@@ -375,8 +375,8 @@ def _report(results: dict[str, Any]) -> str:
     rows.append(_row("gain, paired by seed", [_points(results["gain"][x], "+") for x in SHOWN], ""))
     shares = results["share_of_step"]
     rows.append(
-        f"\nof the distilled student's step, {shares['distillation_loss']:.1%} goes into the distillation loss "
-        f"(adapters included), {shares['teacher']:.1%} into the teacher's forward; the demo took "
+        f"\nof a step of the distilled student, the distillation loss with its adapters takes "
+        f"{shares['distillation_loss']:.1%} and the teacher's forward {shares['teacher']:.1%}; the demo took "
         f"{results['seconds']:.0f} s"
     )
     return "\n".join(rows) + "\n\n" + textwrap.fill(results["note"], 100)
@@ -395,7 +395,7 @@ def _name(student: Student) -> str:
     return f"{student.kind}, seed {student.seed}"
 
 
-# ---- images
+# ---- plots
 
 
 def _draw(
@@ -405,7 +405,7 @@ def _draw(
     students: Sequence[Student],
     test: DetectionDataset,
 ) -> None:
-    """``DRAWN``, on a few of the test scenes."""
+    """Write the plots ``DRAWN``, of a few of the test scenes."""
     pair = {s.kind: s for s in students if s.seed == 0}
     models = {
         f"teacher ({settings.scenes} labelled scenes)": teacher.model,
@@ -425,7 +425,7 @@ def _draw(
 
 
 def _curves(settings: Settings, students: Sequence[Student]) -> Figure:
-    """mAP on the validation scenes over the training, of both students, a band over the seeds."""
+    """Return a plot of both students' mAP on the validation scenes over the training, with bands over the seeds."""
     curves = {}
     for kind in (PLAIN, DISTILLED):
         logs = [read_log(Path(s.config.out) / "metrics.jsonl") for s in students if s.kind == kind]
@@ -436,7 +436,7 @@ def _curves(settings: Settings, students: Sequence[Student]) -> Figure:
 
 
 def _predictions(models: dict[str, Any], images: Tensor, class_names: Sequence[str], size: int) -> Figure:
-    """One row a scene, one column a model; scenes are enlarged so that names can be read."""
+    """Return a figure with one row per scene and one column per model; scenes are enlarged to make names readable."""
     import cv2
     import numpy as np
     from matplotlib.figure import Figure

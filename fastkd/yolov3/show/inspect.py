@@ -1,4 +1,4 @@
-"""``fastkd inspect``: what a run's distillation looks at, what it has changed, and where its loss is."""
+"""``fastkd inspect``: draws the information maps of a run, the differences of the features, and the level losses."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from fastkd.yolov3.train.run import build_objective, load_checkpoint, training_s
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIGURES = ("maps", "differences", "level_losses")  # as their files are named
-TOP = 0.1  # part of the cells whose share of the weight is told
+FIGURES = ("maps", "differences", "level_losses")  # names of the files
+TOP = 0.1  # the table gives the share of the weight that this fraction of the cells has
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect_run`` found; ``str(inspection)`` is a table.
+    """The result of ``inspect_run``; ``str(inspection)`` is a table.
 
     Attributes:
-        before, now: maps of the initial student and of the one that the run has trained, both with the teacher's
-            statistics as they are now.
-        images: how many the numbers are means over.
-        files: the images drawn.
+        before, now: maps of the initial student and of the trained one, both with the current statistics of the
+            teacher.
+        images: number of images, over which the numbers are means.
+        files: the figures that were written.
     """
 
     before: DistillMaps
@@ -73,35 +73,38 @@ def inspect_run(
     split: str | None = None,
     count: int = 4,
 ) -> Inspection:
-    """Draw what the distillation of a run of ``fastkd train --teacher`` looks at, from its last checkpoint.
+    """Draw the distillation maps of a run of ``fastkd train --teacher``, from its last checkpoint.
 
-    Writes ``maps.png`` (information maps over the images), ``differences.png`` (student against teacher, initially
-    and now) and ``level_losses.png`` (each level's loss and share over the training, from ``metrics.jsonl``).
+    Writes ``maps.png`` (information maps over the images), ``differences.png`` (differences between the features of
+    student and teacher, initially and now) and ``level_losses.png`` (loss and share of each level over the training,
+    from ``metrics.jsonl``).
 
     Args:
-        run: the run's folder.
-        paths: files or folders to look at, where a map of boxes is that of the boxes which the teacher finds; by
-            default some of the run's own, with their labels.
-        out: folder for the three; by default ``inspect`` in the run's, or ``inspect-2`` and so on.
-        split: ``"val"`` or ``"train"``: whose images, where none are given; by default the validation set's if the
-            run has one.
-        count: at most so many images, evenly spaced among all. One that can't be read is left out with a warning,
-            and the next one takes its place.
+        run: folder of the run.
+        paths: image files or folders; maps that need boxes then use those that the teacher detects. If empty, images
+            of the run with their labels are used.
+        out: folder for the three figures; None: ``inspect`` in the run's folder, or ``inspect-2`` and so on if it
+            exists.
+        split: the set of the images, ``"val"`` or ``"train"``, if there are no ``paths``; None: ``"val"`` if the run
+            has a validation set.
+        count: use at most this many of the images, evenly spaced. If an image can't be read, the next one takes its
+            place, with a warning.
 
     Raises:
-        FileNotFoundError: no run, checkpoint, log or image there. FileExistsError: one of the three is in ``out``.
-        ValueError: a run without a teacher; no image that can be read; a ``split`` unknown or beside ``paths``;
-            ``count`` < 1.
+        FileNotFoundError: the run, its checkpoint, its log or an image is missing.
+        FileExistsError: ``out`` has one of the three files.
+        ValueError: the run has no teacher; no image can be read; ``split`` is unknown or given together with
+            ``paths``; ``count`` < 1.
     """
-    import matplotlib  # noqa: F401  # before models are built for nothing
+    import matplotlib  # noqa: F401  # if it is missing, fail before models are built
 
     if count < 1:
         raise ValueError(f"count: expected at least 1 image, got {count}")
     if paths and split is not None:
-        raise ValueError(f"set: expected none beside images of your own, got {split!r}")
+        raise ValueError(f"set: expected None together with images of your own, got {split!r}")
     config = replace(read_config(run), augmentation=None)
     if config.teacher is None:
-        raise ValueError(f"{os.fspath(run)}: this run has no teacher, so no distillation to look at; see --teacher")
+        raise ValueError(f"{os.fspath(run)}: this run has no teacher, so there are no maps; train with --teacher")
     folder = new_folder(Path(run) / "inspect") if out is None else Path(out)
     files = tuple(folder / f"{name}.png" for name in FIGURES)
     for file in files:
@@ -116,10 +119,10 @@ def inspect_run(
 
 
 def level_loss_figure(run: Path, maps: DistillMaps) -> Figure:
-    """Loss and share of each of these levels over a run, while it distilled, and what that was of the total."""
+    """Return a plot of each level's loss and share over the distilled steps of a run, and their share of the loss."""
     entries = [x for x in read_log(run / "metrics.jsonl") if x.get("distill")]
     if not entries:
-        raise FileNotFoundError(f"{run}: no losses of a distillation in metrics.jsonl")
+        raise FileNotFoundError(f"{run}: no distillation losses in metrics.jsonl")
     return viz.plot_level_losses(
         {level.name: [x[f"distill/{level.student}"] for x in entries] for level in maps.levels},
         steps=[x["step"] for x in entries],
@@ -129,7 +132,7 @@ def level_loss_figure(run: Path, maps: DistillMaps) -> Figure:
 
 
 def _read(paths: Sequence[str | os.PathLike[str]], count: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """(n, 3, size, size) float, 0..1, and targets, which they have none of."""
+    """Return images, (n, 3, size, size) float, 0..1, and targets (0, 6), as these images have no labels."""
     files = listed(paths)
     faults: dict[Path, Exception] = {}
 
@@ -148,10 +151,10 @@ def _read(paths: Sequence[str | os.PathLike[str]], count: int, config: TrainConf
 
 def _own(config: TrainConfig, split: str | None, count: int) -> tuple[Tensor, Tensor]:
     if split not in (None, "train", "val"):
-        raise ValueError(f"set: expected train or val, got {split!r}; to look at others, name images or a folder")
+        raise ValueError(f"set: expected train or val, got {split!r}; for other images, name files or a folder")
     val = None if split == "train" else validation_set(config)
     if val is None and split == "val":
-        raise ValueError("set: this run has no validation set; take train, or name images or a folder")
+        raise ValueError("set: this run has no validation set; take train, or name image files or a folder")
     data = training_set(config) if val is None else val
     batch = some_batch(data, count)
     if not len(batch.images):
@@ -162,9 +165,12 @@ def _own(config: TrainConfig, split: str | None, count: int) -> tuple[Tensor, Te
 def _before_and_now(
     config: TrainConfig, images: Tensor, targets: Tensor, labelled: int
 ) -> tuple[DistillMaps, DistillMaps]:
-    """Maps of the run's initial student and of its last checkpoint's, against the teacher as standardised now."""
+    """Return the maps of the run's initial student and of the student of its last checkpoint.
+
+    Both are computed with the statistics of the teacher's features from that checkpoint.
+    """
     if not (Path(config.out) / "checkpoint.pt").is_file():
-        raise FileNotFoundError(f"{config.out}: no checkpoint yet (checkpoint.pt is missing); let it train on")
+        raise FileNotFoundError(f"{config.out}: no checkpoint yet (checkpoint.pt is missing); train it further")
     objective = build_objective(config, training_set(config))
     distiller = objective.distiller
     if distiller is None:

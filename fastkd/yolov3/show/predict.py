@@ -1,4 +1,4 @@
-"""Objects found in images and videos, and copies of these with their boxes."""
+"""Detects objects in images and videos, and writes copies of them with boxes."""
 
 from __future__ import annotations
 
@@ -38,34 +38,34 @@ def predict(
     progress: bool = False,
     detections_file: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
-    """Find objects in images and videos, and write copies with boxes, class names and scores drawn on them.
+    """Detect objects in images and videos, and write copies with boxes, class names and scores drawn on them.
 
     Args:
         model: the detector, on any device.
-        paths: image files, videos, folders of both, or patterns of ``glob`` (``"photos/*.jpg"``, ``"photos/**"`` for
+        paths: image files, videos, folders of both, or patterns of ``glob`` (``"photos/*.jpg"``; ``"photos/**"`` for
             all folders below).
-        out: folder for the copies, which keep their names (PNG for what OpenCV cannot write, MP4 for every video).
+        out: folder for the copies, which keep their names (as PNG if OpenCV cannot write their format; videos as MP4).
         size: side in pixels of the square network input, a multiple of 32.
-        class_names: one per class; numbers are drawn without.
-        score_threshold: least score of a drawn box, in [0, 1).
-        iou_threshold: of the non-maximum suppression.
-        progress: whether to show a bar, where the output is a terminal.
-        detections_file: where to write what is drawn as COCO results, in pixels of the images; None: nowhere. The
-            ``image_id`` is the name of the file, the ``category_id`` counts the classes from 1, and what is found in a
-            video has ``frame`` besides, counted from 0.
+        class_names: one per class; without names, class numbers are drawn.
+        score_threshold: minimum score of a drawn box, in [0, 1).
+        iou_threshold: threshold of the non-maximum suppression.
+        progress: whether to show a progress bar if the output is a terminal.
+        detections_file: file to write the drawn boxes to as COCO results, in pixels of the images; None: no file. The
+            ``image_id`` is the name of the file, the ``category_id`` counts the classes from 1, and boxes of a video
+            have a ``frame`` besides, counted from 0.
 
     Returns:
-        The files written, in order. An image or video that can't be read has none; one warning names them.
+        The files written, in order. Files that can't be read are left out, with one warning that names them.
 
     Raises:
-        FileNotFoundError: no such file or folder, or a folder or pattern without images and videos.
-        FileExistsError: ``out`` has a file of one of these names, or ``detections_file`` is there.
-        ValueError: no file can be read, two have one name, or a threshold is out of range.
+        FileNotFoundError: there is no such file or folder, or a folder or pattern has no images or videos.
+        FileExistsError: ``out`` has a file with one of these names, or ``detections_file`` exists.
+        ValueError: no file can be read, two have the same name, or a threshold is out of range.
     """
     files = listed(paths, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
     targets = [_named(Path(out) / file.name) for file in files]
     if len(set(targets)) != len(targets):
-        raise ValueError("paths: expected different file names, got two alike; predict one folder at a time")
+        raise ValueError("paths: expected different file names, got the same one twice; predict one folder at a time")
     require_new(detections_file=detections_file)
     for target in targets:
         require_new(out=target)
@@ -116,7 +116,7 @@ class _Finder:
 
 
 def warn_left_out(faults: dict[Path, Exception], tried: int) -> None:
-    """One warning that names the images that can't be read; if those are all that were tried, the first one's error."""
+    """Warn once, with the names of the images that can't be read; if none can be read, raise the first error."""
     if len(faults) == tried:
         raise next(iter(faults.values()))
     if faults:
@@ -128,7 +128,11 @@ def warn_left_out(faults: dict[Path, Exception], tried: int) -> None:
 def detect_objects(
     model: Detector | OnnxDetector, image: Image, size: int, score_threshold: float = 0.3, iou_threshold: float = 0.5
 ) -> Detections:
-    """Objects in one image, (H, W, 3) uint8 RGB of any size; boxes in its own pixels, clipped to it."""
+    """Detect objects in one image, (H, W, 3) uint8 RGB of any size.
+
+    Returns:
+        The detections, with boxes in pixels of the image, clipped to it.
+    """
     square, letterbox = fit(image, size)
     pixels = torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1)))[None]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -140,10 +144,10 @@ def detect_objects(
 
 
 def listed(paths: Sequence[str | os.PathLike[str]], suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
-    """The files that are meant by files, folders and patterns of ``glob``, each once; of the latter two by suffix.
+    """Return files, with folders and patterns of ``glob`` replaced by the files in them that have one of the suffixes.
 
     Raises:
-        FileNotFoundError: no such file or folder, or nothing with a suffix in it.
+        FileNotFoundError: there is no such file or folder, or it has no file with such a suffix.
     """
     files: list[Path] = []
     for path in map(Path, paths):

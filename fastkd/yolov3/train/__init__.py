@@ -1,1 +1,1 @@
-"""The training loop: configuration, objective, evaluation and what a run writes."""
+"""The training loop: configuration, objective, evaluation, log and plots of a run."""

@@ -1,4 +1,4 @@
-"""What a training run depends on, and when two runs are the same."""
+"""``TrainConfig``, everything that a training run depends on, and the check that a run is resumed with the same one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastkd.yolov3.model import MODELS
 from fastkd.yolov3.train.objective import PRIORS, usual_prior
 
 OPTIMIZERS = ("adamw", "sgd")
-# what a resumed run may change: it has no influence on the weights
+# what a resumed run may change, because it does not influence the weights
 FREE_TO_CHANGE = {
     *("out", "resume", "workers", "cache", "eval_every", "save_every", "log_every", "tensorboard", "cpu"),
     *("val_annotations", "val_images", "strict"),
 }
-OF_DISTILLATION = {  # without a teacher they do nothing
+OF_DISTILLATION = {  # without a teacher these have no effect
     *("teacher_model", "distill_weight", "distill_share", "info_map", "prior", "penalty", "level_weights"),
     *("distill_warmup", "distill_stop", "distill_decay", "teacher_every", "teacher_images"),
 }
@@ -32,64 +32,66 @@ PATHS = {"annotations", "images", "teacher", "init", "unlabelled"}
 class TrainConfig:
     """Everything that a training run depends on.
 
-    An epoch is ``ceil(images / batch)`` steps. The images of a step, and how they are augmented, follow from
-    (seed, step) only, so that a resumed run, or one with more workers or processes, sees the same batches.
+    An epoch is ``ceil(images / batch)`` steps. The images of a step and their augmentation depend on (seed, step) only,
+    so that a resumed run, or one with more workers or processes, sees the same batches.
 
     Args:
-        annotations, images: training set, as ``fastkd.yolov3.data.formats.read_set`` takes it: COCO's JSON file and the
-            folder of its images, say.
+        annotations, images: training set, as ``fastkd.yolov3.data.formats.read_set`` takes it, for example COCO's JSON
+            file and the folder of its images.
         out: folder of the run: ``checkpoint.pt`` to resume from, ``model.pt`` and ``model.weights`` (the detector
             alone), ``config.json``, ``metrics.jsonl``, ``tensorboard/``.
         val_annotations, val_images: validation set, or None for no evaluation.
         model: ``"yolov3-tiny"`` or ``"yolov3"``.
         width: multiplier of the model's channels.
         size: side of the square network input in pixels, a multiple of 32.
-        init: ``.pt`` or ``.weights`` file of the same model and width to start from; None: random weights. Where its
-            classes are not those of the data, the heads' last 1x1 convolutions are new, and all else is kept.
-        anchors: ``"data"``: k-means on the training set, as many a head as ``init`` has, or 3; ``"default"``: those of
-            ``init``, or the model's own; None: those of ``init`` if its heads are kept, else of the data, as new heads
-            have to learn any.
+        init: ``.pt`` or ``.weights`` file of the same model and width to start from; None: random weights. If its
+            classes are not those of the data, the heads' last 1x1 convolutions start from random weights.
+        anchors: ``"data"``: ``dataset_anchors`` of the training set, per head as many as ``init`` has, or 3;
+            ``"default"``: those of ``init``, or the model's own; None: those of ``init`` if its heads are kept, else as
+            ``"data"``, because new heads have nothing to keep.
         teacher: ``.pt`` or ``.weights`` file of the teacher; None: train without distillation.
-        teacher_model: what a ``.weights`` teacher is; None: as the ``.cfg`` beside it says, else by the file's size.
-        unlabelled: folder of images, with its sub-folders, that only the teacher explains; None: none.
-        unlabelled_batch: how many of these a step has, over all processes; None: as many as ``batch``.
-        match_threshold: IoU of sizes above which a box trains an anchor; 1: the best anchor alone, as in the paper.
+        teacher_model: model of a ``.weights`` teacher; None: from the ``.cfg`` file beside it, or from its size.
+        unlabelled: folder of images without labels, with its sub-folders, which only the distillation loss uses; None:
+            no such images.
+        unlabelled_batch: number of these images per step, over all processes; None: ``batch``.
+        match_threshold: see ``fastkd.yolov3.DetectionLoss``.
         distill_weight, info_map: see ``Objective`` and ``fastkd.DistillLoss``.
-        prior: as in ``Objective``; None: the one that goes with the map, ``"score"`` for that map,
-            ``"iou_mask"`` for ``"fgfi"``, ``"graded_iou"`` for that map, else none.
-        penalty: as in ``fastkd.DistillLoss``.
-        level_weights: a factor for each level of the feature loss, backbone first; 0 leaves a level out; None: all 1.
-        distill_share: where ``distill_weight`` is ``"auto"``: the distillation loss is held at so many times the
-            detection loss.
-        distill_warmup: steps over which the distillation loss grows to its weight.
-        distill_stop: epoch from which on there is no distillation; None: it lasts to the end.
-        distill_decay: ``"linear"`` or ``"cosine"``: fall from the end of the warm-up to zero at ``distill_stop`` (or
-            the end); None: stay.
+        prior: see ``Objective``; None: the prior that the map needs, which is ``"score"`` for ``"score"``,
+            ``"iou_mask"`` for ``"fgfi"``, ``"graded_iou"`` for ``"graded_iou"``, else ``"none"``.
+        penalty: see ``fastkd.DistillLoss``.
+        level_weights: factor of each level of the feature loss, backbone first; 0 leaves a level out; None: all 1.
+        distill_share: with ``distill_weight="auto"``, the distillation loss is kept at this multiple of the detection
+            loss.
+        distill_warmup: number of steps until the distillation loss has its full weight.
+        distill_stop: number of epochs with distillation; None: all.
+        distill_decay: ``"linear"`` or ``"cosine"``: the weight of the distillation loss decays from the end of the
+            warm-up to zero at ``distill_stop`` (or the end); None: it stays constant.
         teacher_every, teacher_images: see ``fastkd.Distiller``: fewer passes of the teacher.
-        steps, epochs: how long; ``steps`` wins where both are given.
+        steps, epochs: length of the training; ``steps`` counts if it is given.
         batch: images per step, over all processes.
-        optimizer: ``"adamw"`` or ``"sgd"`` (momentum 0.9). Biases and batch norms have no weight decay.
-        lr: highest learning rate, reached after ``warmup`` steps, then falling as a cosine to ``final_lr * lr``.
+        optimizer: ``"adamw"`` or ``"sgd"`` (Nesterov momentum 0.9). Biases and batch norms have no weight decay.
+        lr: highest learning rate, reached after ``warmup`` steps; then it decays as a cosine to ``final_lr * lr``.
         clip: largest norm of the gradient; 0: do not clip.
-        freeze_batchnorm: batch norms keep the statistics that they begin with, those of ``init``: for fine-tuning with
-            few images per process.
-        sync_batchnorm: batch norm statistics over all processes (GPUs only); else each has those of its own images.
-        ema: decay of the moving average of the weights, which is what gets evaluated and exported; 0: no average.
+        freeze_batchnorm: batch norms keep their initial statistics, those of ``init``, for fine-tuning with few images
+            per process.
+        sync_batchnorm: compute batch norm statistics over all processes (GPUs only); False: each process uses those of
+            its own images.
+        ema: decay of the moving average of the weights, which is evaluated and exported; 0: no average.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
-        seed: of initial weights, order and augmentation.
-        augmentation: what to vary; None: nothing.
-        limit: use the first so many training images.
-        workers: processes that load images; 0 is best for small sets with ``cache``.
+        seed: seed of initial weights, order and augmentation.
+        augmentation: options of the augmentation; None: no augmentation.
+        limit: use only this many training images, the first ones; None: all.
+        workers: number of processes that load images; 0 is best for small sets with ``cache``.
         cache: keep decoded images in memory.
-        strict: an image that can't be read ends the run, which leaves it out otherwise.
+        strict: raise an error for an image that can't be read, instead of leaving it out.
         eval_every: epochs between evaluations (and exports); 0: at the end only.
         save_every: epochs between checkpoints.
         log_every: steps between two lines of the log.
         cpu: do not use an accelerator.
-        resume: go on from ``out``'s checkpoint, if there is one.
+        resume: continue from the checkpoint in ``out``, if there is one.
 
     Raises:
-        ValueError: a value that is out of range (at construction).
+        ValueError: a value is out of range.
     """
 
     annotations: str
@@ -163,29 +165,31 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= least, f"a number >= {least}")
         self._require("unlabelled_batch", self.unlabelled_batch is None or self.unlabelled_batch >= 1, "a number >= 1")
         finite = self.level_weights is None or all(map(math.isfinite, self.level_weights))
-        self._require("level_weights", finite, "None or finite numbers, one a level")
+        self._require("level_weights", finite, "None or finite numbers, one per level")
         self._require("prior", self.prior is None or self.prior in PRIORS, f"None or one of {', '.join(PRIORS)}")
         if self.teacher is not None and resolve(self.info_map).needs_prior and self.effective_prior == "none":
             raise ValueError(
-                f"prior: expected one, as info_map {self.info_map!r} weighs cells by it alone, got 'none'; to weigh "
-                "all cells alike, take info_map 'uniform'"
+                f"prior: expected one of {', '.join(x for x in PRIORS if x != 'none')}, because info_map "
+                f"{self.info_map!r} takes the weights of the cells from it, got 'none'; for equal weights, take "
+                "info_map 'uniform'"
             )
         if self.unlabelled is not None and self.teacher is None:
-            raise ValueError("unlabelled: expected a teacher beside it, which explains these images, got None")
+            raise ValueError("unlabelled: expected a teacher too, as only distillation uses these images, got None")
         if self.unlabelled is None and self.unlabelled_batch is not None:
-            raise ValueError(f"unlabelled_batch: expected unlabelled beside it, got {self.unlabelled_batch} alone")
+            raise ValueError(f"unlabelled_batch: expected unlabelled too, got {self.unlabelled_batch} alone")
         self._require("distill_stop", self.distill_stop is None or self.distill_stop >= 1, "None or an epoch >= 1")
-        Passes(self.teacher_every, self.teacher_images)  # which refuses others
+        Passes(self.teacher_every, self.teacher_images)  # raises if they are out of range
         self._require("steps", self.steps is None or self.steps >= 1, "None or a number >= 1")
         self._require("lr", 0 < self.lr < math.inf, "a finite number > 0")
         for name in ("weight_decay", "clip", "warmup", "distill_warmup", "final_lr"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
         self._require("ema", 0 <= self.ema < 1, "a number in [0, 1)")
-        self._require("val_images", (self.val_annotations is None) == (self.val_images is None), "it with the other")
+        both = (self.val_annotations is None) == (self.val_images is None)
+        self._require("val_images", both, "val_annotations and val_images together, or neither")
 
     @property
     def effective_prior(self) -> str:
-        """``prior``, or the one that goes with the map."""
+        """``prior`` or, if it is None, the prior that the map needs."""
         return self.prior or usual_prior(self.info_map)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
@@ -194,13 +198,11 @@ class TrainConfig:
 
 
 def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
-    """The configuration of the run in a folder.
-
-    Its ``out`` is this folder, wherever the run was made.
+    """Return the configuration of the run in a folder; its ``out`` is this folder, even if the run has been moved.
 
     Raises:
         FileNotFoundError: there is no run.
-        ValueError: the file is damaged, or of another version of fastkd.
+        ValueError: the file is damaged, or was written by another version of fastkd.
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
@@ -220,21 +222,21 @@ def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
 
 
 def require_same_run(saved: dict[str, Any], asked: dict[str, Any], step: int) -> None:
-    """Refuse to resume a run with other values than it was begun with, but for those that cannot change its weights.
+    """Check that a run is resumed with its own configuration, except for values that cannot change the weights.
 
     Raises:
-        ValueError: names what differs.
+        ValueError: the configurations differ (the message names the values).
     """
     free = FREE_TO_CHANGE if saved.get("teacher") or asked["teacher"] else FREE_TO_CHANGE | OF_DISTILLATION
     differ = [k for k in asked if k not in free and _plain(k, saved.get(k)) != _plain(k, asked[k])]
     if differ:
         raise ValueError(
-            "resume: expected the configuration that the run was begun with; it differs in "
+            "resume: expected the configuration that the run was started with, got another "
             + ", ".join(f"{name} ({saved.get(name)!r} then, {asked[name]!r} now)" for name in differ)
             + f"; {step} steps are done: give the same values, or another out"
         )
 
 
 def _plain(name: str, value: Any) -> Any:
-    """As JSON keeps it, tuples being lists; a path however it is spelt."""
+    """Return a value in a form that can be compared: as JSON stores it (tuples as lists), and paths resolved."""
     return os.path.realpath(value) if name in PATHS and value else json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""COCO metrics of a detector on a data set, by pycocotools."""
+"""COCO metrics of a detector on a data set, computed by pycocotools."""
 
 import contextlib
 import io
@@ -29,12 +29,12 @@ Detection = dict[str, Any]  # one entry of a COCO results file: image_id, catego
 
 @dataclass(frozen=True)
 class Metrics:
-    """COCO's average precisions, 0..1, at most 100 detections an image.
+    """COCO's average precisions, 0..1, with at most 100 detections per image.
 
-    A value that the set cannot give (it has no box of that size or class) is None.
+    A value is None if the set has no box of that size or class.
     """
 
-    mAP: float  # noqa: N815  (the field's name; over IoU 0.5, 0.55, ..., 0.95)
+    mAP: float  # noqa: N815  (the usual name; mean over IoU 0.5, 0.55, ..., 0.95)
     AP50: float
     AP75: float
     AP_small: float | None  # boxes of up to 32x32 pixels
@@ -44,7 +44,7 @@ class Metrics:
     per_class: dict[str, float | None]  # mAP of each class, by name
 
     def as_dict(self) -> dict[str, Any]:
-        """The values by name, ready for JSON."""
+        """Return the values by name, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -56,39 +56,22 @@ def evaluate(
     dataset: DetectionDataset,
     *,
     batch_size: int = 32,
-    device: torch.device | str | None = None,
-    score_threshold: float = 0.001,
-    iou_threshold: float = 0.5,
     workers: int = 0,
     progress: bool = False,
     detections_file: str | os.PathLike[str] | None = None,
 ) -> Metrics:
     """Run a detector over a data set and score it with pycocotools.
 
+    For other thresholds or another device, call ``score(detect_all(...), dataset)``.
+
     Args:
-        model: a detector that returns raw head maps and has `anchors` and `strides`, not wrapped; or an `OnnxDetector`.
-        dataset: without augmentation.
-        batch_size: images per step.
-        device: where to run; None: where the model's parameters are. The model is not moved.
-        score_threshold: detections below it are left out; low, because the metric integrates over all scores.
-        iou_threshold: of the non-maximum suppression.
-        workers: processes that load images.
-        progress: whether to show a bar, where the output is a terminal.
-        detections_file: where to keep the detections as a COCO results file; None: nowhere.
+        model, dataset, batch_size, workers, progress: as for ``detect_all``.
+        detections_file: COCO results file to write the detections to; None: no file.
 
     Raises:
-        ValueError: the data set augments, or no image that could be read has a box to find, or the model is wrapped.
+        ValueError: no readable image has a box to find, or what ``detect_all`` raises.
     """
-    detections = detect_all(
-        model,
-        dataset,
-        batch_size=batch_size,
-        device=device,
-        score_threshold=score_threshold,
-        iou_threshold=iou_threshold,
-        workers=workers,
-        progress=progress,
-    )
+    detections = detect_all(model, dataset, batch_size=batch_size, workers=workers, progress=progress)
     if detections_file is not None:
         write_detections(detections, detections_file)
     return score(detections, dataset)
@@ -105,9 +88,23 @@ def detect_all(
     workers: int = 0,
     progress: bool = False,
 ) -> list[Detection]:
-    """The detections on every image as COCO results: boxes in pixels of the original images.
+    """Return the detections on every image as COCO results, with boxes in pixels of the original images.
 
-    The model runs in eval mode; every module's own mode is put back afterwards.
+    The model runs in eval mode; the mode of every module is restored afterwards.
+
+    Args:
+        model: a detector that returns raw head maps and has `anchors`, `strides` and `num_classes`, not wrapped; or an
+            ``OnnxDetector``.
+        dataset: a data set without augmentation.
+        batch_size: images per step.
+        device: the device of the images; None: the device of the model's parameters. The model is not moved.
+        score_threshold: minimum score of a detection; it is low, because the metric integrates over all scores.
+        iou_threshold: threshold of the non-maximum suppression.
+        workers: number of processes that load images.
+        progress: whether to show a progress bar if the output is a terminal.
+
+    Raises:
+        ValueError: the data set augments or has another number of classes, or the model is wrapped.
     """
     if dataset.augmentation is not None:
         raise ValueError("dataset: expected one without augmentation; build it with augmentation=None")
@@ -145,24 +142,24 @@ def coco_results(
 
 
 def score(detections: list[Detection], dataset: DetectionDataset) -> Metrics:
-    """Score COCO results against a data set's boxes, as pycocotools does with its annotation file.
+    """Score COCO results against the boxes of a data set, as pycocotools does with its annotation file.
 
-    The boxes are those of the files: one that reaches outside its image is not clipped, though a detection is. Crowds
-    are ignored, as COCO does; boxes without width or height are left out.
+    The boxes are those of the files: a box that reaches outside its image is not clipped, although a detection is.
+    Crowds are ignored, as in COCO; boxes without width or height are left out.
 
     Args:
-        detections: one a box: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels of the original
-            image) and ``score``.
-        dataset: whose ``truth`` they are scored against.
+        detections: one entry per box: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels of the
+            original image) and ``score``.
+        dataset: the data set, of which ``truth`` is used.
 
     Raises:
-        ValueError: no image that could be read has a box to find.
+        ValueError: no readable image has a box to find.
     """
     annotations = dataset.truth
     if annotations.crowd.all():
-        raise ValueError("dataset: it has no box to find, so there is nothing to score")
+        raise ValueError("dataset: expected boxes to find, got none, so there is nothing to score")
     if annotations.unread is not None and (annotations.crowd | annotations.unread[annotations.rows]).all():
-        raise ValueError("dataset: no image that could be read has a box to find, so there is nothing to score")
+        raise ValueError("dataset: expected readable images with boxes, got none, so there is nothing to score")
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = _coco(annotations)
         found = truth.loadRes(detections) if detections else _coco(annotations, boxes=False)
@@ -170,7 +167,7 @@ def score(detections: list[Detection], dataset: DetectionDataset) -> Metrics:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    # precision: (IoU thresholds, recalls, classes, areas, detection limits); -1 where a class has no box
+    # precision: (IoU thresholds, recalls, classes, areas, detection limits); -1 for a class without boxes
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     ap, ap50, ap75, small, medium, large, _, _, recall = evaluation.stats[:9].tolist()
     return Metrics(
@@ -186,7 +183,7 @@ def score(detections: list[Detection], dataset: DetectionDataset) -> Metrics:
 
 
 def write_detections(detections: list[Detection], path: str | os.PathLike[str]) -> None:
-    """Write COCO results as JSON, whole or not at all."""
+    """Write COCO results as JSON, atomically."""
     with replacing(path) as part:
         part.write_text(json.dumps(detections), encoding="utf-8")
 
@@ -199,5 +196,5 @@ def _coco(annotations: Annotations, *, boxes: bool = True) -> COCO:
 
 
 def _defined(value: float) -> float | None:
-    """pycocotools says -1 where there is nothing to average."""
+    """Return a metric, or None for the -1 that pycocotools returns if there is nothing to average."""
     return None if value < 0 else value

@@ -1,4 +1,4 @@
-"""Plots of what distillation looks at, on some of a run's own images."""
+"""Plots of the distillation maps over images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ BEFORE_AND_NOW = ("initial student", "student now")
 
 
 def map_figures(images: Tensor, maps: DistillMaps, before: DistillMaps | None = None) -> dict[str, Figure]:
-    """``maps``: the information maps; ``differences``: student against teacher, beside an earlier student's."""
+    """Return the figures ``maps``, the information maps, and ``differences``, those of student and teacher.
+
+    Args:
+        images: (N, 3, H, W) float, 0..1.
+        maps: the distillation maps of these images.
+        before: maps of an earlier student, whose differences are drawn beside those of ``maps``; None: none.
+    """
     options = {"max_images": len(images)}
     earlier = None if before is None else before.differences
     return {

@@ -1,4 +1,4 @@
-"""What a training run says while it runs: a progress bar, ``metrics.jsonl`` and TensorBoard curves; and by what."""
+"""The log of a training run: a progress bar, ``metrics.jsonl``, TensorBoard curves, and versions of packages."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
 SHOWN = ("loss", "box", "objectness", "class", "distill")
 
-FIGURE_DPI = 80  # of TensorBoard's copies, which are kept of every evaluation
-FIGURE_SHARE = 0.05  # of the run's time
+FIGURE_DPI = 80  # low, because TensorBoard keeps the figures of every evaluation
+FIGURE_SHARE = 0.05  # share of the run's time that figures may take
 PACKAGES = ("torch", "numpy", "accelerate", "opencv-python-headless", "pycocotools", "scikit-learn")
 
 
 class RunLog:
-    """Logs the terms of a run's steps.
+    """Logs the loss terms of a run.
 
-    Numbers are asked from the device once in ``every`` steps, so that no step waits for them. ``metrics.jsonl`` gets
-    one JSON object a line: ``{"step", "epoch", "lr", "images_per_second", loss terms}``, means since the last line,
-    or ``{"step", "metrics": {...}}`` after an evaluation.
+    Numbers are copied from the device once in ``every`` steps, so that the other steps do not wait for it.
+    ``metrics.jsonl`` gets one JSON object per line: ``{"step", "epoch", "lr", "images_per_second", loss terms}``, with
+    means since the last line, or ``{"step", "metrics": {...}}`` after an evaluation.
 
     Args:
-        out: the run's folder.
+        out: folder of the run.
         terms: names of the loss terms, in the order of the vector that ``step`` takes.
-        first, last: the run goes from step ``first`` to ``last``; lines after ``first``, which a killed run left
-            behind, are dropped.
+        first, last: the steps that the run continues from and ends with; lines after step ``first``, left behind by a
+            killed run, are dropped.
         batch: images per step.
         every: steps between two lines.
-        show: whether this process prints and writes at all (one in a distributed run does).
+        show: whether this process prints and writes; in a distributed run, one process does.
         tensorboard: also write curves and figures to ``out``.
-        reduce: mean of a tensor over all processes, which all log the same steps.
+        reduce: returns the mean of a tensor over all processes, which all log the same steps.
     """
 
     def __init__(
@@ -72,16 +72,23 @@ class RunLog:
         if show:
             _drop_after(self.file, first)
             if tensorboard:
-                import matplotlib  # noqa: F401  # of the figures; missing, it must not end the run at the first one
-                from torch.utils.tensorboard import SummaryWriter  # here: its import takes seconds
+                import matplotlib  # noqa: F401  # if it is missing, fail now and not at the first figure
+                from torch.utils.tensorboard import SummaryWriter  # imported here, because that takes seconds
 
                 self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
 
     def step(self, step: int, epoch: int, values: Tensor, lr: float) -> None:
-        """One step is done: the ``step``-th, from 1. ``values``: one number a term, detached.
+        """Record a finished step.
+
+        Args:
+            step: its number, from 1.
+            epoch: number of finished epochs.
+            values: (T,) detached; one number per term.
+            lr: its learning rate.
 
         Raises:
-            FloatingPointError: a term was not finite (names the term and the step), up to ``every`` steps ago.
+            FloatingPointError: a term of this or one of the last ``every`` steps was not finite (the message names term
+                and step).
         """
         self._pending.append(values)
         self._step, self._epoch, self._lr = step, epoch, lr
@@ -89,7 +96,7 @@ class RunLog:
             self.flush()
 
     def flush(self) -> None:
-        """Look at the steps since the last look, and write their means. Raises as ``step``."""
+        """Write the means of the steps since the last line. Raises what ``step`` raises."""
         if not self._pending:
             return
         count = len(self._pending)
@@ -107,7 +114,7 @@ class RunLog:
         self._curves({"lr": self._lr, **{f"loss/{name}": value for name, value in means.items()}}, self._step)
 
     def metrics(self, step: int, values: Mapping[str, Any], text: str) -> None:
-        """The result of an evaluation after this step: all values to the file, ``text`` to the screen."""
+        """Record an evaluation after this step: write all values to the file, and print ``text``."""
         self._write({"step": step, "metrics": dict(values)})
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         self._curves({f"val/{name}": value for name, value in numbers.items()}, step)
@@ -115,7 +122,7 @@ class RunLog:
             self._bar.write(f"step {step}: {text}")
 
     def figures(self, step: int, draw: Callable[[], Mapping[str, Figure]]) -> None:
-        """Figures to TensorBoard; where they have cost more than FIGURE_SHARE, only at the last step."""
+        """Write figures to TensorBoard; if they have taken more than FIGURE_SHARE, only at the last step."""
         began = time.perf_counter()
         costly = self._figure_seconds > FIGURE_SHARE * (began - self._began)
         if self._board is None or (costly and step != self._last):
@@ -126,7 +133,7 @@ class RunLog:
         self._figure_seconds += time.perf_counter() - began
 
     def resume_clock(self) -> None:
-        """Leave what has just been done, an evaluation say, out of the throughput."""
+        """Restart the clock of the throughput, to leave out what was just done, for example an evaluation."""
         self._since = time.perf_counter()
 
     def close(self) -> None:
@@ -146,14 +153,14 @@ class RunLog:
 
 
 def versions() -> dict[str, str]:
-    """What a training's figures depend on."""
+    """Return the versions of Python and of the packages that the results of a training depend on."""
     found = {"fastkd": fastkd.__version__, "python": platform.python_version()}
     installed = {x.name: x.version for x in importlib.metadata.distributions()}
     return found | {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl`` that have a step; one that was cut off by a kill is left out."""
+    """Return the lines of a ``metrics.jsonl`` that have a step; a line that was cut off by a kill is left out."""
     entries = []
     if file.is_file():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -173,7 +180,10 @@ def _drop_after(file: Path, step: int) -> None:
 
 
 def _require_finite(rows: Tensor, terms: Sequence[str], first_step: int) -> None:
-    """``rows`` (steps, terms). The term that went wrong first is named, and not the sum that it spoils."""
+    """Raise FloatingPointError for the first step with a term that is not finite.
+
+    ``rows`` is (steps, terms). The message names that term, not the sum "loss", which is then not finite either.
+    """
     for offset, row in enumerate(rows.tolist() if not rows.isfinite().all() else []):
         bad = [name for name, value in zip(terms, row, strict=True) if not math.isfinite(value)]
         if bad:

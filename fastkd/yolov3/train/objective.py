@@ -1,4 +1,4 @@
-"""What one training step minimises: the detection loss, and with a teacher the distillation terms."""
+"""The objective that a training step minimises: the detection loss and, with a teacher, the distillation loss."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastkd.yolov3.model import Detector
 
 
 class PriorContext(NamedTuple):
-    """What a prior may look at, of one batch."""
+    """The inputs of a prior, for one batch."""
 
     images: Tensor  # (N, 3, H, W), those without labels last
-    labelled: int  # how many of them have labels
+    labelled: int  # number of images with labels
     targets: Tensor  # (M, 6) as ``DetectionLoss`` takes them
-    outputs: Sequence[Tensor]  # of the teacher's heads, on the images that it saw
-    first: int  # of the images that it saw
+    outputs: Sequence[Tensor]  # outputs of the teacher's heads, on the images that it saw
+    first: int  # index of the first image that the teacher saw
     sizes: list[tuple[int, int]]  # (height, width) of each level
     teacher: Detector
     distiller: Distiller
@@ -36,8 +36,11 @@ class PriorContext(NamedTuple):
 
     @property
     def boxes(self) -> Tensor:
-        """(M, 5): image index and corners, as ``fastkd.priors`` takes them; without labels, what the teacher finds."""
-        labels = torch.cat([self.targets[:, :1], self.targets[:, 2:]], 1)  # a list as index would wait for the device
+        """Image index and corners, (M, 5), as ``fastkd.priors`` takes them.
+
+        The boxes of images without labels are those that the teacher detects.
+        """
+        labels = torch.cat([self.targets[:, :1], self.targets[:, 2:]], 1)  # an index list would wait for the device
         if self.labelled == len(self.images):
             return labels
         known = max(self.labelled - self.first, 0)  # images with labels among those that the teacher saw
@@ -49,17 +52,17 @@ class PriorContext(NamedTuple):
 
     @property
     def own_heads(self) -> list[int]:
-        """Which head of the teacher is nearest to each level in stride."""
+        """For each level, the index of the teacher's head with the nearest stride."""
         return [_nearest(self.teacher.strides, self.image_size[0] / height) for height, _ in self.sizes]
 
     @property
     def anchors(self) -> list[Tensor]:
-        """The teacher's, of each level's own head."""
+        """For each level, the anchors (A, 2) of the teacher's head with the nearest stride."""
         return [self.teacher.anchors[head] for head in self.own_heads]
 
     @property
     def logits(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of the teacher's heads: objectness, (n, A, H, W) each, and classes, (n, A, K, H, W)."""
+        """The logits of the teacher's heads: objectness, each (n, A, H, W), and classes, each (n, A, K, H, W)."""
         anchors = self.teacher.anchors.shape[1]
         heads = [x.view(len(x), anchors, -1, *x.shape[2:]) for x in self.outputs]
         return [x[:, :, 4] for x in heads], [x[:, :, 5:] for x in heads]
@@ -105,14 +108,14 @@ PRIORS: dict[str, Callable[[PriorContext], LevelPriors]] = {
 }
 
 
-OF_BOXES = {"iou_mask", "graded_iou", "box_balance", "none"}  # which look at no output of the teacher beside them
+OF_BOXES = {"iou_mask", "graded_iou", "box_balance", "none"}  # priors that use only boxes, not the teacher's outputs
 
-# of the maps that are nothing without one
+# the prior of each map that needs one
 _USUAL = {"score": "score", "fgfi": "iou_mask", "graded_iou": "graded_iou"}
 
 
 def usual_prior(info_map: str) -> str:
-    """The prior that goes with a preset."""
+    """Return the prior that an information map needs; ``"none"`` if it needs none."""
     return _USUAL.get(info_map, "none")
 
 
@@ -124,17 +127,20 @@ class Objective(nn.Module):
         teacher: frozen; None to train without distillation.
         distill_weight: factor of the feature term, or ``"auto"``: see ``fastkd.DistillLoss``, ``weight``.
         match_threshold: see ``DetectionLoss``.
-        prior: what also weighs the cells, one of ``PRIORS``: the teacher's ``"score"`` of its head for the level, or
-            ``"confidence"``, the root of that of all heads with a floor; ``"iou_mask"``,
-            ``"graded_iou"`` or ``"box_balance"``, of the boxes (and the teacher's anchors), which in images without
-            labels are those that the teacher finds; ``"none"``.
-        **loss_options: of ``fastkd.DistillLoss``: ``info_map``, ``penalty``, ``warmup_steps``, ...
+        prior: further weights of the cells, one of ``PRIORS``, see the functions of ``fastkd.priors``. ``"score"`` and
+            ``"confidence"`` are computed from the teacher's outputs: the scores of the head of each level, or the
+            square root of the largest score of all heads with a lower bound. ``"iou_mask"``, ``"graded_iou"`` and
+            ``"box_balance"`` are computed from boxes and the teacher's anchors; the boxes of images without labels are
+            those that the teacher detects. ``"none"``: no prior.
+        **loss_options: options of ``fastkd.DistillLoss`` and ``fastkd.Distiller``: ``info_map``, ``penalty``,
+            ``warmup_steps``, ...
 
     Raises:
-        ValueError: teacher and student have different numbers of classes; what ``Distiller`` raises.
+        ValueError: the prior is unknown, teacher and student have different numbers of classes, or what ``Distiller``
+            raises.
     """
 
-    distill_terms: tuple[str, ...] = ("distill",)  # names of what ``_distill`` returns
+    distill_terms: tuple[str, ...] = ("distill",)  # names of the terms that ``_distill`` returns
 
     def __init__(
         self,
@@ -171,23 +177,24 @@ class Objective(nn.Module):
 
     @property
     def terms(self) -> list[str]:
-        """Names of what ``forward`` reports, in its order."""
+        """Names of the terms that ``forward`` reports, in their order."""
         names = ["loss", "box", "objectness", "class"]
         if self.distiller is not None:
             names += [*self.distill_terms, *(f"distill/{student}" for student, _ in self.distiller.levels or [])]
         return names
 
     def forward(self, images: Tensor, targets: Tensor, unlabelled: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Loss of a batch.
+        """Return the loss of a batch and its terms.
 
         Args:
             images: (N, 3, H, W) float, 0..1.
             targets: (M, 6) as ``DetectionLoss`` takes them.
-            unlabelled: (U, 3, H, W) float, 0..1: images that only the teacher explains, in one forward with the others.
+            unlabelled: (U, 3, H, W) float, 0..1: images that only the distillation loss uses; they share one forward
+                with the others.
 
         Returns:
-            The scalar to differentiate, and ``terms`` as one detached vector, without a host sync. Terms are weighted
-            as they stand in the sum, except those of single levels.
+            The scalar to differentiate, and the values of ``terms`` as one detached vector, without synchronisation
+            with the device. All terms are weighted as in the sum, except those of single levels.
         """
         labelled = len(images)
         images = images if unlabelled is None else torch.cat([images, unlabelled])
@@ -203,14 +210,16 @@ class Objective(nn.Module):
         return loss, torch.cat([torch.stack([loss.detach(), *report]), levels.to(loss)])
 
     def _distill(self, outputs: Sequence[Tensor], images: Tensor, prior: Prior, task: Tensor) -> list[Tensor]:
-        """What distillation adds to the loss; ``outputs`` are the student's."""
+        """Return the distillation terms of the loss; ``outputs`` are the student's."""
         assert self.distiller is not None
         return [self.distiller.loss(images, prior, task)]
 
     def prior_of(self, images: Tensor, targets: Tensor, labelled: int | None = None) -> Prior:
-        """What weighs the cells of this batch, as ``Distiller.loss``, ``maps`` and ``check`` take it.
+        """Return the prior of a batch, as ``Distiller.loss``, ``maps`` and ``check`` take it.
 
-        The first ``labelled`` images have labels, ``targets``; None: all.
+        Args:
+            images, targets: as for ``forward``.
+            labelled: number of images with labels, which come first; None: all.
         """
         (teacher,), distiller, known = self._teacher, self.distiller, len(images) if labelled is None else labelled
         assert distiller is not None
@@ -219,10 +228,10 @@ class Objective(nn.Module):
             first = distiller.taught.start or 0
             return PRIORS[self.prior](PriorContext(images, known, targets, outputs, first, sizes, teacher, distiller))
 
-        # of labels alone: the teacher need not run to its end
+        # without outputs of the teacher in the prior, the teacher can stop at its last level
         return partial(prior, ()) if self.prior in OF_BOXES and known == len(images) else prior
 
 
 def _nearest(strides: Sequence[int], stride: float) -> int:
-    """Index of the head whose stride is nearest."""
+    """Return the index of the nearest stride, on a logarithmic scale."""
     return min(range(len(strides)), key=lambda i: abs(math.log(strides[i] / stride)))

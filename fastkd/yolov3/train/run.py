@@ -1,4 +1,4 @@
-"""Training a detector, with or without a teacher: ``train(TrainConfig(...))``, or ``fastkd train`` in a shell."""
+"""Trains a detector, with or without a teacher: ``train(TrainConfig(...))``, or ``fastkd train`` in a shell."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ RUN_FILES = (
     *("checkpoint.pt", "model.pt", "model.weights", "model.cfg", "model.names"),
     *("config.json", "metrics.jsonl"),
 )
-SCORED_IMAGES = 32  # with which `fastkd doctor --run` scores the teacher
-LEAST_AP50 = 0.01
-FIGURE_IMAGES = 2  # images whose maps TensorBoard gets at every evaluation
+SCORED_IMAGES = 32  # number of images on which `fastkd doctor --run` evaluates the teacher
+LEAST_AP50 = 0.01  # the check fails below it
+FIGURE_IMAGES = 2  # number of images whose maps are written to TensorBoard at every evaluation
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run ended with."""
+    """The result of a run."""
 
-    model: Detector  # the exported weights, in eval mode, on the device of the run
+    model: Detector  # with the exported weights, in eval mode, on the device of the run
     class_names: tuple[str, ...]
     metrics: Metrics | None  # on the validation set; None without one
     steps: int
@@ -76,32 +76,36 @@ def train(
 ) -> TrainResult:
     """Train, evaluate and export a detector.
 
-    Can be killed at any point and resumed: files appear whole. On a CPU the resumed run ends with the same weights,
-    bit for bit, as one that was not interrupted (with the same number of threads).
+    A run can be killed at any point and resumed, because files are written atomically. On a CPU, a resumed run ends
+    with the same weights, bit for bit, as one that was not interrupted (with the same number of threads).
 
     Args:
-        config: of the run.
-        on_teacher: called with the teacher as soon as it is loaded, to change how it computes, not what.
-        make_objective: called as ``Objective``, for a loss of one's own.
+        config: the configuration.
+        on_teacher: called with the teacher when it is loaded; it may change how the teacher computes its outputs, not
+            their values.
+        make_objective: called instead of ``Objective``, for a loss of your own.
+
+    Returns:
+        The exported model and its metrics.
 
     Raises:
         FileNotFoundError: a file of the configuration is missing.
-        FileExistsError: ``out`` holds a run already and ``resume`` is off, or models without a checkpoint.
+        FileExistsError: ``out`` contains a run and ``resume`` is off, or it contains models without a checkpoint.
         BlockingIOError: another process trains into ``out``.
-        ValueError: a configuration that does not fit the data, the teacher or the run to be resumed.
-        FloatingPointError: a loss is not finite (names it).
-        OSError: a file could not be written, say on a full disk.
-        ChildProcessError: a process that loads images is gone.
-        ConnectionError: of several processes another one is gone.
-        MemoryError: the GPU's memory is not enough.
-        Once training has begun, errors say which checkpoint is there to go on from.
+        ValueError: the configuration does not fit the data, the teacher or the run to be resumed.
+        FloatingPointError: a loss or a weight is not finite (the message names the loss).
+        OSError: a file could not be written, for example on a full disk.
+        ChildProcessError: a process that loads images has died.
+        ConnectionError: in a distributed run, another process has died.
+        MemoryError: the memory of the GPU is not enough.
+        Errors in the training loop name the checkpoint from which the run can be resumed.
     """
     with contextlib.ExitStack() as held:
         run = _Run(config, on_teacher, make_objective, held)
         try:
-            with contextlib.closing(run):  # a loader process that died may be heard of as late as there
+            with contextlib.closing(run):  # closing may raise too, for a loader process that died
                 while run.step < run.steps:
-                    run.go_on()
+                    run.train_to_next_stop()
                 return run.result()
         except (RuntimeError, OSError, EOFError, FloatingPointError) as error:
             _explain(error, run)
@@ -117,12 +121,17 @@ def build_objective(
     make_objective: Callable[..., Objective] = Objective,
     on_init: Callable[[str], None] | None = None,
 ) -> Objective:
-    """Student with the run's initial weights, teacher, adapters and losses, on the CPU; for one of ``ranks`` processes.
+    """Return the objective of a run, on the CPU: student with initial weights, teacher, adapters and losses.
 
-    ``on_init`` is called with a line on what is kept of ``init``, and what is new.
+    Args:
+        config: the configuration.
+        data: the training set.
+        ranks: number of processes that train.
+        on_teacher, make_objective: as for ``train``.
+        on_init: called with a line that lists which layers of ``init`` are kept, and which are new.
 
     Raises:
-        ValueError: ``init`` is not the run's model and width, or the teacher does not fit the data set's classes.
+        ValueError: ``init`` has another model or width than the run, or the teacher has other classes than the data.
     """
     torch.manual_seed(config.seed)
     student, kept = _initial(config, data)
@@ -143,7 +152,7 @@ def build_objective(
         match_threshold=config.match_threshold,
         **(_loss_options(config, data, ranks) if teacher is not None else {}),
     )
-    if objective.distiller is not None:  # adapters must exist before optimiser and DDP look for parameters
+    if objective.distiller is not None:  # adapters must exist before optimiser and DDP collect parameters
         objective.distiller.prepare(torch.zeros(1, 3, config.size, config.size))
         _to_channels_last(objective.distiller.teacher)
     _to_channels_last(objective)
@@ -151,7 +160,7 @@ def build_objective(
 
 
 def _loss_options(config: TrainConfig, data: DetectionDataset, ranks: int) -> dict[str, Any]:
-    """The feature term's part of the configuration, epochs as steps."""
+    """Return the configuration's options of the feature loss, with epochs converted to steps."""
     stop = None if config.distill_stop is None else config.distill_stop * epoch_steps(config, data)
     if stop is None and config.distill_decay is not None:
         stop = total_steps(config, data)
@@ -167,20 +176,22 @@ def _loss_options(config: TrainConfig, data: DetectionDataset, ranks: int) -> di
         "teacher_images": config.teacher_images,
     }
     if ranks > 1 and config.penalty != CWD and resolve(config.info_map).divisor == "map":
-        options["divisor"] = "map_all_ranks"  # DDP's averaged gradient is then that of one process
+        options["divisor"] = "map_all_ranks"  # then the gradient that DDP averages equals that of one process
     return options
 
 
 def epoch_steps(config: TrainConfig, data: DetectionDataset) -> int:
+    """Return the number of steps per epoch."""
     return math.ceil(len(data) / config.batch)
 
 
 def total_steps(config: TrainConfig, data: DetectionDataset) -> int:
+    """Return the number of steps of the run."""
     return config.steps or config.epochs * epoch_steps(config, data)
 
 
 class _Run:
-    """State of one training run; ``go_on`` trains to the next checkpoint."""
+    """State of a training run; ``train_to_next_stop`` trains to the next checkpoint or evaluation."""
 
     def __init__(
         self,
@@ -195,8 +206,8 @@ class _Run:
         if self.val is not None:
             _require_scorable(self.val, self.data)
         unlabelled = unlabelled_set(config)
-        AcceleratorState._reset_state()  # one process may train more than once, with other precisions
-        on_cpu = config.cpu or not torch.accelerator.is_available()  # accelerate joins processes on a CPU if told so
+        AcceleratorState._reset_state()  # a process may train several runs, with different precisions
+        on_cpu = config.cpu or not torch.accelerator.is_available()  # accelerate must be told to use CPU processes
         self.accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)
         ranks = self.accelerator.num_processes
         for name, count in (("batch", config.batch), ("unlabelled_batch", config.unlabelled_batch or 0)):
@@ -208,14 +219,14 @@ class _Run:
         self._hold(held)
         saved = self._saved()
 
-        says = print if saved is None and self.accelerator.is_main_process else None
+        on_init = print if saved is None and self.accelerator.is_main_process else None
         objective = build_objective(
-            config, self.data, ranks=ranks, on_teacher=on_teacher, make_objective=make_objective, on_init=says
+            config, self.data, ranks=ranks, on_teacher=on_teacher, make_objective=make_objective, on_init=on_init
         ).to(self.accelerator.device)
         self.student, self.distiller = objective.student, objective.distiller
-        if self.distiller is not None:  # the teacher is no submodule
+        if self.distiller is not None:  # the teacher is not a submodule of the objective
             self.distiller.teacher.to(self.accelerator.device)
-        self.teacher_print = None if self.distiller is None else fingerprint(self.distiller.teacher)
+        self.teacher_fingerprint = None if self.distiller is None else fingerprint(self.distiller.teacher)
         self.average = copy.deepcopy(self.student)
         self._averaged, self._current = _floats(self.average), _floats(self.student)
         optimizer = _optimizer(config, objective)
@@ -224,15 +235,15 @@ class _Run:
             self._restore(saved, optimizer)
         elif self.distiller is not None:
             if self.accelerator.is_main_process:
-                report = _report(objective, self.distiller, self.data, optimizer)  # before hours are spent
+                report = _report(objective, self.distiller, self.data, optimizer)  # before a long training
                 if not report.ok:
                     warnings.warn(f"distillation may not work:\n{report}", stacklevel=3)
-            # now, and from the same batches on every rank; under DDP a buffer can no longer change its size
+            # before DDP, under which a buffer cannot change its size; from the same batches on every rank
             count = self.distiller.criterion.calibration_batches
             self.distiller.calibrate(b.images for b in batches(self.data, config, 0, count))
         if config.sync_batchnorm and ranks > 1:
             if self.accelerator.device.type == "cpu":
-                raise ValueError("sync_batchnorm: expected GPUs, as PyTorch has it for no CPU; leave it off")
+                raise ValueError("sync_batchnorm: expected GPUs, got a CPU, for which PyTorch lacks it; leave it off")
             nn.SyncBatchNorm.convert_sync_batchnorm(self.student)  # type: ignore[no-untyped-call]  # in place
         self.terms, self.prior_of = objective.terms, objective.prior_of
         self.parameters = list(objective.parameters())
@@ -244,8 +255,8 @@ class _Run:
         self.batches = batches(self.data, config, self.step, self.steps, rank=rank, ranks=ranks)
         self.unlabelled = unlabelled_images(unlabelled, config, self.step, self.steps, rank=rank, ranks=ranks)
 
-    def go_on(self) -> None:
-        """Train to the next epoch with a checkpoint or an evaluation, or to the end."""
+    def train_to_next_stop(self) -> None:
+        """Train to the next checkpoint or evaluation, or to the end."""
         started = time.perf_counter()
         self.log.resume_clock()
         self.objective.train()
@@ -263,9 +274,9 @@ class _Run:
             if saves or evaluates:
                 break
         self.log.flush()
-        self._require_finite()  # a weight that is not finite never reaches a file
+        self._require_finite()  # weights that are not finite are never written to a file
         self.seconds += time.perf_counter() - started
-        if saves:  # first: an evaluation may find a fault of the validation set
+        if saves:  # before the evaluation, which may fail at a fault of the validation set
             self._save()
         if evaluates:
             self._evaluate()
@@ -285,7 +296,9 @@ class _Run:
             self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if not self.accelerator.optimizer_step_was_skipped:  # by the scaler of fp16, after an overflow
+        if (
+            not self.accelerator.optimizer_step_was_skipped
+        ):  # the gradient scaler of fp16 skips a step after an overflow
             self.scheduler.step()
             self._update_average()
         self.step += 1
@@ -295,7 +308,7 @@ class _Run:
         return images.to(self.accelerator.device, non_blocking=True, memory_format=torch.channels_last)
 
     def result(self) -> TrainResult:
-        """Of a finished run, also where nothing was left to train."""
+        """Return the result of a finished run; evaluate first if a resumed run had no step left."""
         if not self.evaluated:
             self._evaluate()
         model = self.average.eval()
@@ -303,22 +316,22 @@ class _Run:
             model, tuple(self.data.class_names), self.metrics, self.step, self.seconds, self.out / "model.pt"
         )
 
-    def what_is_left(self) -> str:
-        """What a run that has ended before its time leaves behind."""
+    def how_to_continue(self) -> str:
+        """Return the end of an error message: how to continue the run after the error."""
         file = self.out / "checkpoint.pt"
         if not file.is_file():
             return f"no checkpoint had been written to {self.out} yet"
-        return f"{file} is whole; the same command with --resume goes on from it"
+        return f"to continue from {file}, run the same command with --resume"
 
     def close(self) -> None:
         self.log.close()
         del self.objective, self.optimizer
-        self.accelerator.free_memory()  # DDP must go before its process group, or the exit may wait for ever
+        self.accelerator.free_memory()  # DDP must be freed before its process group, or the exit may hang
         if self.distiller is not None:
             self.distiller.remove()
 
     def _evaluate(self) -> None:
-        """On the main process: metrics of the averaged weights, and their export."""
+        """Evaluate and export the averaged weights, on the main process."""
         self.evaluated = True
         if self.accelerator.is_main_process:
             if self.val is not None:
@@ -326,22 +339,22 @@ class _Run:
                 self.metrics = evaluate(self.average, self.val, batch_size=self.config.batch, workers=workers)
             for name in ("model.pt", "model.weights"):
                 save_detector(self.average, self.out / name, self.data.class_names, self.config.size)
-            if self.distiller is not None:  # alone: its maps ask no other process
+            if self.distiller is not None:  # on this process only: maps need no collective operation
                 self.log.figures(self.step, self._figures)
         self.accelerator.wait_for_everyone()
 
     def _figures(self) -> dict[str, Figure]:
-        """What distillation looks at, on a few images, always the same."""
+        """Return figures of the distillation maps on a few images, always the same."""
         batch = some_batch(self.val or self.data, FIGURE_IMAGES)
-        if not len(batch.images):  # none of them can be read
+        if not len(batch.images):  # no image can be read
             return {}
         images, targets = self._moved(batch.images), batch.targets.to(self.accelerator.device)
         return map_figures(images, cast(Distiller, self.distiller).maps(images, self.prior_of(images, targets)))
 
     def _update_average(self) -> None:
-        """Moving average of weights and batch norm statistics; its memory grows with the run, up to ``ema``.
+        """Update the moving average of weights and batch norm statistics; its decay increases up to ``ema``.
 
-        In one call over lists that are made once, where ``AveragedModel`` walks the modules every step.
+        One call updates lists that are made once; ``AveragedModel`` would visit all modules in every step.
         """
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)
@@ -359,7 +372,7 @@ class _Run:
                 "seconds": self.seconds,
                 "student": self.student.state_dict(),
                 "average": self.average.state_dict(),
-                "teacher": self.teacher_print,
+                "teacher": self.teacher_fingerprint,
                 "distiller": None if self.distiller is None else self.distiller.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
@@ -369,7 +382,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _hold(self, held: contextlib.ExitStack) -> None:
-        """Keep the run's folder from other processes; all ranks hear whether that went well."""
+        """Lock the run's folder against other processes; if that fails, all ranks raise the error."""
         refused: list[Exception | None] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -381,22 +394,22 @@ class _Run:
             raise refused[0]
 
     def _saved(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from, or None to begin."""
+        """Return the checkpoint to continue from, or None to start from the beginning."""
         there = [name for name in RUN_FILES if (self.out / name).exists()]
         begun = read_log(self.out / "metrics.jsonl")
         if not begun and not {"checkpoint.pt", "model.pt", "model.weights"} & set(there):
-            return None  # a run that ended before it trained is none
+            return None  # a run that ended before its first step does not count
         if there and not self.config.resume:
             raise FileExistsError(
-                f"out: {self.out} holds a run already ({', '.join(there)}); resume it (--resume) or choose another "
+                f"out: {self.out} already contains a run ({', '.join(there)}); resume it (--resume) or choose another "
                 "folder"
             )
         if "checkpoint.pt" not in there:
             trained = [name for name in there if name.startswith("model")]
             if trained:
                 raise FileExistsError(
-                    f"out: {self.out} has no checkpoint.pt to go on from, but {', '.join(trained)}, which nothing is "
-                    "written over; move them away, or choose another folder"
+                    f"out: {self.out} has no checkpoint.pt to continue from, but {', '.join(trained)}, which are not "
+                    "overwritten; move them away, or choose another folder"
                 )
             require_same_run(asdict(read_config(self.out)), asdict(self.config), 0)
             return None
@@ -405,7 +418,7 @@ class _Run:
         return saved
 
     def _restore(self, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        _require_same_teacher(saved, self.config, self.teacher_print)
+        _require_same_teacher(saved, self.config, self.teacher_fingerprint)
         self.step, self.seconds = saved["step"], saved["seconds"]
         with _fitting(self.out):
             self.student.load_state_dict(saved["student"])
@@ -438,26 +451,26 @@ class _Run:
 
 
 def _explain(error: RuntimeError | OSError | EOFError | FloatingPointError, run: _Run) -> None:
-    """Raise what ended a run anew, in words and with what is left of the run; or nothing, for a fault of ours."""
+    """Raise the error that ended a run again, with its cause in words and how to continue; return for other errors."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     of_loader = run.config.workers > 0 and isinstance(error, (ConnectionError, EOFError))
     if of_loader or "DataLoader worker" in first:
-        hint = "out of memory, or of shared memory (/dev/shm), most likely; take fewer --workers, or 0"
+        hint = "probably out of memory or of shared memory (/dev/shm); take fewer --workers, or 0"
         raise ChildProcessError(
-            f"a process that loads images is gone ({first}): {hint}; {run.what_is_left()}"
+            f"a process that loads images has died ({first}): {hint}; {run.how_to_continue()}"
         ) from error
     if isinstance(error, (OSError, FloatingPointError)):
-        raise type(error)(f"{error}; {run.what_is_left()}") from error
+        raise type(error)(f"{error}; {run.how_to_continue()}") from error
     if isinstance(error, torch.OutOfMemoryError):
         hint = "take a smaller --batch or --size, or --mixed-precision bf16"
-        raise MemoryError(f"{first} {hint}; {run.what_is_left()}") from error
-    # those of gloo are plain RuntimeErrors
+        raise MemoryError(f"{first} {hint}; {run.how_to_continue()}") from error
+    # gloo raises plain RuntimeErrors
     if run.accelerator.num_processes > 1 and (
         isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
     ):
         raise ConnectionError(
-            f"process {run.accelerator.process_index} of {run.accelerator.num_processes}: another process is gone, "
-            f"after step {run.step} ({first}); what ended it is in its own output; {run.what_is_left()}"
+            f"process {run.accelerator.process_index} of {run.accelerator.num_processes}: another process has died "
+            f"after step {run.step} ({first}); see the output of that process; {run.how_to_continue()}"
         ) from error
 
 
@@ -468,23 +481,23 @@ def _read_checkpoint(out: Path) -> dict[str, Any]:
     try:
         found = read_dictionary(out / "checkpoint.pt", "a checkpoint", CHECKPOINT_KEYS)
         if not isinstance(found["config"], dict) or not isinstance(found["step"], int):
-            raise ValueError(f"{out / 'checkpoint.pt'}: expected a run's configuration and step, got others")
+            raise ValueError(f"{out / 'checkpoint.pt'}: expected a configuration and a step, got values of other types")
         return found
     except ValueError as error:
         raise ValueError(
-            f"{error}; train into another folder, or move checkpoint.pt and the models there away to begin again"
+            f"{error}; train into another folder, or move checkpoint.pt and the models there away to start again"
         ) from error
 
 
 @contextlib.contextmanager
 def _fitting(out: Path) -> Iterator[None]:
-    """For what is loaded from a run's checkpoint."""
+    """Turn errors of loading a run's checkpoint into a ValueError that names the file."""
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{out / 'checkpoint.pt'}: does not fit the run's models, as if another version of fastkd had written it "
+            f"{out / 'checkpoint.pt'}: does not fit the run's models; was it written by another version of fastkd? "
             f"({type(error).__name__}: {first})"
         ) from error
 
@@ -493,25 +506,23 @@ def _fitting(out: Path) -> Iterator[None]:
 
 
 def training_set(config: TrainConfig) -> DetectionDataset:
-    """The run's training set, augmented.
+    """Return the run's training set, augmented. Raises what ``DetectionDataset`` raises."""
+    options = _training_options(config)
+    return DetectionDataset(config.annotations, config.images, config.size, limit=config.limit, **options)
 
-    Raises:
-        As ``DetectionDataset``.
-    """
-    return DetectionDataset(
-        config.annotations,
-        config.images,
-        config.size,
-        augmentation=config.augmentation,
-        seed=config.seed,
-        cache=config.cache,
-        limit=config.limit,
-        strict=config.strict,
-    )
+
+def _training_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options that all images of the training share, with labels or without."""
+    return {
+        "augmentation": config.augmentation,
+        "seed": config.seed,
+        "cache": config.cache,
+        "strict": config.strict,
+    }
 
 
 def validation_set(config: TrainConfig) -> DetectionDataset | None:
-    """The run's validation set, or None."""
+    """Return the run's validation set, or None."""
     if config.val_annotations is None or config.val_images is None:
         return None
     annotations, images = config.val_annotations, config.val_images
@@ -519,23 +530,16 @@ def validation_set(config: TrainConfig) -> DetectionDataset | None:
 
 
 def unlabelled_set(config: TrainConfig) -> DetectionDataset | None:
-    """Images that only the teacher explains, augmented as the others, or None."""
+    """Return the images without labels, augmented like the training set, or None."""
     if config.unlabelled is None:
         return None
-    return DetectionDataset.of_images(
-        config.unlabelled,
-        config.size,
-        augmentation=config.augmentation,
-        seed=config.seed,
-        cache=config.cache,
-        strict=config.strict,
-    )
+    return DetectionDataset.of_images(config.unlabelled, config.size, **_training_options(config))
 
 
 def unlabelled_images(
     data: DetectionDataset | None, config: TrainConfig, first: int, last: int, *, rank: int = 0, ranks: int = 1
 ) -> Iterator[Tensor | None]:
-    """Images that only the teacher explains, for each of these steps; None without any."""
+    """Yield the images without labels of the steps ``first`` to ``last`` - 1; None for each step if there are none."""
     if data is None:
         return itertools.repeat(None)
     batch = config.unlabelled_batch or config.batch
@@ -545,7 +549,7 @@ def unlabelled_images(
 def batches(
     data: DetectionDataset, config: TrainConfig, first: int, last: int, *, rank: int = 0, ranks: int = 1
 ) -> Iterator[Batch]:
-    """Batches of the steps ``first`` to ``last`` - 1: this rank's share of each."""
+    """Yield the batches of the steps ``first`` to ``last`` - 1: this rank's share of each."""
     loader = DataLoader(
         _ByEpoch(data),
         batch_sampler=cast(Sampler[list[int]], _Steps(len(data), config, first, last, rank, ranks)),
@@ -557,7 +561,7 @@ def batches(
 
 
 class _ByEpoch(Dataset[Sample]):
-    """A data set asked by (epoch, index), so that one loader lasts the whole run and batches may span two epochs."""
+    """A data set indexed by (epoch, index), so that one loader serves the whole run and a batch may span two epochs."""
 
     def __init__(self, data: DetectionDataset) -> None:
         self.data = data
@@ -568,7 +572,7 @@ class _ByEpoch(Dataset[Sample]):
 
 
 class _Steps(Sampler[list[tuple[int, int]]]):
-    """One list of (epoch, index) a step: the data set over and over, each time in another order."""
+    """Yields a list of (epoch, index) per step; every epoch visits the data set in another order."""
 
     def __init__(self, size: int, config: TrainConfig, first: int, last: int, rank: int, ranks: int) -> None:
         self.size, self.batch, self.seed = size, config.batch, config.seed
@@ -593,9 +597,10 @@ def _order(size: int, seed: int, epoch: int) -> list[int]:
 
 
 def _initial(config: TrainConfig, data: DetectionDataset) -> tuple[Detector, str]:
-    """The model that training starts from, and a line on what of it is ``init``'s, empty without one.
+    """Return the model that training starts from, and a line that lists which layers of ``init`` it has kept.
 
-    Weights follow from the seed alone, whatever is distilled into the model.
+    Random weights depend on the seed alone, so they are the same with and without distillation. The line is empty
+    without ``init``.
     """
     found = None if config.init is None else _init_of(config)
     same_heads = found is not None and _has_classes(found, data)
@@ -609,7 +614,7 @@ def _initial(config: TrainConfig, data: DetectionDataset) -> tuple[Detector, str
     if not torch.allclose(cast(Tensor, anchors), found.model.anchors):
         warnings.warn(
             f"anchors: those of {config.init}, {_listed(found.model.anchors)}, are replaced by those of the data, "
-            f"{_listed(cast(Tensor, anchors))}, as asked; its heads have to learn them",
+            f"{_listed(cast(Tensor, anchors))}, because of anchors='data'; the heads have to learn them",
             stacklevel=2,
         )
     found.model.anchors.copy_(cast(Tensor, anchors))
@@ -618,7 +623,7 @@ def _initial(config: TrainConfig, data: DetectionDataset) -> tuple[Detector, str
 
 
 def _init_of(config: TrainConfig) -> Trained:
-    """The detector of ``init``, which has to be the run's model and width."""
+    """Return the detector of ``init``, which must have the run's model and width."""
     found = load_detector(cast(str, config.init), model=config.model, width=config.width)
     if not isinstance(found.model, MODELS[config.model]) or found.model.width != config.width:
         raise ValueError(
@@ -631,7 +636,7 @@ def _init_of(config: TrainConfig) -> Trained:
 def _with_new_heads(
     found: Trained, config: TrainConfig, data: DetectionDataset, anchors: Tensor
 ) -> tuple[Detector, str]:
-    """A model with all of ``found`` but the heads' last convolutions, which are for other classes; and a line on it."""
+    """Return a model with all weights of ``found`` except those of the heads' last convolutions, and a line on it."""
     model = build_detector(config.model, data.num_classes, config.width, anchors)
     kept = {name: x for name, x in found.model.state_dict().items() if not name.startswith(("head", "anchors"))}
     model.load_state_dict(model.state_dict() | kept)
@@ -641,7 +646,7 @@ def _with_new_heads(
     origin = "of the data" if config.anchors != "default" else "those of the file"
     return model, (
         f"init: kept {count - heads} of {count} convolutions of {config.init} ({which}); "
-        f"new: the last ones of the {heads} heads, for {data.num_classes} classes; anchors: {origin}"
+        f"new: the last one of each of the {heads} heads, for {data.num_classes} classes; anchors: {origin}"
     )
 
 
@@ -654,30 +659,30 @@ def _anchors(data: DetectionDataset, strides: Sequence[int], per_head: int) -> T
         return dataset_anchors(data.box_sizes(), strides, per_head)
     except ValueError as error:
         raise ValueError(
-            f"anchors: too few boxes in the training set to choose them by ({error}); use anchors='default' "
+            f"anchors: expected enough boxes in the training set to choose them ({error}); use anchors='default' "
             "(--anchors default), or more images"
         ) from error
 
 
 def _require_scorable(val: DetectionDataset, data: DetectionDataset) -> None:
-    """Faults of a validation set that would otherwise end the run at its first evaluation."""
+    """Raise ValueError for faults of a validation set that would end the run at its first evaluation."""
     if val.class_names != data.class_names:
         raise ValueError(
             f"val_annotations: expected the training set's classes {_shorten(data.class_names)}, "
             f"got {_shorten(val.class_names)}"
         )
     if val.annotations.crowd.all():
-        raise ValueError("val_annotations: expected a set with boxes to find, got none; leave it out to train without")
+        raise ValueError("val_annotations: expected boxes to find, got none; to train without validation, leave it out")
 
 
 def require_classes(name: str, found: Trained | Exported, data: DetectionDataset) -> None:
-    """A detector from a file must name the data set's classes, in their order, or no names at all.
+    """Check that a detector from a file has the data set's classes, in the same order; names may be missing.
 
     Raises:
-        ValueError: it has others (says what they are, and where they come from).
+        ValueError: it has other classes (the message names them, and where their names come from).
     """
     if not _has_classes(found, data):
-        of_file = _shorten(found.class_names) if found.class_names else "the file does not say which"
+        of_file = _shorten(found.class_names) if found.class_names else "without names"
         raise ValueError(
             f"{name}: expected the data set's {data.num_classes} classes {_shorten(data.class_names)}, "
             f"got {found.model.num_classes}: {'; '.join((of_file, *found.notes))}"
@@ -706,17 +711,17 @@ def _optimizer(config: TrainConfig, objective: nn.Module) -> torch.optim.Optimiz
 
 
 def _to_channels_last(model: Any) -> None:
-    """The layout that convolutions like best: a quarter faster on CPUs, and what tensor cores want."""
+    """Change the model to the layout in which convolutions are fastest: on CPUs by a quarter, and on tensor cores."""
     model.to(memory_format=torch.channels_last)
 
 
 def _floats(model: nn.Module) -> list[Tensor]:
-    """Weights and batch norm statistics, sharing the model's memory."""
+    """Return weights and batch norm statistics, which share the model's memory."""
     return [x.detach() for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
 
 
 def _lr_factor(step: int, steps: int, warmup: int, final: float) -> float:
-    """Linear from near 0 to 1 over ``warmup`` steps, then a cosine to ``final`` at the end."""
+    """Return the learning rate's factor: linear from near 0 to 1 in ``warmup`` steps, then a cosine to ``final``."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(steps - warmup, 1)
@@ -727,18 +732,18 @@ def _lr_factor(step: int, steps: int, warmup: int, final: float) -> float:
 
 
 def check_distillation(config: TrainConfig) -> Report:
-    """Whether distillation is really on in a run of this configuration, as ``Distiller.check`` sees it.
+    """Check whether distillation works in a run of this configuration, as ``Distiller.check`` does.
 
-    Looks at the run's last checkpoint, if it has one, else at its initial models; and at what the teacher finds in the
-    first images of the validation set, or of the training set.
+    The models are those of the run's last checkpoint or, without one, the initial models. The teacher is also
+    evaluated on the first images of the validation set or, without one, of the training set.
 
     Raises:
-        ValueError: it has no teacher, or as ``build_objective``.
+        ValueError: the run has no teacher, or what ``build_objective`` raises.
     """
     data = training_set(config)
     objective = build_objective(config, data)
     if objective.distiller is None:
-        raise ValueError("teacher: this run has none, so there is no distillation to check")
+        raise ValueError("teacher: expected a run with a teacher, got one without, so there is nothing to check")
     load_checkpoint(config, objective)
     report = _report(objective, objective.distiller, data, _optimizer(config, objective))
     teacher = cast(Detector, objective.distiller.teacher)
@@ -746,7 +751,7 @@ def check_distillation(config: TrainConfig) -> Report:
 
 
 def _check_score(teacher: Detector, config: TrainConfig) -> Check:
-    """Whether the teacher finds anything: trained weights may be those of other images, or of other classes."""
+    """Check that the teacher detects objects: its weights may have been trained for other images or classes."""
     name = "teacher scores"
     of_val = config.val_annotations is not None
     annotations, images = (config.val_annotations, config.val_images) if of_val else (config.annotations, config.images)
@@ -758,12 +763,14 @@ def _check_score(teacher: Detector, config: TrainConfig) -> Check:
         f"AP50 {100 * found:.1f} on the first {len(data)} images of the {'validation' if of_val else 'training'} set"
     )
     if found < LEAST_AP50:
-        return Check(name, False, f"{message}: it finds hardly anything; are these its classes, in its order?")
+        return Check(
+            name, False, f"{message}, which is hardly anything; was it trained on these classes, in this order?"
+        )
     return Check(name, True, message)
 
 
 def load_checkpoint(config: TrainConfig, objective: Objective) -> None:
-    """Give an objective the weights, adapters and statistics of the run's last checkpoint, if there is one."""
+    """Load weights, adapters and statistics of the run's last checkpoint into an objective, if there is one."""
     out = Path(config.out)
     if not (out / "checkpoint.pt").is_file():
         return
@@ -779,8 +786,8 @@ def load_checkpoint(config: TrainConfig, objective: Objective) -> None:
 def _require_same_teacher(saved: dict[str, Any], config: TrainConfig, found: str | None) -> None:
     if saved["teacher"] != found:
         raise ValueError(
-            f"teacher: this run has learnt from weights of fingerprint {saved['teacher']}, but {config.teacher} has "
-            f"now {found}; put the same weights there, or choose another out"
+            f"teacher: expected the weights that this run has learnt from, with fingerprint {saved['teacher']}, got "
+            f"{found} in {config.teacher}; put the same weights there, or choose another out"
         )
 
 
@@ -788,7 +795,7 @@ def _report(
     objective: Objective, distiller: Distiller, data: DetectionDataset, optimizer: torch.optim.Optimizer
 ) -> Report:
     device = next(objective.parameters()).device
-    # a map of boxes is empty on images that have none
+    # maps that are computed from boxes are zero on images without boxes
     rows = np.unique(data.annotations.rows)[:4].tolist() or [0]
     batch = collate([data[rows[i % len(rows)]] for i in range(4)])
     images, targets = batch.images.to(device), batch.targets.to(device)
