@@ -321,8 +321,8 @@ Draw the objects that a detector finds.
     parser.add_argument(
         "--detections",
         metavar="FILE",
-        help="file to write the drawn boxes to, as COCO results: JSON with the file's name as image_id, classes counted "
-        "from 1 as category_id, and for videos the frame, counted from 0",
+        help="file to write the drawn boxes to, as COCO results: JSON with the file's name as image_id, classes "
+        "counted from 1 as category_id, and for videos the frame, counted from 0",
     )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
 
