@@ -1,6 +1,7 @@
-// What the distillation loss is multiplied with at a step: a weight, given or balanced against the task loss, times its
-// schedule. Shared by csrc/small_ops.cpp and csrc/cuda/small_ops.cuh; fastkd/ops/factor.py is the same in plain
-// PyTorch.
+// The factor of the distillation loss at a step: schedule(step) * weight, where the weight is given, or balanced:
+// share * mean |task loss| / mean |distillation loss|, moving averages over about 50 steps. One thread does about 30
+// operations on some 40 bytes. Shared by csrc/small_ops.cpp and csrc/cuda/small_ops.cuh; fastkd/ops/factor.py has the
+// same formula in PyTorch.
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,7 @@
 
 namespace fastkd {
 
-constexpr double kMaxAutoWeight = 1e12, kMemory = 49;  // MAX_AUTO_WEIGHT and _MEMORY of factor.py
+constexpr double kMaxAutoWeight = 1e12, kEmaSteps = 49;  // MAX_AUTO_WEIGHT and _EMA_STEPS of factor.py
 
 enum class Decay : int64_t { none, linear, cosine };
 
@@ -23,17 +24,17 @@ struct Schedule {
   int64_t advance = 0;
 };
 
-// averages = [n, sum |task loss|, sum |distillation loss|], of which a step keeps 49/50 once n has reached 50. A step
-// that is not finite counts for nothing.
+// Adds a step to averages = [n, sum |task loss|, sum |distillation loss|], which decay by 49/50 per step once n has
+// reached 50. A step whose losses are not finite is left out.
 FASTKD_INLINE void observe(float* averages, double task, double distillation) {
   const double values[] = {1, std::abs(task), std::abs(distillation)};
   for (const double value : values)
     if (!(float(value) - float(value) == 0)) return;
-  const double n = averages[0], keep = n > kMemory ? kMemory / n : 1;
+  const double n = averages[0], keep = n > kEmaSteps ? kEmaSteps / n : 1;
   for (int i = 0; i < 3; ++i) averages[i] = float(averages[i] * keep + values[i]);
 }
 
-// Warm-up, decay and stop, 1 to 0.
+// The schedule in [0, 1]: warm-up, decay and stop.
 FASTKD_INLINE double ramp(const Schedule& schedule, int64_t step) {
   const double warmup = double(schedule.warmup_steps), rise = (double(step) + 1) / (warmup > 1 ? warmup : 1);
   const double risen = rise < 1 ? rise : 1;
@@ -48,12 +49,12 @@ FASTKD_INLINE double ramp(const Schedule& schedule, int64_t step) {
 
 FASTKD_INLINE double full_weight(const Schedule& schedule, const float* averages) {
   if (schedule.weight >= 0) return schedule.weight;
-  if (!(averages[2] > 0)) return 0;  // times a loss of zero, whose gradient stays finite
+  if (!(averages[2] > 0)) return 0;  // for a loss of zero, so that its gradient is finite
   const double balanced = schedule.share * double(averages[1]) / double(averages[2]);
   return balanced > kMaxAutoWeight ? kMaxAutoWeight : balanced;
 }
 
-// A step: looks at its losses where there are any, moves on, and says the factor.
+// Adds the losses of a step, if there are any, to the averages, advances the step and sets the factor.
 FASTKD_INLINE void update_factor(const Schedule& schedule, bool has_losses, double task, double distillation,
                                  float* averages, int64_t* step, float* factor) {
   if (schedule.weight < 0 && has_losses) observe(averages, task, distillation);

@@ -1,6 +1,6 @@
-// The host's half of the ops, the same on every device: checks, levels, outputs. Schemas, fakes and autograd are in
-// fastkd/ops/schema.py, and so are the messages that users read: the checks here only keep a direct call of the op from
-// touching memory that is not there.
+// The host code of the ops, the same for every device: checks, levels, outputs. Schemas, fakes and autograd are in
+// fastkd/ops/schema.py, and the messages for users in fastkd/ops/levels.py: the checks here only keep a direct call of
+// an op from accessing invalid memory.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -23,7 +23,7 @@ using Tensors = std::vector<Tensor>;
 template <class Acc>
 constexpr ScalarType kScalar = std::is_same_v<Acc, float> ? ScalarType::Float : ScalarType::Double;
 
-// What a device computes: levels with everything set but the scratch (score, distance), which is the device's own.
+// A call. The levels have everything set except the scratch memory (score, distance), which the device allocates.
 template <class Acc>
 struct Call {
   Options options;
@@ -46,7 +46,7 @@ inline Feature feature(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), dtype_of(x), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-// Pointer to a contiguous companion of `count` elements; null where it is absent (empty).
+// Pointer to a small contiguous tensor of `count` elements; null if it is absent (empty).
 template <class Acc>
 const Acc* companion(const Tensor& x, int64_t count) {
   if (x.numel() == 0) return nullptr;
@@ -56,7 +56,7 @@ const Acc* companion(const Tensor& x, int64_t count) {
   return static_cast<const Acc*>(x.const_data_ptr());
 }
 
-// The same of one level; null too where the whole list is empty, as no level has one.
+// The same for one level of a list; null too if the whole list is empty, as no level has an entry.
 template <class Acc>
 const Acc* companion(const Tensors& list, size_t level, int64_t count) {
   return list.empty() ? nullptr : companion<Acc>(list[level], count);
@@ -110,7 +110,8 @@ std::vector<Level<Acc>> make_levels(const Tensors& student, const Tensors& teach
     level.mean = companion<Acc>(mean, i, level.channels);
     level.rstd = companion<Acc>(rstd, i, level.channels);
     level.bias = companion<Acc>(bias, i, level.channels);
-    STD_TORCH_CHECK(!level.mean == !level.rstd && !level.mean == !level.bias, "mean, rstd and bias go together");
+    STD_TORCH_CHECK(!level.mean == !level.rstd && !level.mean == !level.bias,
+                    "mean, rstd and bias must be given together");
     if (maps) level.map = maps;
     maps += maps ? level.images * level.cells() : 0;
   }
@@ -130,7 +131,7 @@ E checked(int64_t code, E last) {
   return E(code);
 }
 
-// Where the gradients of the student and of its adapter's bias go; nothing is computed where an entry is empty.
+// Sets where the gradients of the student and of its adapter's bias are written; an empty entry is not computed.
 template <class Acc>
 void set_gradients(std::vector<Level<Acc>>& levels, const Tensors& gradient, const Tensors& bias_gradient,
                    const Tensors& student) {
@@ -169,7 +170,7 @@ Call<Acc> make_call(const std::vector<double>& weights, int64_t score, int64_t m
   return call;
 }
 
-// Calls f with the type of sums: double if any feature is, else float.
+// Calls f with a value of the type of sums: double if any feature is double, else float.
 template <class F>
 auto with_sums(const Tensors& student, const Tensors& teacher, const F& f) {
   STD_TORCH_CHECK(!student.empty(), "expected at least one level");
@@ -178,7 +179,7 @@ auto with_sums(const Tensors& student, const Tensors& teacher, const F& f) {
 
 // ---- the ops, by the names of fastkd/ops/schema.py ----
 
-// Two passes, the first: losses and masses of the map, (L,), and all maps, one level after the other.
+// The first of two passes: returns losses and masses (sums of the maps), (L,), and all maps, level after level.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> distill(Tensors student, Tensors teacher, Tensors prior, Tensors mean, Tensors rstd,
                                            Tensors bias, std::vector<double> weights, int64_t score, int64_t map_norm,
@@ -199,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> distill(Tensors student, Tensors teacher, Ten
   });
 }
 
-// Two passes, the second: the student's gradients for the upstream gradients `grad`, (L,).
+// The second of two passes: returns the student's gradients for the upstream gradients `grad`, (L,).
 template <class Device>
 Tensors distill_backward(Tensor grad, Tensor mass, Tensor maps, Tensors student, Tensors teacher, Tensors mean,
                          Tensors rstd, Tensors bias, std::vector<double> weights, int64_t penalty, double beta,
@@ -225,10 +226,10 @@ Tensors distill_backward(Tensor grad, Tensor mass, Tensor maps, Tensors student,
   });
 }
 
-// One pass: factor * sum of the levels' losses, a scalar, and the levels' losses, (L,), without the factor. Writes the
-// gradients of the former into `gradient` and `bias_gradient`. `factor` is a float32 scalar on the device; empty: 1.
-// `mass` has the sums of the levels' maps, (L,) float64; where it is empty they are computed. It must be there where
-// the weights are known (Options::weights_are_known) and Z is of the map.
+// One pass: returns factor * the sum of the level losses, a scalar, and the level losses without the factor, (L,). It
+// writes the gradients of the scalar into `gradient` and `bias_gradient`. `factor` is a float32 scalar on the device,
+// or empty for 1. `mass` has the sums of the maps, (L,) float64; if it is empty, they are computed. It is required if
+// the weights are known (Options::weights_are_known) and Z depends on the map.
 template <class Device>
 std::tuple<Tensor, Tensor> distill_one_pass(Tensors student, Tensors teacher, Tensors prior, Tensors mean, Tensors rstd,
                                             Tensors bias, std::vector<double> weights, int64_t score, int64_t map_norm,
@@ -246,9 +247,10 @@ std::tuple<Tensor, Tensor> distill_one_pass(Tensors student, Tensors teacher, Te
     for (const Tensor* x : {&mass, &factor}) require_device(*x, student[0]);
     const double* const masses = companion<double>(mass, count);
     const float* const scale = companion<float>(factor, 1);
-    STD_TORCH_CHECK(call.options.divisor != Divisor::map_all_ranks, "one pass needs the mass of all ranks: Z = map");
+    STD_TORCH_CHECK(call.options.divisor != Divisor::map_all_ranks,
+                    "one pass: pass divisor map, with the mass averaged over all ranks");
     STD_TORCH_CHECK(masses || !call.options.weights_are_known() || call.options.divisor != Divisor::map,
-                    "mass must be given where it is the prior's");
+                    "one pass: mass must be given if the map is the prior");
     Tensor total = torch::stable::new_empty(student[0], {}, kScalar<Acc>);
     Tensor losses = torch::stable::new_empty(student[0], {count}, kScalar<Acc>);
     Device::one_pass(call, student[0], total_cells(student), masses, scale, static_cast<Acc*>(total.mutable_data_ptr()),

@@ -1,4 +1,4 @@
-// The C++ backend on the CPU: which kernels, and in what pieces threads take the work.
+// The C++ backend on the CPU: the choice of the kernels, and the pieces of work that threads take.
 #include <Python.h>
 
 #include <atomic>
@@ -48,8 +48,8 @@ int64_t image_elements(const Level<Acc>& level) {
   return level.channels * level.cells();
 }
 
-// Calls f(index) for all work, each thread taking the next piece when it is done with one: pieces differ in size, and
-// what each computes does not depend on who computes it.
+// Calls f(index) for all work. Each thread takes the next piece when it has finished one, as pieces differ in size; a
+// result does not depend on the thread that computes it.
 template <class F>
 void for_each(size_t count, bool small, const F& f) {
   std::atomic<size_t> next{0};
@@ -68,13 +68,13 @@ int64_t elements(const std::vector<Level<Acc>>& levels) {
   return sum;
 }
 
-// Under this many elements a second thread costs more than it brings.
+// Below this number of elements a second thread costs more time than it saves.
 template <class Acc>
 bool is_small(const std::vector<Level<Acc>>& levels) {
   return elements(levels) < 16384;
 }
 
-// Whether threads that take whole images have about the same to do.
+// Whether threads that take whole images have about equal work.
 template <class Acc>
 bool images_balance(const std::vector<Level<Acc>>& levels) {
   int64_t largest = 0;
@@ -100,15 +100,15 @@ std::vector<Work> whole_images(const std::vector<Level<Acc>>& levels) {
   return pieces(levels, [](const Level<Acc>& level) { return level.cells(); });
 }
 
-// Whole images where those keep all threads busy, as memory is read fastest in long runs; else pieces of them.
+// Whole images if they keep all threads busy, as memory is read fastest in long runs; else pieces of images.
 template <class Acc>
 std::vector<Work> blocks(const std::vector<Level<Acc>>& levels) {
   const bool whole = images_balance(levels);
   return pieces(levels, [&](const Level<Acc>& level) { return whole ? level.cells() : bias_cells(level); });
 }
 
-// Partial sums of the bias's gradient, one row for bias_cells(level) cells, and their sum in the order of the cells:
-// the same bits for any number of threads.
+// Partial sums of the bias gradient, one row per bias_cells(level) cells, and their sum in the order of the cells, so
+// that the result does not depend on the number of threads.
 template <class Acc>
 class BiasGradients {
  public:
@@ -159,7 +159,7 @@ struct Cpu {
     STD_TORCH_CHECK(x.is_cpu(), "the CPU kernels were called with other tensors");
   }
 
-  // One call with losses: what an image adds to its level, in the order of the images.
+  // A call with losses: it computes the sums of each image and adds them up per level, in the order of the images.
   template <class Acc>
   struct Pass {
     Call<Acc>& call;
@@ -194,7 +194,7 @@ struct Cpu {
     void slopes(double factor) {
       for (size_t l = 0; l < levels.size(); ++l) levels[l].slope = Acc(factor * weight_by_z(l));
     }
-    // The losses, and their sum.
+    // Writes the losses and returns their sum.
     double finish(Acc* losses) {
       total(image_loss, loss);
       double sum = 0;
@@ -219,9 +219,9 @@ struct Cpu {
     pass.finish(losses);
   }
 
-  // The same sums in the same order, and the gradient. Where Z and each image's weight are known from the image alone,
-  // a thread finishes one before it takes the next, and finds its teacher still in cache. Where the weights are the
-  // prior, there is no score to compute. 2 loads and 1 store an element either way.
+  // The same sums in the same order, and the gradient. If Z and the weights of an image follow from that image alone, a
+  // thread finishes an image before it takes the next, so that its teacher is still in the cache. If the weights are
+  // the prior, no score is computed. Both must move 3 units: student and teacher are read, the gradient is written.
   template <class Acc>
   static void one_pass(Call<Acc>& call, const Tensor&, int64_t cells, const double* masses, const float* factor,
                        Acc* total, Acc* losses) {
@@ -238,7 +238,7 @@ struct Cpu {
           pass.run.score(level, call.options, w.image, w.begin, w.end);
           pass.weigh(i);
         }
-        pass.run.imitate(level, call.options, w.image, w.begin, w.end);
+        pass.run.penalty_and_grad(level, call.options, w.image, w.begin, w.end);
         pass.sum_loss(i);
       });
     } else {
@@ -248,7 +248,7 @@ struct Cpu {
         if (!masses) pass.total(pass.image_mass, pass.mass);
       }
       pass.slopes(scale);
-      run_pieces(call.levels, call.options, pass.run.imitate);
+      run_pieces(call.levels, call.options, pass.run.penalty_and_grad);
       pass.each_image([&](size_t i) { pass.sum_loss(i); });
     }
     bias.finish();
@@ -274,7 +274,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("distill_cpp_one_pass", TORCH_BOX(&fastkd::distill_one_pass<fastkd::cpu::Cpu>));
 }
 
-// Python imports this module for the registrations above, and asks it for which cards there are kernels.
+// Python imports this module for the registrations above, and reads from it which cards have kernels.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

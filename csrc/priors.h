@@ -1,8 +1,12 @@
-// The arithmetic of the priors from boxes, of one box, anchor or cell: shared by csrc/small_ops.cpp and
-// csrc/cuda/small_ops.cuh, so that both give the same bits. fastkd/ops/prior_ops.py is the same in plain PyTorch.
+// The arithmetic of the priors from boxes for one box, anchor or cell. csrc/small_ops.cpp and csrc/cuda/small_ops.cuh
+// share it, so that both return the same bits; fastkd/ops/prior_ops.py has the same formulas in PyTorch.
 //
-// Lengths are in cells of a level, in double: an IoU does not change when an axis is scaled. Products are rounded
-// before they are added to anything on every device, see product().
+//   iou_mask:    q_p = 1 if IoU > threshold * m_k for any box k and anchor at p; graded: q_p = max IoU / m_k;
+//                m_k = max over cells and anchors of the level of the IoU with box k
+//   box_balance: q_p = 1 / area of the smallest box that covers p, or background / number of cells in no box
+//
+// Lengths are in units of a level's cells, in double; an IoU does not change when an axis is scaled. On every device a
+// product is rounded before it is added to anything, see product().
 #pragma once
 
 #include <cmath>
@@ -12,7 +16,7 @@
 
 namespace fastkd::priors {
 
-constexpr double kTie = 1e-9;  // relative; far above float64's rounding, far below what float32 boxes can tell apart
+constexpr double kTie = 1e-9;  // relative; far above the rounding of double, far below the resolution of float boxes
 constexpr double kSmallest = 2.2250738585072014e-308;  // smallest normal float64: no area is 0
 
 FASTKD_INLINE double product(double a, double b) {
@@ -48,7 +52,7 @@ FASTKD_INLINE T clamped(T x, T low, T high) {
 
 FASTKD_INLINE bool finite(double x) { return x - x == 0; }
 
-// One level: its anchors, its map and where the map's sum goes.
+// One level: its anchors, its map and the place of the map's sum.
 struct Level {
   const void* anchors = nullptr;  // (A, 2) widths and heights in pixels, float64 if `wide`, else float32
   bool wide = false;
@@ -59,7 +63,7 @@ struct Level {
   FASTKD_INLINE int64_t cells() const { return int64_t(height) * width; }
 };
 
-// What a call computes but for its levels. `number` is iou_mask's threshold or box_balance's background.
+// The arguments of a call except its levels. `number` is iou_mask's threshold or box_balance's background.
 struct Options {
   const void* boxes = nullptr;  // (M, 5): image index, x1, y1, x2, y2 in pixels
   int64_t count = 0, batch = 0;
@@ -77,7 +81,7 @@ FASTKD_INLINE bool in_batch(double image, int64_t batch) {
   return image >= 0 && image < double(batch) && image == floor(image);
 }
 
-// Reads and clips a box, and its image's index; false if it is to be ignored.
+// Reads a box and its image index, and clips the box; returns false for a box to ignore.
 template <class T>
 FASTKD_INLINE bool read_box(const Options& options, int64_t index, Box& box, int64_t& image) {
   const T* const row = static_cast<const T*>(options.boxes) + 5 * index;
@@ -92,7 +96,7 @@ FASTKD_INLINE bool read_box(const Options& options, int64_t index, Box& box, int
   return box.x1 < box.x2 && box.y1 < box.y2;
 }
 
-// Multiplied first: whole pixels at a stride that is a power of two stay exact.
+// The product comes first, so that integer pixels are exact at strides that are powers of two.
 FASTKD_INLINE double in_cells(double pixels, int cells, int image) { return product(pixels, double(cells)) / image; }
 
 // One axis of a box.
@@ -107,12 +111,12 @@ struct Side {
     length = high - low;
     centre = (low + high) / 2;
   }
-  // from a cell's centre to the box's
+  // distance from the centre of a cell to that of the box
   FASTKD_INLINE double distance(int cell) const {
     const double d = cell + 0.5 - centre;
     return d < 0 ? -d : d;
   }
-  // from the nearest cell's
+  // the same for the nearest cell
   FASTKD_INLINE double least_distance() const { return distance(lower(int(centre), cells - 1)); }
 };
 
@@ -124,10 +128,10 @@ struct Place {
       : x(box.x1, box.x2, level.width, options.width), y(box.y1, box.y2, level.height, options.height) {}
 };
 
-// One axis of an anchor beside one of a box. They overlap by min(smaller, reach - distance of their centres).
+// One axis of a box and an anchor. Their overlap is min(smaller, reach - distance of their centres).
 struct Fit {
   double smaller;  // the shorter of the two
-  double reach;    // distance at which they only touch
+  double reach;    // distance of the centres at which they only touch
 
   FASTKD_INLINE Fit(const Side& side, double anchor)
       : smaller(lower(side.length, anchor)), reach((side.length + anchor) / 2) {}
@@ -135,7 +139,7 @@ struct Fit {
 };
 
 struct Anchor {
-  double x, y;  // lengths; 0 where not finite and positive, so that it overlaps nothing
+  double x, y;  // lengths; 0 for a length that is not finite and positive, so that it overlaps nothing
 
   FASTKD_INLINE Anchor(const Options& options, const Level& level, int index)
       : x(side(level, 2 * index, level.width, options.width)),
@@ -148,7 +152,7 @@ struct Anchor {
     const double length = pixels(level, index);
     return in_cells(finite(length) && length > 0 ? length : 0, cells, image);
   }
-  // of the box plus of the anchor, from which the overlap has yet to be taken
+  // area of the box plus area of the anchor, with the overlap counted twice
   FASTKD_INLINE double both_areas(const Place& box) const {
     return higher(product(box.x.length, box.y.length) + product(x, y), kSmallest);
   }
@@ -166,8 +170,8 @@ struct Reach {
 
 // ---- iou_mask, graded: IoU / m_k ----
 //
-// g = overlap / (both areas) grows with the IoU = g / (1 - g), so anchors are compared by g, and the best is divided.
-// g is column(x) * row(y): 1 product a cell and anchor.
+// g = overlap / (sum of both areas) is monotone in the IoU = g / (1 - g), so anchors are compared by g, and only the
+// best is divided. g = column(x) * row(y): one product per cell and anchor.
 
 FASTKD_INLINE float column(const Place& box, const Anchor& anchor, double areas, double distance) {
   return float(Fit(box.x, anchor.x).overlap(distance) / areas);
@@ -177,22 +181,22 @@ FASTKD_INLINE float row(const Place& box, const Anchor& anchor, double distance)
   return float(Fit(box.y, anchor.y).overlap(distance));
 }
 
-// The largest g of a box and an anchor: the very product of its nearest cell, so that the best cell is exactly 1.
+// The largest g of a box and an anchor: the same product as for the nearest cell, so that the best cell is exactly 1.
 FASTKD_INLINE float largest_share(const Place& box, const Anchor& anchor) {
   return product(column(box, anchor, anchor.both_areas(box), box.x.least_distance()),
                  row(box, anchor, box.y.least_distance()));
 }
 
-// m_k from the largest g; 1 where nothing overlaps
+// m_k from the largest g; 1 if nothing overlaps
 FASTKD_INLINE float largest_iou(float g) { return g > 0 ? g / (1 - g) : 1; }
 
 FASTKD_INLINE float grade(float g, float largest) { return g / (1 - g) / largest; }
 
 // ---- iou_mask: 1 where an IoU is above threshold * m_k ----
 //
-// IoU > c is overlap > c / (1 + c) * (both areas), and the overlap is one in x times one in y. So in a given row an
-// anchor passes where its overlap in x exceeds some t: at distances below reach - t. All anchors are centred alike,
-// hence the cells of one row that a box marks are one interval, the widest of its anchors'.
+// IoU > c is equivalent to overlap > c / (1 + c) * (sum of both areas), and the overlap is the product of those in x
+// and y. So in a given row an anchor passes where its overlap in x exceeds some t: at distances below reach - t. All
+// anchors have the same centres, so the cells of a row that a box marks are one interval, the widest of all anchors.
 
 FASTKD_INLINE double best_iou(const Place& box, const Anchor& anchor) {
   const double overlap = product(Fit(box.x, anchor.x).overlap(box.x.least_distance()),
@@ -200,14 +204,14 @@ FASTKD_INLINE double best_iou(const Place& box, const Anchor& anchor) {
   return overlap / (anchor.both_areas(box) - overlap);
 }
 
-// The share of both areas that an overlap must exceed. An equal IoU must not pass by rounding; nothing must pass where
-// no anchor overlaps the box.
+// The share of both areas that an overlap must exceed. An equal IoU must not pass because of rounding, and nothing may
+// pass if no anchor overlaps the box.
 FASTKD_INLINE double least_share(double largest, double threshold) {
   const double bar = product(threshold, largest);
   return bar > 0 ? product(1 + kTie, bar) / (1 + bar) : HUGE_VAL;
 }
 
-// Half the length of the interval that the anchor marks at this distance in y; negative infinity: none.
+// Half the length of the interval that the anchor marks at this distance in y; -infinity for none.
 FASTKD_INLINE double half_interval(const Place& box, const Anchor& anchor, double least, double distance) {
   const Fit x(box.x, anchor.x);
   const double needed = product(least, anchor.both_areas(box)) / Fit(box.y, anchor.y).overlap(distance);
@@ -224,7 +228,7 @@ FASTKD_INLINE Interval interval(const Side& side, double half) {
           int(clamped(ceil(side.centre + half - 0.5), 0.0, double(side.cells)))};
 }
 
-// The cells that an anchor of this reach can overlap, and perhaps one more at either end.
+// The cells whose anchors, of this reach, can overlap the box, and possibly one more at either end.
 FASTKD_INLINE Interval reached(const Side& side, double reach) { return interval(side, reach + 0.5); }
 
 // ---- box_balance: 1 / area of the smallest box ----
@@ -239,7 +243,8 @@ struct Covered {
     const double height = side(box.y1, box.y2, level.height, options.height, inclusive, y);
     weight = float(1 / higher(product(width, height), 1.0));
   }
-  // Cells that the box overlaps; if inclusive also the one where it ends, which may be one beyond the last and counts.
+  // The cells that the box overlaps, if inclusive also the one where it ends; returns their number, including one that
+  // may lie beyond the last cell.
   static FASTKD_INLINE double side(double low, double high, int cells, int image, bool inclusive, Interval& covered) {
     const double first = floor(in_cells(low, cells, image)), end = ceil(in_cells(high, cells, image)) + inclusive;
     covered = {int(first), int(lower(end, double(cells)))};

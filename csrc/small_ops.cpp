@@ -1,4 +1,9 @@
-// The small ops on the CPU: priors from boxes, their sums, and the factor of the loss.
+// The small ops on the CPU: priors from boxes, their sums, and the factor of the loss. Formulas are in priors.h and
+// factor.h.
+//
+// iou_mask and box_balance must write 4 bytes per cell, box_balance also reads and writes the map again (12). A box
+// does 1 operation per cell and anchor in its reach (graded), fills its rows (mask), or 1 per cell that it covers
+// (balance). prior_sums must read each prior once, and does 2 operations per cell: sum and minimum.
 #include "small_ops.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -15,7 +20,7 @@ using priors::Box;
 using priors::Interval;
 using priors::Place;
 
-// Calls f(i) for all i, in parallel where there is enough work.
+// Calls f(i) for all i, in parallel unless the work is small.
 template <class F>
 void for_each(int64_t count, bool small, const F& f) {
   const auto run = [&](int64_t begin, int64_t end) {
@@ -36,7 +41,7 @@ struct Sum {
   }
 };
 
-// Lanes that the compiler can put into vector registers; their order is fixed.
+// Sum and minimum, in lanes that fit vector registers and have a fixed order.
 template <class T>
 Sum sum_of(const T* x, int64_t count) {
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -70,10 +75,10 @@ auto with_dtype(DType dtype, const F& f) {
 
 // ---- boxes ----
 
-// The boxes that are not to be ignored, image by image.
+// The valid boxes, sorted by image.
 struct Boxes {
   std::vector<Box> boxes;
-  std::vector<int64_t> begin;  // of each image's boxes, and the end
+  std::vector<int64_t> begin;  // index of the first box of each image, and the end
 
   template <class T>
   Boxes(T, const priors::Options& options) : begin(size_t(options.batch) + 2) {
@@ -95,7 +100,7 @@ struct Boxes {
   }
 };
 
-// fastkd/priors.py turns these errors into ones that say more.
+// fastkd/ops/prior_ops.py turns these errors into more detailed ones.
 template <class T>
 void require_images(T, const priors::Options& options, int64_t rows) {
   const T* const boxes = static_cast<const T*>(options.boxes);
@@ -117,7 +122,7 @@ void require_anchors(const std::vector<priors::Level>& levels) {
 
 // ---- iou_mask: a cell's largest IoU / m_k, or 1 where it is above threshold * m_k, m_k being the box's largest ----
 
-// One level's anchors, and room for one box: its g = column * row of each cell.
+// The anchors of one level, and a buffer for g = column * row of one box at each cell.
 struct Painter {
   const priors::Options& options;
   const priors::Level& level;
@@ -129,7 +134,7 @@ struct Painter {
     for (int a = 0; a < level.anchor_count; ++a) anchors.emplace_back(options, level, a);
   }
 
-  // Each row's interval of the widest anchor becomes 1.
+  // Sets the widest interval of all anchors in each row to 1.
   void mark(const Box& box, float* map) {
     const Place place(box, options, level);
     double best = 0;
@@ -150,7 +155,7 @@ struct Painter {
     }
   }
 
-  // The largest g over anchors of the cells that one reaches, then the cell's grade.
+  // Computes the largest g over anchors for the cells that an anchor reaches, then their grades.
   void grade(const Box& box, float* map) {
     const Place place(box, options, level);
     float best = 0;
@@ -202,7 +207,7 @@ void paint_balance(const Boxes& boxes, const priors::Options& options, const pri
   for (int64_t i = 0; i < level.cells(); ++i) map[i] = map[i] > 0 ? map[i] : weight;
 }
 
-// Paints each image's map of each level, by paint(level, image, map) on zeros, and sums the level.
+// Fills the map of each image and level by paint(level, image, map), from zeros, and sums the maps of each level.
 template <class Paint>
 void paint_maps(const priors::Options& options, const std::vector<priors::Level>& levels, const Boxes& boxes,
                 const Paint& paint) {
@@ -211,7 +216,7 @@ void paint_maps(const priors::Options& options, const std::vector<priors::Level>
   for (const auto& level : levels) cells += level.cells();
   const bool small = cells * (options.batch + int64_t(boxes.boxes.size())) < 400000;
   std::vector<double> sums(size_t(pieces), 0.0);
-  for_each(pieces, small, [&](int64_t i) {  // all levels of an image, then the next: threads have about equal work
+  for_each(pieces, small, [&](int64_t i) {  // levels before images, so that threads have about equal work
     const int64_t l = i % count, image = i / count;
     const priors::Level& level = levels[size_t(l)];
     float* const map = level.map + image * level.cells();
@@ -248,7 +253,7 @@ struct Cpu {
     });
   }
 
-  // In pieces of one length, whatever the number of threads: the sums have one order.
+  // Sums pieces of a fixed length, so that the order of the sum does not depend on the number of threads.
   static void prior_sums(const std::vector<Weights>& levels, double* sums, const Tensor&) {
     constexpr int64_t kPiece = 16384;
     const size_t count = levels.size();

@@ -1,5 +1,5 @@
-// The host's half of the small ops, the same on every device: checks, outputs. Schemas and fakes are in
-// fastkd/ops/prior_ops.py and fastkd/ops/factor.py, messages that users read in fastkd/priors.py.
+// The host code of the small ops, the same for every device: checks, outputs. Schemas and fakes are in
+// fastkd/ops/prior_ops.py and fastkd/ops/factor.py, and the messages for users in fastkd/priors.py.
 #pragma once
 
 #include <limits>
@@ -24,13 +24,13 @@ inline int dimension(int64_t x) {
   return int(x);
 }
 
-// Calls f with the type of a float32 or float64 tensor's elements.
+// Calls f with a value of the element type: double if `wide`, else float.
 template <class F>
 void with_float(bool wide, const F& f) {
   wide ? f(double()) : f(float());
 }
 
-// A prior's maps, one after the other, and their sums. The sums' pointers are in `levels`.
+// The maps of a prior, level after level, and their sums. `levels` has the pointers to both.
 struct PriorMaps {
   Tensor maps, sums;
   std::vector<priors::Level> levels;
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> box_balance(Tensor boxes, std::vector<int64_t> sizes,
   return {out.maps, out.sums};
 }
 
-// A level's prior as prior_sums takes it; without elements it is absent, and each of its cells weighs 1.
+// The prior of a level, for prior_sums; without elements it is absent, and the weight of each cell is 1.
 struct Weights {
   const void* data = nullptr;
   DType dtype = DType::float32;
@@ -127,7 +127,7 @@ Tensor prior_sums(Tensors prior, std::vector<int64_t> cells) {
   return sums;
 }
 
-// What update_factor computes on: all on the device.
+// The arguments of update_factor; all pointers are to memory of the device.
 struct FactorStep {
   Schedule schedule;
   float *factor = nullptr, *averages = nullptr;

@@ -1,4 +1,4 @@
-"""fastkd: fused losses that distil an object detector's feature maps."""
+"""fastkd: feature-map knowledge distillation for object detectors, with fused losses."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """What is asked for is imported then: the command must set OpenMP's variables before torch is loaded."""
+    """Import a public name on first use, because the command must set OpenMP's variables before torch is loaded."""
     try:
         value = import_module(f"fastkd.{_MODULES.get(name, name)}")
     except ModuleNotFoundError as error:

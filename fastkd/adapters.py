@@ -1,4 +1,4 @@
-"""1x1 convolutions that bring a student's features to the teacher's widths."""
+"""1x1 convolutions that map a student's features to the teacher's number of channels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from fastkd.ops.arguments import require_sequence
 
 
 class Adapter(nn.Conv2d):
-    """A 1x1 convolution whose bias the loss adds, on the way to its difference to the teacher.
+    """A 1x1 convolution whose bias is added by the loss.
 
-    The loss reads every feature anyway, so the bias costs nothing there, and neither does its gradient, which are sums
-    of the feature's. ``forward`` therefore returns the convolution without it; ``adapted`` is the whole of it.
+    The loss reads every feature anyway, so adding the bias there costs nothing; its gradient, the feature's gradient
+    summed over images and cells, is computed there too. ``forward`` therefore returns the convolution without the bias;
+    ``adapted`` adds it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,26 +26,33 @@ class Adapter(nn.Conv2d):
 
 
 class LazyAdapter(nn.LazyConv2d):
-    """An ``Adapter`` that takes its widths from the first features."""
+    """An ``Adapter`` that takes its numbers of channels from the first features."""
 
     cls_to_become = Adapter
 
     def prepare(self, student: Tensor, teacher: Tensor) -> None:
-        """Become an ``Adapter`` from the student's width to the teacher's, on the student's device."""
+        """Become an ``Adapter`` from the student's number of channels to the teacher's, on the student's device.
+
+        Args:
+            student, teacher: (N, C, H, W) features of the level.
+        """
         self.out_channels = teacher.shape[1]
         self.to(student.device)
         self(student[:0].to(torch.get_default_dtype()))
 
 
 def same_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Leaves the generators as they were, so that a seeded run has the same data and weights with a distiller."""
+    """Return a context that restores the random state, so that a distiller leaves a seeded run's data and weights."""
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def without_bias(adapter: nn.Module, student: Tensor) -> Tensor:
-    """The student's feature at the teacher's width; an adapter keeps its dtype where the student has another."""
+    """Return the student's feature with the teacher's number of channels, before the adapter's bias is added.
+
+    Outside autocast, a student feature of another dtype is converted to the adapter's.
+    """
     weight = adapter.weight if isinstance(adapter, Adapter) else next(adapter.parameters(), None)
     if weight is not None and weight.dtype != student.dtype and not torch.is_autocast_enabled(student.device.type):
         student = student.to(weight.dtype)
@@ -53,12 +61,12 @@ def without_bias(adapter: nn.Module, student: Tensor) -> Tensor:
 
 
 def bias_of(adapter: nn.Module) -> Tensor | None:
-    """(C,): what ``without_bias`` left to be added."""
+    """Return the (C,) bias that must be added to ``without_bias``; None for a module that adds its own."""
     return adapter.bias if isinstance(adapter, Adapter) else None
 
 
 def adapted(adapter: nn.Module, student: Tensor) -> Tensor:
-    """The student's feature at the teacher's width, with the adapter's bias."""
+    """Return the student's feature with the teacher's number of channels, bias included."""
     feature, bias = without_bias(adapter, student), bias_of(adapter)
     return feature if bias is None else feature + bias.to(feature.dtype)[:, None, None]
 
@@ -70,7 +78,13 @@ def make_adapters(
     adapters: Sequence[nn.Module] | None,
     bias: bool = True,
 ) -> list[nn.Module]:
-    """The modules given, or a 1x1 convolution per level, of the widths given or of those of the first batch."""
+    """Return one adapter per level: the given modules, or 1x1 convolutions.
+
+    The convolutions have the given numbers of channels, or else take them from the first batch.
+
+    Raises:
+        ValueError: lengths that differ or are 0; adapters and channels together; channels of one model alone.
+    """
     adapters = list(adapters) if isinstance(adapters, nn.ModuleList) else adapters
     given = {"student_channels": student_channels, "teacher_channels": teacher_channels, "adapters": adapters}
     counts = {len(require_sequence(name, x, "entries")) for name, x in given.items() if x is not None}
@@ -82,7 +96,7 @@ def make_adapters(
         )
     if adapters is not None:
         if student_channels is not None or teacher_channels is not None:
-            raise ValueError("adapters: expected no student_channels or teacher_channels beside them")
+            raise ValueError("adapters: expected no student_channels or teacher_channels together with adapters")
         return list(adapters)
     if student_channels is not None and teacher_channels is not None:
         with same_random_state(torch.get_default_device()):
@@ -90,5 +104,5 @@ def make_adapters(
     if student_channels is not None or teacher_channels is not None:
         raise ValueError("DistillLoss: expected both student_channels and teacher_channels, or neither; got one")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls lazy modules new; what we use of them is old
+        warnings.simplefilter("ignore")  # torch warns that lazy modules may change; what is used here has not
         return [LazyAdapter(0, 1, bias=bias) for _ in range(counts.pop())]

@@ -1,4 +1,4 @@
-"""``Distiller``: distils whole models inside a training loop that exists already, through forward hooks."""
+"""``Distiller``: knowledge distillation between two models in an existing training loop, through forward hooks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastkd.health import Check, Report
 from fastkd.hooks import (
     FeatureHook,
     Group,
-    Levels,
+    LevelSpec,
     ToMap,
     ToMaps,
     convolved_heights,
@@ -42,69 +42,70 @@ from fastkd.passes import ALL, Passes
 from fastkd.ranks import world_size
 from fastkd.teacher import Teacher
 
-# of the teacher's output and the (height, width) of each level, or of these alone
+# a function of the teacher's output and the (height, width) of each level, or of the sizes alone
 Prior: TypeAlias = Callable[..., Sequence[Tensor | None]]
 
 
 class Distiller(nn.Module):
-    """Teaches ``student`` what ``teacher`` sees, from feature maps caught by forward hooks::
+    """Distils a frozen ``teacher`` into ``student``, with feature maps that forward hooks record::
 
         distiller = fastkd.Distiller(student, teacher, backbone=[("layer4", "layer6")], neck=[("fpn.2", "fpn.3")])
         distiller.prepare(images).add_to(optimizer)  # the 1x1 adapters
         out = student(images)
         loss = task_loss(out, targets) + distiller.loss(images)
 
-    The teacher is put in eval mode and frozen, and again before each use, whoever called ``.train()``. The two models
-    are not submodules: ``parameters()`` and ``state_dict()`` hold the adapters, the teacher's statistics and the step
-    alone. A copy or pickle of the student has nothing of fastkd. For several processes call
-    ``prepare(images)``, wrap the distiller in ``DistributedDataParallel`` like the student, and call it
+    The teacher is frozen and put in eval mode here and before each use, even if ``.train()`` was called on it. The two
+    models are not submodules: ``parameters()`` and ``state_dict()`` contain only the adapters, the teacher's statistics
+    and the loss weight's state. A copy or pickle of the student contains nothing of fastkd. For several processes call
+    ``prepare(images)``, wrap the distiller in ``DistributedDataParallel`` like the student, and call the wrapper
     (``forward`` is ``loss``), so that adapters and statistics are the same on every rank.
 
     Args:
-        student, teacher: any modules that take a batch of images; they may be wrapped in ``DistributedDataParallel``
-            or ``torch.compile`` (compile a student, or at least run it first, after the distiller is made).
-        backbone, neck: whose outputs to imitate, module names or modules, in either of two forms: a *list of pairs*
-            ``[(student, teacher), ...]``, or a *tuple of two lists* ``([student, ...], [teacher, ...])``, of any
-            lengths, which ``prepare(images)`` pairs by stride; levels without a partner are dropped.
-            A name needs no ``module.`` or ``_orig_mod.`` prefix; ``"input:name"`` is what the module gets, for example
-            a sum that no module returns. Levels are counted backbone first. Where neither is given, ``images`` finds
-            both.
-        images: a batch that both models take, as in ``prepare``, which is called with it at once. Without ``backbone``
-            and ``neck`` the levels are those that ``find_levels`` finds in both models at strides that they share;
-            ``levels`` and ``check()`` name them, and so does the logger ``"fastkd"`` at level INFO.
-        student_to_map, teacher_to_map: for outputs that are not (N, C, H, W) tensors: a function that makes one of a
-            level's output, ``"NHWC"`` where channels come last, or one of these for each name of a level.
-        align: ``"interpolate"``: where heights or widths differ, the student's feature is resized to the teacher's,
-            bilinearly (as in PKD, Cao et al., 2022); lists are then paired by nearest stride, up to a factor of
-            sqrt(2). None: sizes must be equal.
-        prior: called as ``prior(teacher_output, sizes)`` without grad, sizes being the (height, width) of each level;
-            returns one (N, height, width) tensor or None per level. One that takes the sizes alone, as of boxes, needs
-            no output of the teacher: see ``fold_teacher``.
-        preprocess: called on the images before the teacher gets them, where it takes others than the student does:
-            another mean or range, a crop. Sizes may differ, if those of the features agree.
-        last_forward: whether the student's last forward is meant where it ran more than once since the last loss, with
-            gradients, and the last time not on the images given; False: that is an error.
-        fold_teacher: run the teacher in a copy whose batch norms are folded into its convolutions, and end it after its
-            last level where nothing needs its output; for teachers whose weights stay as they are and whose forward
-            leaves nothing behind that others read. The first time, features and output must agree within 1e-4 of their
-            largest, else the teacher runs as it was given, with a warning.
-        teacher_every: the teacher runs in the first of every so many training steps; in the others the loss is 0, and
-            in that one it is multiplied by this number, so that the mean over steps stays. Batches that come from two
-            sources in turn want an odd number.
-        teacher_images: 1, 1/2, 1/3, ...: the part of a training batch's images that the teacher sees and the loss is
-            of; the next pass has the next part. Images must be a tensor or a list, a level's output one row an image.
-        criterion: a ``DistillLoss`` made beforehand; or
+        student, teacher: modules that take a batch of images; they may be wrapped in ``DistributedDataParallel`` or
+            ``torch.compile`` (compile the student after the distiller is made, or at least run it only afterwards).
+        backbone, neck: the modules whose outputs are distilled, as names or modules, in one of two forms: a *list of
+            pairs* ``[(student, teacher), ...]``, or a *tuple of two lists* ``([student, ...], [teacher, ...])`` of any
+            lengths, which ``prepare(images)`` pairs by stride; levels without a partner are dropped. A name needs no
+            ``module.`` or ``_orig_mod.`` prefix; ``"input:name"`` is the input of the module, for example a sum that no
+            module returns. Levels are numbered backbone first. Without either, ``images`` finds both.
+        images: a batch that both models take; ``prepare`` is called with it. Without ``backbone`` and ``neck`` the
+            levels are those that ``find_levels`` finds in both models at strides that they share; ``levels`` and
+            ``check()`` name them, and so does the logger ``"fastkd"`` at level INFO.
+        student_to_map, teacher_to_map: for outputs that are not (N, C, H, W) tensors: a function that turns the output
+            of a level into one, ``"NHWC"`` where channels come last, or a dict from the names of levels to these.
+        align: ``"interpolate"``: where height or width differ, the student's feature is resized to the teacher's by
+            bilinear interpolation (as in PKD, Cao et al., 2022), and lists are paired by nearest stride, up to a factor
+            of sqrt(2). None: heights and widths must be equal.
+        prior: a function that is called without grad as ``prior(teacher_output, sizes)``, where sizes are the (height,
+            width) of each level, and returns one (N, height, width) tensor or None per level. A function of the sizes
+            alone (a prior from boxes) needs no output of the teacher, see ``fold_teacher``.
+        preprocess: a function of the images whose result the teacher gets, where it needs another normalisation, range
+            or crop than the student. Image sizes may differ as long as the features have the same sizes.
+        last_forward: whether to use the student's last forward if it ran more than once with gradients since the last
+            loss, and last on other images than those given; False: this is an error.
+        fold_teacher: run a copy of the teacher with its batch norms folded into its convolutions, and stop its forward
+            after the last level where nothing needs its output. For teachers whose weights do not change and whose
+            forward has no side effects. In the first forward, features and output must agree within 1e-4 of their
+            largest value; otherwise the teacher runs as it was given, with a warning.
+        teacher_every: the teacher runs in the first of this many training steps. The loss is 0 in the other steps and
+            is multiplied by this number in the first, which keeps the mean over steps. Choose an odd number if batches
+            alternate between two sources.
+        teacher_images: 1, 1/2, 1/3, ...: the part of a training batch that the teacher sees and the loss is computed
+            on; the next forward of the teacher uses the next part. Images must be a tensor or a list, and the output of
+            a level must have one row per image.
+        criterion: a ``DistillLoss`` made beforehand, instead of ``loss_options``.
         **loss_options: arguments of ``DistillLoss``: ``info_map``, ``weights``, ``warmup_steps``, ...
 
     Attributes:
-        criterion: the ``DistillLoss``. Adapters get their widths in ``prepare``, or on the first batch.
-        taught: which images of the batch the teacher saw last, a slice.
+        criterion: the ``DistillLoss``. Its adapters get their numbers of channels in ``prepare`` or on the first batch.
+        taught: the images of the last batch that the teacher saw, as a slice.
 
     Raises:
-        ValueError: unknown module (lists near names), no level at all, models that share weights, options beside a
-            criterion; levels that cannot be found, or of no stride in common (shows those to choose from).
+        ValueError: an unknown module (the message lists similar names); no level; models that share weights; loss
+            options together with a criterion; levels that cannot be found or have no stride in common (the message
+            lists the candidates).
         TypeError: a level that is neither a name nor a module; an argument of another type than above.
-        With ``images`` also what ``prepare`` raises.
+        With ``images`` also the errors of ``prepare``.
     """
 
     criterion: DistillLoss
@@ -114,8 +115,8 @@ class Distiller(nn.Module):
         student: nn.Module,
         teacher: nn.Module,
         *,
-        backbone: Levels | None = None,
-        neck: Levels | None = None,
+        backbone: LevelSpec | None = None,
+        neck: LevelSpec | None = None,
         images: Any = None,
         student_to_map: ToMaps = None,
         teacher_to_map: ToMaps = None,
@@ -162,9 +163,9 @@ class Distiller(nn.Module):
             )
         paired = [x.pairs for x in self._groups if x.pairs is not None]
         self._pairs = [p for x in paired for p in x] if len(paired) == len(self._groups) else None
-        self._image_height = 1.0  # of what the student's last dry run got
+        self._image_height = 1.0  # of the images of the student's last dry run
         if criterion is not None and loss_options:
-            raise ValueError(f"criterion: expected no loss options beside it, got {', '.join(loss_options)}")
+            raise ValueError(f"criterion: expected no loss options together with it, got {', '.join(loss_options)}")
         self._owns_criterion, self._weights = criterion is None, loss_options.get("weights")
         self.criterion = criterion or self._make_criterion(most, loss_options)
         if self._pairs is not None:
@@ -175,20 +176,20 @@ class Distiller(nn.Module):
         _require_names(self._feature_hooks, student=student_to_map, teacher=teacher_to_map)
         for hook in self._feature_hooks:
             hook.attach()
-        # nobody calls remove() on a distiller that a notebook made anew: its hooks go with it. The finalizer may hold
-        # handles alone: a hook holds the student, which may hold its distiller
+        # A notebook that makes the distiller again never calls remove() on the old one: the finalizer removes its
+        # hooks. It may hold the handles only, as a hook holds the student, which may hold its distiller
         weakref.finalize(self, _remove_all, [hook.handles for hook in self._feature_hooks]).atexit = False
         # listed once: walking a large teacher at every step would take a millisecond
         self._frozen = (tuple(teacher.modules()), tuple(teacher.parameters()))
         self._freeze()
         self._teacher = Teacher(teacher, fold_teacher)
         if self._pairs is not None:
-            self._teacher.listen([t for _, t in self._pairs])
+            self._teacher.set_levels([t for _, t in self._pairs])
         if images is not None:
             self._prepare_or_remove(images)
 
     def _prepare_or_remove(self, images: Any) -> None:
-        """``prepare``; where it fails, nobody has the distiller to take its hooks off."""
+        """Call ``prepare``; where it fails, remove the hooks, because the caller never gets the distiller."""
         try:
             self.prepare(images)
         except BaseException:
@@ -204,10 +205,10 @@ class Distiller(nn.Module):
         return "; ".join(f"{name} {names}" for name, names in listed.items())
 
     def _make_criterion(self, most: int, options: dict[str, Any]) -> DistillLoss:
-        """With as many adapters as there can be levels; ``prepare`` drops those that no stride needs."""
+        """Return a ``DistillLoss`` for ``most`` levels; ``prepare`` drops the adapters of levels without a partner."""
         if not {"adapters", "student_channels", "teacher_channels"} & options.keys():
             options = {"levels": most, **options}
-        if self._pairs is None and self._weights is not None:  # one per matched level, so they are set with these
+        if self._pairs is None and self._weights is not None:  # one per matched level, so they are set after matching
             options = {name: value for name, value in options.items() if name != "weights"}
             if len(require_weights(self._weights)) > most:
                 raise ValueError(f"weights: expected one per matched level, at most {most}, got {len(self._weights)}")
@@ -220,7 +221,7 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> nn.Module:
-        """The teacher, as it was given; frozen."""
+        """The frozen teacher, as it was given."""
         return self._models[1]
 
     @property
@@ -238,35 +239,35 @@ class Distiller(nn.Module):
         return student, teacher
 
     def forward(self, images: Any, prior: Prior | None = None, task_loss: Tensor | float | None = None) -> Tensor:
-        """``loss``, so that the distiller can be wrapped (``DistributedDataParallel``)."""
+        """Return ``loss(images, prior, task_loss)``, for a distiller in ``DistributedDataParallel``."""
         return self.loss(images, prior, task_loss)
 
     def loss(self, images: Any, prior: Prior | None = None, task_loss: Tensor | float | None = None) -> Tensor:
-        """Distillation loss of the student's last forward, which must have been on the same images.
+        """Return the distillation loss of the student's last forward, which must have been on the same images.
 
         Args:
-            images: what the teacher takes: usually the (N, 3, H, W) batch that the student has just seen. The teacher
-                runs on it once, under ``no_grad`` and whatever autocast is on.
-            prior: for this call instead of the constructor's, for priors made from this batch's boxes.
-            task_loss: the trainer's own loss, a scalar; ``weight="auto"`` needs it. Nothing flows into it.
+            images: the teacher's input, usually the (N, 3, H, W) batch that the student has just seen. The teacher runs
+                on it once, under ``no_grad`` and the autocast of the caller.
+            prior: replaces the constructor's prior for this call, for priors from this batch's boxes.
+            task_loss: the trainer's own loss, a scalar; ``weight="auto"`` needs it. No gradient flows into it.
 
         Returns:
-            A float32 scalar; (L,) with ``reduction="none"``. From ``stop_step`` on zero, and the teacher does not run;
-            so in the steps that ``teacher_every`` leaves out.
+            A float32 scalar; (L,) with ``reduction="none"``. It is zero, and the teacher does not run, from
+            ``stop_step`` on and in the steps that ``teacher_every`` leaves out.
 
         Raises:
-            RuntimeError: a hook has not fired since the last call, ``remove()`` was called, or lists of modules were
-                not yet matched by ``prepare``.
-            TypeError, ValueError: a hooked output is not a 4-D tensor; levels whose sizes differ; what
-                ``distill_loss`` raises.
+            RuntimeError: a hook has not fired since the last call; ``remove()`` was called; lists of modules that
+                ``prepare`` has not matched yet.
+            TypeError, ValueError: a hooked output that is not a 4-D tensor; levels whose sizes differ; the errors of
+                ``distill_loss``.
         """
         if self._pairs is None:
             raise RuntimeError(
-                "Distiller: expected prepare(images) before the first loss: its lists of modules are matched by stride "
-                "then, and adapters made for those that match"
+                "Distiller: expected prepare(images) before the first loss, which matches its lists of modules by "
+                "stride and makes the adapters of the levels that match"
             )
         if self.training and world_size() > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._see_ddp()
+            self._note_ddp()
         try:
             if self.training and self.criterion.loss_weight.stopped:
                 outputs = [hook.output for hook in self._feature_hooks if hook.role == "student"]
@@ -282,7 +283,7 @@ class Distiller(nn.Module):
             student, teacher, q, output = self._features(images, prior, taught)
             warn_if_nothing_learns(student)
             donated = _held_by_hooks_alone(teacher)
-            del output  # until here it kept what else holds a teacher's feature
+            del output  # not before: it may hold a teacher feature, which then must not be donated
             loss: Tensor = self.criterion(student, teacher, q, task_loss, donated=donated)
             if learns and not self._passes.all:
                 self._passes.count()
@@ -292,10 +293,10 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def prepare(self, images: Any) -> Distiller:
-        """Match levels and give the adapters their widths now: before DDP, an EMA or a count of parameters.
+        """Match the levels and give the adapters their numbers of channels; return the distiller itself.
 
-        Runs both models once on ``images`` in eval mode and leaves no other trace. Returns the distiller itself.
-        Raises as ``loss``.
+        Call it before DDP, an EMA or an optimiser needs the parameters. It runs both models once on ``images`` in eval
+        mode and changes nothing else. The errors are those of ``loss``.
         """
         try:
             student, teacher, *_ = self._dry_run(images)
@@ -305,22 +306,21 @@ class Distiller(nn.Module):
         return self
 
     def add_to(self, optimizer: torch.optim.Optimizer) -> Distiller:
-        """Let the optimiser of the student train the adapters too: in the groups that it has, so with their settings.
+        """Add the adapters to the parameter groups of the student's optimiser; return the distiller itself.
 
-        Weights join the group that has most of the student's weights, biases the one that has most of its biases and
-        norms. No group is added, so a scheduler may have been made before, and a group's rate is that of the adapters.
-        What the optimiser has already is left where it is. Returns the distiller itself.
+        Weights join the group with most of the student's weights, and biases the group with most of its biases and
+        norms; they share the learning rate and weight decay of that group. No group is added, so a scheduler may exist
+        already. Adapter parameters that the optimiser has already stay in their group. To resume a run, call
+        ``add_to`` before the optimiser's ``load_state_dict``.
 
         Raises:
-            RuntimeError: the adapters have no widths yet: ``prepare(images)`` gives them.
+            RuntimeError: the adapters have no weights yet; call ``prepare(images)`` before.
             ValueError: the optimiser has no parameter of the student, or cannot take parameters once it is made.
-
-        To resume: first ``add_to``, then the optimiser's ``load_state_dict``.
         """
         _require_extensible(optimizer)
         adapters = list(self.criterion.adapters.named_parameters(prefix="adapters"))
         if any(isinstance(p, UninitializedParameter) for _, p in adapters):
-            raise RuntimeError("add_to: expected prepare(images) before, which gives the adapters their widths")
+            raise RuntimeError("add_to: expected prepare(images) before, which makes the weights of the adapters")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         of_student = {id(p) for p in self.student.parameters()}
         for name, p in adapters:
@@ -339,17 +339,18 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, loader: Iterable[Any]) -> None:
-        """Take the teacher's per-channel statistics from a loader now, not from the first training batches.
+        """Compute the teacher's channel statistics from a loader, instead of from the first training batches.
 
-        Stops after ``calibration_batches`` batches; after a shorter loader the first training batches fill up. Of
-        several ranks any may call it, with whatever batches: the first training forward brings them together.
+        It stops after ``calibration_batches`` batches; if the loader has fewer, the first training batches add the
+        rest. Any of several ranks may call it, with any batches: the first training forward merges their statistics.
 
         Args:
-            loader: batches, each what the teacher takes or a tuple or list that starts with it.
+            loader: an iterable of batches; each is the teacher's input, or a tuple or list that starts with it.
 
         Raises:
-            TypeError: one tensor where batches are expected. Else as ``loss``.
-            RuntimeError: of several ranks, after the first training forward.
+            TypeError: one tensor instead of an iterable of batches.
+            RuntimeError: a call after the first training forward of several ranks.
+            Otherwise the errors of ``loss``.
         """
         if isinstance(loader, Tensor):
             raise TypeError("loader: expected an iterable of batches, got one tensor; wrap it: [images]")
@@ -372,25 +373,25 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def maps(self, images: Any, prior: Prior | None = None) -> DistillMaps:
-        """What the loss looks at on these images, for looking at: ``fastkd.viz`` draws it.
+        """Return the information maps, differences and losses of these images, which ``fastkd.viz`` draws.
 
-        Runs both models once in eval mode and leaves no other trace than ``prepare``: nothing is counted or calibrated.
-        No other process is needed, so that of several only one may call it. Where a teacher is standardised, that
-        happens by the statistics so far: without any, before the first training batch, not at all.
+        It runs both models once in eval mode and changes nothing else than ``prepare`` does: it neither counts nor
+        calibrates. It waits for no other process, so one rank may call it alone. A teacher is standardised by the
+        statistics so far, and not at all before the first training batch.
 
         Args:
-            images: what both models take.
-            prior: for this call instead of the constructor's.
+            images: a batch that both models take.
+            prior: replaces the constructor's prior for this call.
 
         Returns:
-            Per matched level names, stride, information map, difference of student and teacher, and loss.
+            One entry per matched level: names, stride, information map, difference of student and teacher, and loss.
 
         Raises:
-            As ``loss``.
+            The errors of ``loss``.
         """
         try:
             self._clear()
-            # DistributedDataParallel would wait for others, a compiler start again
+            # DistributedDataParallel would wait for other ranks, and torch.compile would compile again
             self._run_student(unwrapped(self.student), images)
             student, teacher, q, _ = self._features(images, prior)
             self.criterion.prepare(student, teacher)
@@ -408,20 +409,21 @@ class Distiller(nn.Module):
         teacher_fingerprint: str | None = None,
         prior: Prior | None = None,
     ) -> Report:
-        """Is distillation really on? Looks at what silently switches it off, and says so in plain words.
+        """Return a report on whether distillation works: everything that could silently turn it off is checked.
 
-        Nothing is trained or counted; the models run in eval mode; no other rank is waited for. What an argument is
-        missing for is reported as unknown. ``print(distiller.check(images, optimizer, task_loss))`` shows a table.
+        Nothing is trained or counted, the models run in eval mode, and no other rank is waited for. A check that needs
+        a missing argument is reported as not known. ``print(distiller.check(images, optimizer, task_loss))`` shows a
+        table.
 
         Args:
-            images: a batch, to run both models on: hooks, gradient at every level, loss.
-            optimizer: to look for the adapters in.
-            task_loss: the other term of the loss on these images, to compare with.
+            images: a batch to run both models on, for the checks of hooks, gradients and the loss.
+            optimizer: the optimiser that should train the adapters.
+            task_loss: the task loss on these images, to compare the distillation loss with.
             teacher_fingerprint: ``fastkd.fingerprint`` of the weights that the teacher should have.
-            prior: for this call instead of the constructor's.
+            prior: replaces the constructor's prior for this call.
 
         Returns:
-            A ``Report``; ``report.ok`` is False if anything is wrong.
+            A ``Report``; ``report.ok`` is False if any check failed.
         """
         ran: set[nn.Module] | None = None
         frozen = health.check_frozen(self.teacher)
@@ -452,16 +454,16 @@ class Distiller(nn.Module):
         return Report(tuple(checks))
 
     def remove(self) -> None:
-        """Take the hooks off both models; the distiller is then of no more use."""
+        """Remove the hooks from both models; the distiller cannot be used afterwards."""
         for hook in self._feature_hooks:
             hook.detach()
         self._feature_hooks, self._groups = [], []
-        self._teacher.forget()
+        self._teacher.clear()
 
     def __deepcopy__(self, memo: Any) -> Distiller:
         raise TypeError(
-            "Distiller: expected not to be copied or pickled, as its hooks are in its student; copy the student, keep "
-            "the distiller's state_dict(), and make a new Distiller"
+            "Distiller: expected no copy or pickle, as its hooks belong to its student; copy the student, save the "
+            "distiller's state_dict(), and make a new Distiller"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -469,16 +471,16 @@ class Distiller(nn.Module):
 
     def extra_repr(self) -> str:
         if self._pairs is None:
-            return "levels wait for the first batch, to be matched by stride"
+            return "levels are not matched yet; prepare(images) matches them by stride"
         return "\n".join(f"{s} <- {t}" for s, t in self._pairs)
 
     def _require_levels(self, levels: int) -> None:
         have = len(self.criterion.adapters)
         if levels != have:
-            raise ValueError(f"criterion: expected {levels} levels, as there are pairs of modules, got {have}")
+            raise ValueError(f"criterion: expected {levels} levels, one per pair of modules, got {have}")
 
     def _student_features(self, images: Any) -> list[Tensor]:
-        """Of the student's last forward, which must have been on these images."""
+        """Return the features of the student's last forward; raise if it was on other images."""
         self._require_hooks()
         hooks = [hook for hook in self._feature_hooks if hook.role == "student"]
         features = [hook.feature() for hook in hooks]
@@ -490,8 +492,8 @@ class Distiller(nn.Module):
     def _features(
         self, images: Any, prior: Prior | None = None, taught: slice = ALL
     ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None, Any]:
-        """Features of both models, level by level, the prior, and the teacher's output; runs the teacher."""
-        self._student_features(images)  # before the teacher runs for nothing
+        """Run the teacher; return student features, teacher features and priors per level, and the teacher's output."""
+        self._student_features(images)  # raises before the teacher runs
         self.taught = taught
         prior = self.prior if prior is None else prior
         whole = prior is not None and takes_output(prior)
@@ -506,12 +508,12 @@ class Distiller(nn.Module):
         sizes = [(x.shape[2], x.shape[3]) for x in teacher]
         with torch.no_grad():
             q = prior(output, sizes) if whole else prior(sizes)
-        if taught != ALL:  # what is made of boxes has all images
+        if taught != ALL:  # a prior from boxes has the maps of all images
             q = [x[taught] if isinstance(x, Tensor) and len(x) == len(images) else x for x in q]
         return student, teacher, q, output
 
     def _aligned(self, s: FeatureHook, t: FeatureHook, x: Tensor, teacher: Tensor) -> Tensor:
-        """The student's feature ``x`` in the teacher's height and width."""
+        """Return the student's feature ``x``, resized to the height and width of the teacher's where asked."""
         if x.shape[0] != teacher.shape[0]:
             raise ValueError(
                 f"{s} and {t}: expected equal batch sizes, got {tuple(x.shape)} and {tuple(teacher.shape)}; "
@@ -522,13 +524,13 @@ class Distiller(nn.Module):
         if self.align is None:
             raise ValueError(
                 f"{s} and {t}: expected equal height and width, got {tuple(x.shape)} and {tuple(teacher.shape)}; "
-                "pair modules of equal stride, or pass two lists, ([student, ...], [teacher, ...]), to have them "
-                'matched, or resize the student\'s: align="interpolate"'
+                "pair modules of equal stride, or pass two lists ([student, ...], [teacher, ...]) that are matched by "
+                'stride, or resize the student\'s feature: align="interpolate"'
             )
         return F.interpolate(x, teacher.shape[2:], mode="bilinear", align_corners=False)
 
-    def _see_ddp(self) -> None:
-        """Whether this forward runs in a DistributedDataParallel that has the adapters."""
+    def _note_ddp(self) -> None:
+        """Record whether this forward runs in a DistributedDataParallel that contains the adapters."""
         active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
         if self._ddp != id(active):
             adapters = {id(p) for p in self.criterion.adapters.parameters()}
@@ -537,20 +539,20 @@ class Distiller(nn.Module):
         self._refuse_join(active)
 
     def _refuse_join(self, active: nn.Module | None) -> None:
-        """A rank that is through its batches answers for one DistributedDataParallel, and for nothing of fastkd."""
+        """Raise for uneven inputs: ``Join`` answers for one DistributedDataParallel, and for no sum of fastkd."""
         parallel = [x for x in (active, ddp_of(self.student)) if x is not None]
         configs = [getattr(x, "_join_config", None) for x in parallel]
         if not any(x.enable and not x.throw_on_early_termination for x in configs if x is not None):
             return
         if len({id(x) for x in parallel}) > 1:
-            why = "student and distiller are in two DistributedDataParallel, which it mixes up: put them in one"
+            why = "student and distiller are in two DistributedDataParallel, which Join mixes up: put them in one"
         elif self.criterion.waits_for_ranks:
-            why = 'each step sums over all ranks: weight="auto", map_all_ranks, or statistics that are not yet there'
+            why = 'each step sums over all ranks: weight="auto", map_all_ranks, or statistics not yet calibrated'
         else:
             return
         raise RuntimeError(
-            f"Distiller: expected no Join of DistributedDataParallel, as {why}. Give every rank as many batches "
-            "(DistributedSampler does), or Join(..., throw_on_early_termination=True)"
+            f"Distiller: expected no Join of DistributedDataParallel, as {why}. Give every rank the same number of "
+            "batches (DistributedSampler does), or use Join(..., throw_on_early_termination=True)"
         )
 
     def _require_hooks(self) -> None:
@@ -558,7 +560,7 @@ class Distiller(nn.Module):
             raise RuntimeError("Distiller: the hooks were removed by remove(); make a new Distiller")
 
     def _move_criterion(self, features: Sequence[Tensor]) -> None:
-        """Take the criterion to the features' device; its parameters stay the same objects."""
+        """Move the criterion to the features' device; its parameters stay the same objects."""
         if self.criterion.loss_weight.step.device != features[0].device:
             self.criterion.to(features[0].device)
 
@@ -571,32 +573,32 @@ class Distiller(nn.Module):
                 parameter.requires_grad_(False)
 
     def _run_teacher(self, images: Any, *, whole: bool = False) -> Any:
-        """Its output, or None where it ended after its last level, unless the whole of it is asked for."""
+        """Run the frozen teacher; return its output, or None where its forward may stop and did (not ``whole``)."""
         self._freeze()
         with torch.no_grad():
             images = _in_dtype_of(self.teacher, images if self.preprocess is None else self.preprocess(images))
-            return self._teacher.run(images, whole=whole)  # nothing of a frozen teacher is to be synchronised
+            return self._teacher.run(images, whole=whole)
 
     def _dry_run(
         self, images: Any, prior: Prior | None = None
     ) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor | None] | None, Any]:
-        """As ``_features``, after a forward of the student in eval mode."""
+        """Run the student in eval mode, then return ``_features``."""
         self._clear()
         self._run_student(without_ddp(self.student), images)
         return self._features(images, prior)
 
     def _run_student(self, student: nn.Module, images: Any) -> None:
-        """One forward in eval mode; also what height the images have, from which strides are told."""
+        """Run one forward in eval mode and record the height of the images, which strides are relative to."""
         with eval_mode(self.student), convolved_heights(student) as heights:
             student(images)
         if isinstance(images, Tensor):
             heights = [images.shape[-2]]
-        # most models resize a list of images; where nothing is known, strides are relative to the largest map
+        # most models resize a list of images; where the height is unknown, strides are relative to the largest map
         maps = [x.output.shape[-2] for x in self._feature_hooks if isinstance(x.output, Tensor) and x.output.ndim == 4]
         self._image_height = heights[0] if heights else max(maps, default=1)
 
     def _matched(self) -> list[tuple[FeatureHook, FeatureHook]]:
-        """The pairs of hooks; the first time, those of lists are found by stride and the others taken off."""
+        """Return the pairs of hooks; the first call matches lists by stride and removes the hooks without partner."""
         if self._pairs is None:
             height = self._image_height
             pairs = [p for x in self._groups for p in (x.match(height, self.align) if x.pairs is None else x.pairs)]
@@ -609,7 +611,7 @@ class Distiller(nn.Module):
                 if hook not in used:
                     hook.detach()
             self._feature_hooks = used
-            self._teacher.listen([t for _, t in pairs])
+            self._teacher.set_levels([t for _, t in pairs])
         return self._pairs
 
     def _clear(self) -> None:
@@ -617,10 +619,10 @@ class Distiller(nn.Module):
             hook.reset()
 
     def _check_hooks(self, images: Any, prior: Prior | None) -> tuple[Check, set[nn.Module] | None]:
-        """Also which of the teacher's layers that look untrained take part in its forward; None: not known."""
+        """Return the check, and the layers of the teacher that look untrained but run; None where not known."""
         seen: set[nn.Module] = set()
         ran: set[nn.Module] | None = seen
-        if any(x.is_compiled for x in self._feature_hooks if x.role == "teacher"):  # hooks that come later do not fire
+        if any(x.is_compiled for x in self._feature_hooks if x.role == "teacher"):  # hooks added later do not fire
             ran = None
         watched = [
             module.register_forward_hook(lambda module, *_: seen.add(module))
@@ -636,14 +638,14 @@ class Distiller(nn.Module):
             self._clear()
             _remove(watched)
         if often:
-            message = f"expected once a forward, fired: {', '.join(often)}; the last output counts"
+            message = f"expected one call per forward, fired: {', '.join(often)}; the last output is used"
             return Check("hooks", False, message), ran
-        return Check("hooks", True, f"each fired once a forward, at {pairs} levels"), ran
+        return Check("hooks", True, f"each fired once per forward, at {pairs} levels"), ran
 
     def _check_gradient(
         self, images: Any, task_loss: float | Tensor | None, prior: Prior | None
     ) -> tuple[Check, Tensor]:
-        """Pushes each level's own gradient through the student; also the levels' losses, without the weight."""
+        """Backpropagate each level's own gradient through the student; return the check and the unweighted losses."""
         try:
             with torch.enable_grad():
                 student, teacher, q, _ = self._dry_run(images, prior)
@@ -655,7 +657,7 @@ class Distiller(nn.Module):
                 aligned = [self._aligned(s, t, x, y) for (s, t), x, y in zip(pairs, leaves, teacher, strict=True)]
                 loss = criterion(aligned, teacher, q, 1.0 if task_loss is None else task_loss).sum()
                 gradients = torch.autograd.grad(loss, leaves)
-                on = criterion.options.weights or [1.0] * len(hooks)  # a level that was switched off gets no gradient
+                on = criterion.options.weights or [1.0] * len(hooks)  # a level of weight 0 gets no gradient
                 norms = {
                     str(s): self._student_gradient(images, s, g)
                     for s, g, weight in zip(hooks, gradients, on, strict=True)
@@ -667,14 +669,14 @@ class Distiller(nn.Module):
         listed = ", ".join(f"{name} {norm:.3g}" for name, norm in (bad or norms).items())
         message = f"reaches the student at every level (norm): {listed}"
         if bad:
-            message = f"none, or no finite one, reaches the student's weights (norm): {listed}; frozen or detached?"
+            message = f"zero or not finite at the student's weights (norm): {listed}; frozen or detached?"
         return Check("gradient", not bad, message), criterion.level_losses
 
     def _student_gradient(self, images: Any, hook: FeatureHook, gradient: Tensor) -> float:
-        """Norm of the gradient of the student's weights, from ``gradient`` at this level alone."""
+        """Return the norm of the gradient of the student's weights that ``gradient`` at this level causes."""
         parameters = [p for p in self.student.parameters() if p.requires_grad]
-        with eval_mode(self.student):  # the backward too: checkpointing runs parts of the forward again there
-            without_ddp(self.student)(images)  # anew for each level: a compiled graph can't always be walked twice
+        with eval_mode(self.student):  # during the backward too, as checkpointing runs parts of the forward again there
+            without_ddp(self.student)(images)  # again for each level: a compiled graph may allow one backward only
             feature = hook.feature()
             if not feature.requires_grad or not parameters:
                 return 0.0
@@ -690,7 +692,7 @@ def _gradients(feature: Tensor, parameters: list[nn.Parameter], upstream: Tensor
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
-    # reentrant checkpointing takes a whole backward alone; whoever acts on gradients must not see this one
+    # reentrant checkpointing allows a full backward only; hooks of trainers and optimisers must not see its gradients
     gradients = [p.grad for p in parameters]
     hooks = [(x, dict(x)) for p in parameters if (x := p._post_accumulate_grad_hooks)]
     try:
@@ -709,11 +711,12 @@ def _gradients(feature: Tensor, parameters: list[nn.Parameter], upstream: Tensor
 
 def _found_levels(
     student: nn.Module, teacher: nn.Module, images: tuple[Any, Any], align: str | None
-) -> dict[str, Levels]:
-    """Backbone and neck as two lists of names each, of those that have a stride in common.
+) -> dict[str, LevelSpec]:
+    """Return the found levels of both models as ``backbone`` and ``neck``, if they have a stride in common.
 
     Args:
-        images: what the student gets and what the teacher gets.
+        student, teacher, align: as in ``Distiller``.
+        images: the input of the student and that of the teacher.
     """
     found: list[FoundLevels] = []
     for role, model, seen in zip(("student", "teacher"), (student, teacher), images, strict=True):
@@ -722,7 +725,7 @@ def _found_levels(
         except ValueError as error:
             raise ValueError(f"{role}: {error}") from None
     ours, theirs = found
-    groups: dict[str, Levels] = {"backbone": (ours.backbone, theirs.backbone), "neck": (ours.neck, theirs.neck)}
+    groups: dict[str, LevelSpec] = {"backbone": (ours.backbone, theirs.backbone), "neck": (ours.neck, theirs.neck)}
     for name in list(groups):
         try:
             match_by_stride(ours.strides(name), theirs.strides(name), nearest=align is not None)
@@ -730,14 +733,14 @@ def _found_levels(
             del groups[name]
     if not groups:
         raise ValueError(
-            "images: expected levels of a stride that both models have, to find them; name them yourself, backbone= "
-            f"and neck=. Those of the student:\n{ours}\nThose of the teacher:\n{theirs}"
+            "images: expected models with levels of equal stride, but none was found; name the levels yourself: "
+            f"backbone=, neck=. Candidates of the student:\n{ours}\nCandidates of the teacher:\n{theirs}"
         )
     return groups
 
 
 def _require_images(hook: FeatureHook, images: Any) -> None:
-    """Of several forwards since the last loss, the features of the last are there: it has to be that of the images."""
+    """Raise if the student ran several times since the last loss, and last on other images than these."""
     last = hook.images
     if last is None or last is images:  # None: not known
         return
@@ -745,28 +748,28 @@ def _require_images(hook: FeatureHook, images: Any) -> None:
     if tensors and last.shape == images.shape and last.data_ptr() == images.data_ptr():
         return
     raise RuntimeError(
-        f"{hook}: expected the images of the student's last forward, got others, and it ran more than once since the "
-        "last loss: call distiller.loss(images) after each forward, on the same images, or run the student once on "
-        "torch.cat of all; where its last forward is meant all the same, Distiller(..., last_forward=True)"
+        f"{hook}: expected the images of the student's last forward, got other images, and the student ran more than "
+        "once since the last loss: call distiller.loss(images) after each forward, on the same images, or run the "
+        "student once on torch.cat of all images; to use its last forward anyway: Distiller(..., last_forward=True)"
     )
 
 
 def takes_output(prior: Prior) -> bool:
-    """Whether a prior is called with the teacher's output too."""
+    """Whether a prior takes the teacher's output besides the sizes."""
     try:
         kinds = [p.kind for p in inspect.signature(prior).parameters.values() if p.default is p.empty]
-    except (TypeError, ValueError):  # of a function in C
+    except (TypeError, ValueError):  # a function in C has no signature
         return True
     positional = [kind for kind in kinds if kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     return len(positional) != 1 or Parameter.VAR_POSITIONAL in kinds
 
 
 def _rows(hook: FeatureHook, images: Sequence[Any], taught: slice) -> Tensor:
-    """A level's feature, of some of the images."""
+    """Return the rows of a level's feature that belong to these images of the batch."""
     feature = hook.feature()
     if len(feature) != len(images):
         raise ValueError(
-            f"{hook}: expected {len(images)} rows, one an image, as teacher_images takes some of them; got "
+            f"{hook}: expected {len(images)} rows, one per image, as teacher_images selects images; got shape "
             f"{tuple(feature.shape)}"
         )
     return feature[taught]
@@ -784,23 +787,23 @@ def _require_extensible(optimizer: torch.optim.Optimizer) -> None:
     fixed = {"LBFGS", "Muon", "ZeroRedundancyOptimizer"} & {x.__name__ for x in type(optimizer).__mro__}
     sharded = any(type(p) not in (Tensor, nn.Parameter) for group in optimizer.param_groups for p in group["params"])
     if fixed or sharded:
-        which = "one of sharded tensors" if sharded else fixed.pop()
+        which = "one with sharded tensors" if sharded else fixed.pop()
         raise ValueError(
-            f"optimizer: expected one whose groups can take the adapters, got {which}; train these by an optimizer of "
-            "their own, or make yours after prepare(images), with distiller.parameters()"
+            f"optimizer: expected one whose groups can take the adapters, got {which}; train the adapters with their "
+            "own optimizer, or make yours after prepare(images), with distiller.parameters()"
         )
 
 
 def _elements(parameters: Sequence[Tensor], of: Container[int], *, vectors: bool | None = None) -> int:
-    """How many elements of these models' parameters there are: of biases and norms alone, or of all others."""
+    """Return the number of elements of the parameters whose ids are in ``of``: all, vectors only, or no vectors."""
     return sum(p.numel() for p in parameters if id(p) in of and vectors in (None, p.ndim <= 1))
 
 
 def _held_by_hooks_alone(features: list[Tensor]) -> list[bool]:
-    """Whether nobody but the list and a hook holds a feature, so that the gradient may take its memory.
+    """Whether only the list and a hook hold each feature, so that the gradient may overwrite its memory.
 
-    Holders of the tensor are counted by Python, holders of its memory (views, the images that a module returned as they
-    were, a buffer) by the storage. Where PyTorch does not count, or compiles, nothing is donated.
+    Python counts the references to the tensor. The storage counts those to its memory: views, images that a module
+    returned unchanged, a buffer. Where PyTorch does not count them, or compiles, no feature is donated.
     """
     if torch.compiler.is_compiling() or not hasattr(torch._C, "_storage_Use_Count"):
         return [False] * len(features)
@@ -835,18 +838,18 @@ def _require_kind(kind: Any, expected: str, **arguments: object) -> None:
 
 
 def _refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
-    """Freezing the teacher would freeze these in the student too."""
+    """Raise ``ValueError`` for shared parameters: freezing the teacher would freeze them in the student."""
     frozen = {id(p) for p in teacher.parameters()}
     shared = [name for name, p in student.named_parameters() if id(p) in frozen]
     if shared:
         raise ValueError(
-            f"teacher: expected weights of its own, but it shares {len(shared)} parameters with the student "
-            f"({shared[0]}, ...); pass copy.deepcopy(teacher), and a student that does not contain it"
+            f"teacher: expected a teacher that shares no weights with the student, got {len(shared)} shared parameters "
+            f"({shared[0]}, ...); pass copy.deepcopy(teacher), and a student that does not contain the teacher"
         )
 
 
 def _in_dtype_of(model: nn.Module, images: Any) -> Any:
-    """Float images for a model in half precision, as autocast would have them."""
+    """Return the images, converted to the model's dtype if that has 16 bits, as autocast would."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if dtype not in (torch.float16, torch.bfloat16) or not isinstance(images, Tensor):
         return images

@@ -1,4 +1,4 @@
-"""Output files: complete or not there at all, one writer at a time, and nothing written over that others made."""
+"""Atomic writes of files and folders, locks against a second writer, and checks against overwriting files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from filelock import FileLock, Timeout  # torch needs it too
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes the place of ``path`` once the block ends without an error.
+    """Yield a temporary path next to ``path``, which replaces ``path`` when the block ends without an error.
 
     Raises:
-        OSError: the file could not be written (names it, and the space that is left); what was there is kept.
+        OSError: the file could not be written; the message names it and the free space. An existing file is kept.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -29,7 +29,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        _remove(part)  # first, as it takes space itself
+        _remove(part)  # before the free space is measured, as it takes space itself
         full = _space(path) if error.errno in (None, errno.ENOSPC) else ""
         raise type(error)(f"{path} could not be written: {error.strerror or error}{full}") from error
     finally:
@@ -37,40 +37,41 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def save(content: Any, path: str | os.PathLike[str]) -> None:
-    """``torch.save`` to a file that is whole or absent. Raises as ``replacing``."""
+    """Write ``content`` to ``path`` with ``torch.save``, atomically; raises as ``replacing``."""
     with replacing(path) as part:
         try:
             torch.save(content, part)
         except RuntimeError as error:
-            if "inline_container" in str(error):  # what PyTorch makes of a disk that is full
+            if "inline_container" in str(error):  # PyTorch's error on a full disk
                 raise OSError(f"it ends too early, as on a full disk ({str(error).strip().splitlines()[0]})") from error
             raise
 
 
 def require_new(**files: str | os.PathLike[str] | None) -> None:
-    """Refuse output files, by the option that names them, that are there already or are named twice.
+    """Raise ``FileExistsError`` for an output file that exists already, or that two options name.
 
-    Raises:
-        FileExistsError: names the file.
+    Args:
+        **files: path of each output file by the option that names it; None where the option is not given.
     """
     seen: set[str] = set()
     for option, file in files.items():
         if file is None:
             continue
         if os.path.lexists(file) or os.path.realpath(file) in seen:
-            what = "names a file that another option writes" if not os.path.lexists(file) else "is there already"
+            what = "names a file that another option writes" if not os.path.lexists(file) else "exists already"
             raise FileExistsError(
-                f"{option}: {os.fspath(file)} {what}, and nothing is written over; give another name, or move it away"
+                f"{option}: {os.fspath(file)} {what}, and no file is overwritten; give another name, or move it away"
             )
         seen.add(os.path.realpath(file))
 
 
 @contextmanager
 def making(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder beside ``folder`` to write into, which gets that name once the block ends without an error.
+    """Yield a temporary folder next to ``folder``, which is renamed to ``folder`` when the block ends without an error.
 
     Raises:
-        FileExistsError: ``folder`` is there already. OSError: it could not be written (names it); nothing is left.
+        FileExistsError: ``folder`` exists already.
+        OSError: the folder could not be written; the message names it, and nothing is left behind.
     """
     path = Path(folder)
     require_new(out=path)
@@ -89,7 +90,7 @@ def making(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def new_folder(folder: str | os.PathLike[str]) -> Path:
-    """``folder``, or with the first number behind it that makes a name which is not there: ``inspect-2``."""
+    """Return ``folder``, or where that exists the first free name of ``folder-2``, ``folder-3``, ..."""
     path, number = Path(folder), 1
     while os.path.lexists(path):
         number += 1
@@ -98,10 +99,14 @@ def new_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def hold(lock_file: Path, what: Path) -> FileLock:
-    """A lock that this process has until ``release()``, or its end.
+    """Return a file lock that this process holds until ``release()`` or until it ends.
+
+    Args:
+        lock_file: the file to lock.
+        what: the file or folder that the lock protects, for messages.
 
     Raises:
-        BlockingIOError: another process has it, and so is at work on ``what``.
+        BlockingIOError: another process holds the lock.
     """
     lock = FileLock(lock_file, thread_local=False)
     try:
@@ -110,20 +115,22 @@ def hold(lock_file: Path, what: Path) -> FileLock:
         raise BlockingIOError(
             f"{what}: another process is writing there, as it holds {lock_file}; wait for it, or give another name"
         ) from None
-    except OSError as error:  # not every network disk has locks
+    except OSError as error:  # not every network file system has locks
         warnings.warn(f"{what}: no lock against other processes that write there ({error})", stacklevel=3)
     return lock
 
 
 @contextmanager
 def alone_in(folder: str | os.PathLike[str], files: Sequence[str] = ()) -> Iterator[None]:
-    """Hold a folder, which is made if it is absent, against other processes that ask the same.
+    """Return a context in which this process alone writes into ``folder``; the folder is created if it does not exist.
 
     Args:
-        files: names of those that are written there: what a killed process left half-written of them is removed.
+        folder: the folder to lock.
+        files: names of the files that are written there; temporary files that a killed process left are removed.
 
     Raises:
-        BlockingIOError: another process holds it. NotADirectoryError: it is a file.
+        BlockingIOError: another process holds the lock.
+        NotADirectoryError: ``folder`` is a file.
     """
     path = Path(folder)
     if path.is_file():
@@ -140,7 +147,7 @@ def alone_in(folder: str | os.PathLike[str], files: Sequence[str] = ()) -> Itera
 
 
 def _remove(file: Path) -> None:
-    with suppress(OSError):  # it may not be there, nor its folder
+    with suppress(OSError):  # the file or its folder may not exist
         file.unlink()
 
 

@@ -1,4 +1,4 @@
-"""Is distillation really on? The single checks of ``Distiller.check``, and their report."""
+"""The checks of ``Distiller.check``, which find what silently turns distillation off, and their report."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from fastkd.hooks import bare_name
 from fastkd.loss import DistillLoss
 
-SHARE = (0.01, 0.99)  # of the total loss: outside, one of the two terms hardly counts
+SHARE = (0.01, 0.99)  # of the total loss; outside this range one of the two terms has hardly any effect
 SCALES = ("weight", "running_var")
 SHIFTS = ("bias", "running_mean")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that ``Distiller.check`` looked at: ``ok`` is None where it could not be known."""
+    """The result of one check of ``Distiller.check``; ``ok`` is None where an argument for the check is missing."""
 
     name: str
     ok: bool | None
@@ -32,13 +32,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``Distiller.check`` found; ``str(report)`` is a table."""
+    """The results of ``Distiller.check``; ``str(report)`` is a table."""
 
     checks: tuple[Check, ...]
 
     @property
     def ok(self) -> bool:
-        """False if any check failed; what is not known does not count."""
+        """False if any check failed; checks whose result is not known are ignored."""
         return all(x.ok is not False for x in self.checks)
 
     def __str__(self) -> str:
@@ -50,10 +50,13 @@ class Report:
 
 
 def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """Digest of a model's or state dict's names, dtypes, shapes and values: 16 hexadecimal digits of a SHA-256.
+    """Return a digest of the names, dtypes, shapes and values of a model's or state dict's tensors.
 
     ``distiller.check(teacher_fingerprint=fastkd.fingerprint(torch.load(path)))`` proves that the teacher has the file's
-    weights. Wrappers' prefixes (``module.``, ``_orig_mod.``) don't count.
+    weights. Prefixes of wrappers (``module.``, ``_orig_mod.``) are ignored.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     digest = hashlib.sha256()
@@ -65,10 +68,16 @@ def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def check_trained(teacher: nn.Module, expected: str | None, ran: Container[nn.Module] | None = None) -> Check:
-    """Compares with the expected weights; else looks for layers that still are as a constructor leaves them.
+    """Return the check whether the teacher is trained.
+
+    It compares the fingerprint with the expected one if that is given; otherwise it looks for normalisation layers that
+    still have their initial weights.
 
     Args:
-        ran: modules that ran in a forward of the teacher: one that no forward uses may be as it was. None: not known.
+        teacher: the model.
+        expected: its fingerprint, or None.
+        ran: modules that ran in a forward of the teacher, as unused layers may keep their initial weights. None: not
+            known.
     """
     name = "teacher trained"
     if expected is not None:
@@ -78,29 +87,30 @@ def check_trained(teacher: nn.Module, expected: str | None, ran: Container[nn.Mo
     layers = {m: bare_name(n) for n, m in teacher.named_modules() if _looks_initial(m) is not None}
     initial = initial_layers(teacher)
     if len(initial) == len(layers):
-        ran = None  # none of them was ever trained, whichever are used
+        ran = None  # no layer was trained, so it does not matter which ones are used
     fresh = [layers[m] for m in initial if ran is None or m in ran]
     if not layers:
-        return Check(name, None, "not known: no layer whose initial weights can be told; pass teacher_fingerprint")
+        return Check(name, None, "not known: no layer with recognisable initial weights; pass teacher_fingerprint")
     if fresh:
         some = ", ".join(fresh[:3]) + (", ..." if len(fresh) > 3 else "")
         message = (
-            f"{len(fresh)} of {len(layers)} layers look as initialised ({some}): was a checkpoint loaded, all of it?"
+            f"{len(fresh)} of {len(layers)} layers have their initial weights ({some}): was the whole checkpoint "
+            "loaded?"
         )
         if ran is None and 2 * len(fresh) < len(layers):
-            return Check(name, None, f"{message} Pass images to see whether they are used at all")
+            return Check(name, None, f"{message} Pass images to check whether the forward uses these layers")
         return Check(name, False, message)
-    unused = f"; {len(initial)} are, which no forward uses" if initial else ""
-    return Check(name, True, f"none of {len(layers)} normalisation layers is as initialised{unused}")
+    unused = f", except {len(initial)} that no forward uses" if initial else ""
+    return Check(name, True, f"none of {len(layers)} normalisation layers has its initial weights{unused}")
 
 
 def initial_layers(model: nn.Module) -> list[nn.Module]:
-    """The normalisation layers that look as a constructor leaves them."""
+    """Return the normalisation layers that still have their initial weights."""
     return [module for module in model.modules() if _looks_initial(module)]
 
 
 def _looks_initial(module: nn.Module) -> bool | None:
-    """Whether a normalisation layer has scale 1, shift 0 and no statistics, which any training changes; else None."""
+    """Whether a normalisation layer has scale 1, shift 0 and initial statistics; None for any other module."""
     if not isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and not hasattr(module, "running_mean"):
         return None
     ones = [x for x in (getattr(module, n, None) for n in SCALES) if isinstance(x, Tensor)]
@@ -111,25 +121,33 @@ def _looks_initial(module: nn.Module) -> bool | None:
 
 
 def check_frozen(teacher: nn.Module) -> Check:
+    """Return the check whether the teacher is in eval mode and no parameter of it requires grad."""
     training = sum(module.training for module in teacher.modules())
     learning = sum(p.requires_grad for p in teacher.parameters())
     if training or learning:
         message = f"{training} modules in training mode, {learning} parameters that require grad; loss() resets them, "
-        return Check("teacher frozen", False, message + "yet keep the teacher out of what you call .train() on")
+        return Check("teacher frozen", False, message + "but call .train() on no module that contains the teacher")
     return Check("teacher frozen", True, "in eval mode, no parameter requires grad")
 
 
 def check_weight(criterion: DistillLoss) -> Check:
+    """Return the check whether the weight of the loss, or of every level, is zero."""
     levels = criterion.options.weights or (1.0,) * len(criterion.adapters)
     if criterion.loss_weight.weight == 0 or not any(levels):
         which = "weight is 0" if criterion.loss_weight.weight == 0 else "weights are 0 at every level"
         return Check("loss weight", False, f'{which}, so the loss is zero: choose another, or weight="auto"')
     off = levels.count(0)
-    return Check("loss weight", True, f"not zero, but for {off} of {len(levels)} levels" if off else "not zero")
+    return Check("loss weight", True, f"not zero, except at {off} of {len(levels)} levels" if off else "not zero")
 
 
 def check_share(losses: Tensor, task_loss: float | Tensor | None, criterion: DistillLoss) -> Check:
-    """What a training step adds to the task loss now, by the averages, warm-up and decay that it has reached."""
+    """Return the check of the distillation loss's share of the total loss, at the current averages and schedule.
+
+    Args:
+        losses: (L,) losses of the levels, without the loss weight.
+        task_loss: the task loss on the same images, or None.
+        criterion: the ``DistillLoss``.
+    """
     weight = criterion.loss_weight
     task = 1.0 if task_loss is None else float(task_loss.detach() if isinstance(task_loss, Tensor) else task_loss)
     factor, ramp = weight.now(losses, losses.new_tensor(task))
@@ -137,8 +155,8 @@ def check_share(losses: Tensor, task_loss: float | Tensor | None, criterion: Dis
     if not math.isfinite(loss):
         return Check("loss share", False, f"expected a finite distillation loss, got {loss}")
     if task_loss is None and weight.is_auto:
-        message = f'weight="auto" holds it at {weight.share:g} times the task loss'
-        return Check("loss share", None, f"{message}; pass task_loss to see what it is now")
+        message = f'weight="auto" keeps it at {weight.share:g} times the task loss'
+        return Check("loss share", None, f"{message}; pass task_loss to see its current share")
     if task_loss is None:
         return Check("loss share", None, f"distillation loss {loss:.4g} now; pass task_loss to compare")
     if ramp == 0:
@@ -153,7 +171,7 @@ def check_share(losses: Tensor, task_loss: float | Tensor | None, criterion: Dis
 
 
 def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | None, student: nn.Module) -> Check:
-    """Whether the optimiser has the adapters, and at the student's learning rate and weight decay."""
+    """Return the check whether the optimiser trains the adapters, with the student's learning rate and weight decay."""
     groups = [] if optimizer is None else optimizer.param_groups
     group_of = {id(p): group for group in groups for p in group["params"]}
     adapters = dict(criterion.adapters.named_parameters())
@@ -165,9 +183,9 @@ def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | N
         return Check("optimizer", None, "not known: pass optimizer")
     if missing:
         message = f"does not train {len(missing)} of {len(adapters)} adapter weights (adapters.{missing[0]}, ...); "
-        return Check("optimizer", False, message + "distiller.add_to(optimizer)")
+        return Check("optimizer", False, message + "call distiller.add_to(optimizer)")
     if frozen:
-        message = f"{len(frozen)} of {len(adapters)} adapter weights are frozen (adapters.{frozen[0]}, ...): "
+        message = f"{len(frozen)} of {len(adapters)} adapter weights are frozen (adapters.{frozen[0]}, ...): call "
         return Check("optimizer", False, message + "distiller.criterion.adapters.requires_grad_()")
     trains = f"trains all {len(adapters)} adapter weights"
     weights = [[p for p in x.parameters() if p.ndim > 1 and id(p) in group_of] for x in (criterion.adapters, student)]
@@ -176,7 +194,8 @@ def check_optimizer(criterion: DistillLoss, optimizer: torch.optim.Optimizer | N
         return Check("optimizer", True, trains)
     listed = [" or ".join(f"learning rate {lr:g}, weight decay {decay:g}" for lr, decay in x) for x in (own, students)]
     message = (
-        f"{trains}, their matrices at {listed[0]}, the student's at {listed[1]}: is that meant? Else add_to(optimizer)"
+        f"{trains}, with {listed[0]}, but the student's with {listed[1]}: if this is not intended, use "
+        "distiller.add_to(optimizer)"
     )
     return Check("optimizer", None, message)
 
@@ -186,15 +205,18 @@ def _settings(group: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def check_ranks(criterion: DistillLoss, averaged: bool | None) -> Check:
-    """Of several processes: whether the gradients of the adapters are averaged over them."""
+    """Return the check whether several processes average the gradients of the adapters.
+
+    Args:
+        criterion: the ``DistillLoss``.
+        averaged: whether DistributedDataParallel has the adapters; None before the first training forward.
+    """
     name = "ranks"
     if not any(p.requires_grad and type(p) is nn.Parameter for p in criterion.adapters.parameters()):
-        return Check(name, True, "no adapter weights to be averaged, or by other means")
+        return Check(name, True, "no adapter weights that DistributedDataParallel would have to average")
     if averaged is None:
         return Check(name, None, "not known before the first training forward")
-    way = (
-        "distiller = DistributedDataParallel(distiller) after prepare, and call distiller(images) in place of its loss"
-    )
+    way = "distiller = DistributedDataParallel(distiller) after prepare, and call distiller(images) instead of its loss"
     if averaged:
         return Check(name, True, "DistributedDataParallel averages the adapters' gradients")
     message = (
@@ -204,11 +226,12 @@ def check_ranks(criterion: DistillLoss, averaged: bool | None) -> Check:
 
 
 def check_schedule(criterion: DistillLoss) -> Check:
+    """Return the check of the step in the schedule: warm-up, calibration, and whether ``stop_step`` is reached."""
     schedule = criterion.loss_weight
     step = int(schedule.step)
     if schedule.stop_step is not None and step >= schedule.stop_step:
         over = f"distillation is over: step {step}, stop_step {schedule.stop_step}; the loss is zero"
-        return Check("schedule", None if schedule.stop_step else False, over)  # a run that has got there is in order
+        return Check("schedule", None if schedule.stop_step else False, over)  # no failure if the run has reached it
     warmup = "" if step >= schedule.warmup_steps else f" of {schedule.warmup_steps} of the warm-up"
-    pending = "" if criterion.calibrated else "; teacher statistics still come from the next training batches"
+    pending = "" if criterion.calibrated else "; the next training batches calibrate the teacher statistics"
     return Check("schedule", True, f"step {step}{warmup}{pending}")

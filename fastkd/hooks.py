@@ -17,23 +17,24 @@ from torch.utils.hooks import RemovableHandle
 Place: TypeAlias = str | nn.Module
 ToMap: TypeAlias = str | Callable[[Any], Tensor]
 ToMaps: TypeAlias = ToMap | Mapping[str, ToMap] | None
-Levels: TypeAlias = Sequence[tuple[Place, Place]] | tuple[Sequence[Place], Sequence[Place]]
+LevelSpec: TypeAlias = Sequence[tuple[Place, Place]] | tuple[Sequence[Place], Sequence[Place]]
 
-INPUT = "input:"  # before a name: what the module gets, not what it returns
+INPUT = "input:"  # prefix of a name: the input of the module instead of its output
 
-# names that wrappers put in between: torch.compile, FullyShardedDataParallel, activation checkpointing
+# parts of module names that wrappers insert: torch.compile, FullyShardedDataParallel, activation checkpointing
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 class FeatureHook:
-    """Forward hook that keeps the last output of one module and counts its calls in one forward of the model.
+    """A forward hook that records the last output of one module and counts its calls in one forward of the model.
 
-    ``"input:name"`` keeps what the module gets as its first argument instead. ``to_map`` makes an (N, C, H, W) tensor
-    of what is kept.
+    ``"input:name"`` records the first argument of the module instead. ``to_map`` turns the recorded value into an
+    (N, C, H, W) tensor.
 
-    If a later module changes that output in place (ReLU(inplace=True), ``out += identity``), the changed one is what
-    is kept, with a warning. What checkpointing recomputes during a backward is not recorded. Copies and pickles of the
-    model are without it, so that they load without fastkd and an EMA of the student can't feed the distiller.
+    If a later module changes the output in place (ReLU(inplace=True), ``out += identity``), the changed value is
+    distilled, with a warning. Values that checkpointing recomputes during a backward are not recorded. Copies and
+    pickles of the model do not contain the hook, so that they load without fastkd, and an EMA of the student does not
+    write into the distiller.
     """
 
     def __init__(self, role: str, label: str, model: nn.Module, place: Place, to_maps: ToMaps = None) -> None:
@@ -46,14 +47,14 @@ class FeatureHook:
         self.name = INPUT * self.of_input + self.name
         self.to_map = _to_map(role, self.name, to_maps)
         self.output: Any = None
-        self.map: Tensor | None = None  # the (N, C, H, W) tensor that was made of the output
-        self.version = 0  # of the output, as the module left it
+        self.map: Tensor | None = None  # the (N, C, H, W) tensor that ``to_map`` made of the output
+        self.version = 0  # version counter of the output when the module returned it
         self.warned = False
         self.calls = 0
-        self.images: Any = None  # what the model's last forward got first
-        self.several = False  # whether an earlier forward since the last loss could have been distilled too
+        self.images: Any = None  # the first argument of the model's last forward
+        self.several = False  # whether an earlier forward since the last loss had gradients too
         self.handles: list[RemovableHandle] = []
-        self.heard: Callable[[], None] | None = None  # called after each output that is kept
+        self.on_output: Callable[[], None] | None = None  # called after each output that is recorded
 
     def __str__(self) -> str:
         return f"{self.role} {self.label} {self.name!r}"
@@ -65,28 +66,31 @@ class FeatureHook:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the model runs by ``torch.compile``."""
+        """Whether the model, or a part of it, is compiled with ``torch.compile``."""
         return is_compiled(self.given)
 
     def attach(self) -> None:
+        """Register the hook on the model and on the module."""
         leave_hooks_behind(self.root, self.module)
         before = self.root.register_forward_pre_hook(self)
         self.handles += [before, self.module.register_forward_hook(self)]
 
     def detach(self) -> None:
-        while self.handles:  # in place: a finalizer has the list
+        """Remove the hook from the model and the module."""
+        while self.handles:  # in place, as a finalizer has the list
             self.handles.pop().remove()
         self.reset()
 
     def reset(self) -> None:
+        """Forget the recorded output and the count of calls."""
         self.output, self.map, self.images, self.calls, self.several = None, None, None, 0, False
 
     def __call__(self, module: nn.Module, args: Any, *output: Any) -> None:
-        """Before a forward of the model (without an output), and after one of the module."""
-        if _in_backward():  # where the whole model is checkpointed, a forward that is waiting must not be lost
+        """Called before a forward of the model (without an output), and after one of the module."""
+        if _in_backward():  # a checkpointed model runs its forward again, which must not replace the recorded output
             return
         if not output and module is self.root:
-            # what an earlier forward left behind, for example one of a validation, is dropped
+            # drop the output of an earlier forward, for example of a validation
             if not torch.compiler.is_compiling():
                 self.several |= isinstance(self.output, Tensor) and self.output.requires_grad
                 self.images = args[0] if args else None
@@ -97,23 +101,30 @@ class FeatureHook:
             self.output, self.map = args[0] if self.of_input else output[0], None
             self.version = _version(self.output)
             self.calls += 1
-            if self.heard is not None:
-                self.heard()
+            if self.on_output is not None:
+                self.on_output()
 
     @property
     def was_changed(self) -> bool:
-        """Whether a later module has changed the output in place."""
+        """Whether a later module has changed the recorded output in place."""
         return not torch.compiler.is_compiling() and _version(self.output) != self.version
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In copies of a module that others had hooks on before: a function that takes anything and does nothing."""
+        """Copies of a module that had other hooks before get a function that takes anything and does nothing."""
         return getattr, (nullcontext(), "__exit__")
 
     def feature(self) -> Tensor:
-        """The last output, a 4-D tensor."""
+        """Return the last output as an (N, C, H, W) tensor.
+
+        Raises:
+            RuntimeError: the module has not run since the last loss.
+            TypeError, ValueError: the output is not a 4-D tensor, or its channels come last.
+        """
         if not self.calls:
             run = (
-                "call student(images) before each distiller.loss(images), and see" if self.role == "student" else "see"
+                "call student(images) before each distiller.loss(images), and check"
+                if self.role == "student"
+                else "check"
             )
             hint = f"{run} whether the forward uses the module"
             if self.is_compiled:
@@ -126,36 +137,36 @@ class FeatureHook:
         if not isinstance(feature, Tensor):
             raise TypeError(
                 f"{self}: expected an output tensor (N, C, H, W), got a {type(feature).__name__}; "
-                f"choose a module whose output is one tensor, or pick it: {self._way_out('lambda output: output[0]')}"
+                f"choose a module whose output is one tensor, or select it: {self._hint('lambda output: output[0]')}"
             )
         if feature.ndim != 4:
             raise ValueError(
                 f"{self}: expected an output of 4 dimensions (N, C, H, W), got shape {tuple(feature.shape)}; "
-                f"tokens become a map by {self._way_out('lambda x: x.transpose(1, 2).unflatten(2, (height, width))')}"
+                f"turn tokens into a map: {self._hint('lambda x: x.transpose(1, 2).unflatten(2, (height, width))')}"
             )
         if self.to_map is None and not self.of_input:
-            self._refuse_channels_behind(feature)
+            self._refuse_channels_last(feature)
         return feature
 
-    def _way_out(self, example: str) -> str:
+    def _hint(self, example: str) -> str:
         return f"Distiller(..., {self.role}_to_map={{{self.name!r}: {example}}})"
 
-    def _refuse_channels_behind(self, x: Tensor) -> None:
-        """Whether the module's own last layer says that channels come last, as in Swin."""
-        widths = [w for module in self.module.modules() if (w := _width_behind(module)) is not None]
+    def _refuse_channels_last(self, x: Tensor) -> None:
+        """Raise ``ValueError`` where the module's last layer shows that channels come last, as in Swin."""
+        widths = [w for module in self.module.modules() if (w := _last_width(module)) is not None]
         if widths and x.shape[3] == widths[-1] != x.shape[1]:
             example = '"NHWC"'
             raise ValueError(
                 f"{self}: expected an output (N, C, H, W), got shape {tuple(x.shape)}, whose last size is the width "
-                f"{widths[-1]} of the module's last layer: channels seem to come last; {self._way_out(example)}"
+                f"{widths[-1]} of the module's last layer: channels seem to come last; {self._hint(example)}"
             )
 
     def _warn_if_changed(self) -> None:
         if not self.warned and self.was_changed:
             self.warned = True
             warnings.warn(
-                f"{self}: a later module changed its output in place, and what is distilled is the result; to distil "
-                "the output itself use inplace=False there, else hook the later module to have it said",
+                f"{self}: a later module changed its output in place, so the changed output is distilled; to distil "
+                "the original output, use inplace=False there; to distil the changed one, name the later module",
                 stacklevel=2,
             )
 
@@ -164,15 +175,15 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _width_behind(module: nn.Module) -> int | None:
-    """The width of a layer that works on the last dimension."""
+def _last_width(module: nn.Module) -> int | None:
+    """Return the size of the last dimension of the output of a LayerNorm or Linear; None for any other module."""
     if type(module) is nn.LayerNorm:
         return int(module.normalized_shape[-1])
     return module.out_features if isinstance(module, nn.Linear) else None
 
 
 def _to_map(role: str, name: str, to_maps: ToMaps) -> Callable[[Any], Tensor] | None:
-    """What makes a map of this level's output."""
+    """Return the function that turns the output of the level ``name`` into an (N, C, H, W) tensor; None for none."""
     found = to_maps.get(name) if isinstance(to_maps, Mapping) else to_maps
     if found == "NHWC":
         return _channels_first
@@ -188,22 +199,22 @@ def _channels_first(x: Tensor) -> Tensor:
 
 
 def _version(output: Any) -> int:
-    """How often a tensor was changed in place; 0 for what does not count that."""
+    """Return how often a tensor was changed in place; 0 for values that do not count it."""
     counts = isinstance(output, Tensor) and not torch.compiler.is_compiling() and not output.is_inference()
     return output._version if counts else 0
 
 
 class Group:
-    """The hooks of the backbone's or the neck's levels, in pairs if they were given so."""
+    """The hooks of the levels of the backbone or the neck; ``pairs`` is None until two lists are matched by stride."""
 
     def __init__(
-        self, name: str, levels: Levels, student: nn.Module, teacher: nn.Module, to_maps: tuple[ToMaps, ToMaps]
+        self, name: str, levels: LevelSpec, student: nn.Module, teacher: nn.Module, to_maps: tuple[ToMaps, ToMaps]
     ) -> None:
         by_stride = isinstance(levels, tuple) and len(levels) == 2
         if by_stride and all(isinstance(x, tuple) and len(x) == 2 for x in levels):
             raise TypeError(
-                f"{name}: expected a list of pairs or a tuple of two lists, got {levels!r}, which may be either; write "
-                f"{list(levels)!r} for pairs, {tuple(map(list, levels))!r} to match by stride"
+                f"{name}: expected a list of pairs or a tuple of two lists, got {levels!r}, which could be either; "
+                f"write {list(levels)!r} for pairs, {tuple(map(list, levels))!r} to match by stride"
             )
         if isinstance(levels, str) or not all(isinstance(x, (list, tuple)) for x in levels):
             self._refuse(name, levels)
@@ -223,7 +234,7 @@ class Group:
         )
 
     def match(self, image_height: float, align: str | None = None) -> list[tuple[FeatureHook, FeatureHook]]:
-        """Pairs of equal stride, or of the nearest where features get aligned."""
+        """Return the pairs of hooks of equal stride, or of nearest stride where features get resized."""
         heights = [[hook.feature().shape[2] for hook in hooks] for hooks in (self.student, self.teacher)]
         try:
             strides = [[image_height / max(height, 1) for height in side] for side in heights]
@@ -235,9 +246,9 @@ class Group:
 
 @contextmanager
 def convolved_heights(model: nn.Module) -> Iterator[list[int]]:
-    """Heights of what the model's convolutions get, as they run: the first one is that of the images.
+    """Yield a list that records the input height of each convolution that runs; the first is that of the images.
 
-    Empty for a compiled model, whose graph would keep the hooks.
+    The list stays empty for a compiled model, whose graph would keep the hooks.
     """
     heights: list[int] = []
     modules = [] if is_compiled(model) else [x for x in unwrapped(model).modules() if isinstance(x, nn.Conv2d)]
@@ -255,10 +266,10 @@ def convolved_heights(model: nn.Module) -> Iterator[list[int]]:
 
 
 class ModuleHooks(OrderedDict[int, Any]):
-    """A module's dict of hooks, of which copies, pickles and ``torch.jit.script`` get those that are not fastkd's."""
+    """A module's dict of hooks that hides those of fastkd from copies, pickles and ``torch.jit.script``."""
 
     def values(self) -> Any:
-        """What ``torch.jit.script`` would compile; a call of the module goes through ``items()``."""
+        """Return the hooks that ``torch.jit.script`` would compile; a call of the module uses ``items()``."""
         return [hook for hook in super().values() if not isinstance(hook, FeatureHook)]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -266,9 +277,9 @@ class ModuleHooks(OrderedDict[int, Any]):
 
 
 def leave_hooks_behind(root: nn.Module, module: nn.Module) -> None:
-    """Let the hooks stay behind when the model is copied or pickled.
+    """Replace the modules' empty dicts of hooks, so that copies and pickles of the model lack the hooks of fastkd.
 
-    A dict that has hooks stays as it is: it is the one that their handles remove them from.
+    A dict that contains hooks already is kept, because their handles remove them from that dict.
     """
     if not root._forward_pre_hooks:
         root._forward_pre_hooks = ModuleHooks()
@@ -277,13 +288,13 @@ def leave_hooks_behind(root: nn.Module, module: nn.Module) -> None:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether the model or a part of it runs by ``torch.compile``."""
+    """Whether the model or a part of it is compiled with ``torch.compile``."""
     wrapped = any(hasattr(x, "_orig_mod") for x in (model, getattr(model, "module", None)))
     return wrapped or any(x._compiled_call_impl is not None for x in unwrapped(model).modules())
 
 
 def bare_name(name: str) -> str:
-    """A module's or tensor's name without what wrappers put into it."""
+    """Return the name of a module or tensor without the parts that wrappers insert."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     while parts and parts[0] == "module":  # DistributedDataParallel, AveragedModel
         parts = parts[1:]
@@ -291,7 +302,7 @@ def bare_name(name: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile and DistributedDataParallel, whose forward every wrapper ends in."""
+    """Return the model inside ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
@@ -302,20 +313,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def ddp_of(model: nn.Module) -> nn.Module | None:
-    """The DistributedDataParallel around the model, if there is one."""
+    """Return the DistributedDataParallel around the model, or None."""
     while hasattr(model, "_orig_mod"):
         model = model._orig_mod  # type: ignore[assignment]
     return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
 def without_ddp(model: nn.Module) -> nn.Module:
-    """The model itself where it is in DistributedDataParallel, whose forward waits for the other ranks."""
+    """Return the model without DistributedDataParallel, whose forward would wait for the other ranks."""
     ddp = ddp_of(model)
     return model if ddp is None else unwrapped(ddp)
 
 
 def _find(role: str, label: str, model: nn.Module, place: Place) -> tuple[str, nn.Module]:
-    """Bare name and module of one level."""
+    """Return the name (without wrappers) and the module of one level.
+
+    Raises:
+        ValueError: no such module; the message lists similar names.
+        TypeError: neither a name nor a module.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     if isinstance(place, nn.Module):
         for name, module in modules.items():
@@ -324,33 +340,32 @@ def _find(role: str, label: str, model: nn.Module, place: Place) -> tuple[str, n
         raise ValueError(f"{label}: expected a module of the {role}, got a {type(place).__name__} that is not in it")
     if not isinstance(place, str):
         raise TypeError(f"{label}: expected the name of a module of the {role} or a module, got {place!r}")
-    bare = {bare_name(name): module for name, module in modules.items()}  # of several, the innermost, which is the last
+    bare = {bare_name(name): module for name, module in modules.items()}  # the last of several is the innermost
     if place in modules or bare_name(place) in bare:
         return bare_name(place), modules[place] if place in modules else bare[bare_name(place)]
     near = difflib.get_close_matches(bare_name(place), bare, n=5, cutoff=0.4)
-    hint = f"near names: {', '.join(map(repr, near))}" if near else f"see {role}.named_modules()"
+    hint = f"similar names: {', '.join(map(repr, near))}" if near else f"see {role}.named_modules()"
     raise ValueError(f"{label}: the {role} has no module named {place!r}; {hint}")
 
 
 def match_by_stride(
     student_strides: Sequence[float], teacher_strides: Sequence[float], *, nearest: bool = False
 ) -> list[tuple[int, int]]:
-    """Pair levels of equal stride.
+    """Return the index pairs of student and teacher levels of equal stride.
 
     Args:
-        student_strides, teacher_strides: image height over feature height of each level, each list without repeats.
-        nearest: pair each of the student's with the teacher's nearest instead, if they are that of each other and
-            less than a factor of sqrt(2) apart.
+        student_strides, teacher_strides: image height over feature height of each level; no stride twice per list.
+        nearest: pair the levels whose strides are each other's nearest, less than a factor of sqrt(2) apart, instead.
 
     Returns:
-        (student index, teacher index) of every stride that both have, in the student's order.
+        (student index, teacher index) per pair, in the student's order.
 
     Raises:
-        ValueError: a stride stands twice in one list, or the two have none in common.
+        ValueError: a stride occurs twice in one list, or the two lists have no stride in common.
     """
     for name, strides in (("student", student_strides), ("teacher", teacher_strides)):
         if len(set(strides)) != len(strides):
-            raise ValueError(f"{name} levels: expected one level a stride to match by, got strides {list(strides)}")
+            raise ValueError(f"{name} levels: expected one level per stride, to match by, got strides {list(strides)}")
     near = [
         (i, j)
         for i, s in enumerate(student_strides)
@@ -361,7 +376,7 @@ def match_by_stride(
     ]
     pairs = near if nearest else [(i, j) for i, j in near if student_strides[i] == teacher_strides[j]]
     if not pairs:
-        hint = '; some are near: align="interpolate" pairs and resizes these' if near else ""
+        hint = '; some are similar: align="interpolate" pairs and resizes these' if near else ""
         raise ValueError(
             f"levels: expected a stride that student and teacher share, got {_listed(student_strides)} "
             f"and {_listed(teacher_strides)}{hint}"

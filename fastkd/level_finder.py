@@ -1,4 +1,4 @@
-"""``find_levels``: which modules of a detector can be distilled, from the data flow of one forward."""
+"""``find_levels`` finds the feature maps of a detector to distil, from the data flow of one forward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastkd.hooks import INPUT, bare_name, is_compiled, unwrapped
 from fastkd.modes import eval_mode
 from fastkd.ops.arguments import kind_of
 
-FINEST = 3  # backbone levels below stride 2^3 are left out, but where a head starts there
+FINEST = 3  # backbone levels below stride 2^3 are left out, unless a head starts at a finer stride
 NAMELESS = "(no module returns it)"
 
 Key: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, shape and strides of a tensor in its memory
@@ -34,11 +34,11 @@ class Candidate:
     """One feature map that could be a level.
 
     Attributes:
-        name: of the module that returns it, or ``"input:name"`` of the one that gets it.
+        name: of the module that returns it, or ``"input:name"`` of the module whose input it is.
         stride: image height / feature height.
         channels: C of its (N, C, H, W).
-        is_last: whether it is the last of its stride in the backbone.
-        feeds_head: whether a head gets it.
+        is_last: whether it is the last map of its stride in the backbone.
+        feeds_head: whether it is the input of a head.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class FoundLevels:
-    """What ``find_levels`` found; ``print`` shows it as a table.
+    """The result of ``find_levels``; ``print`` shows it as a table.
 
     Attributes:
         backbone: names of the last feature map of each stride in the backbone, finest first.
-        neck: names of what the heads get, one a stride, finest first.
+        neck: names of the inputs of the heads, one per stride, finest first.
         candidates: the feature maps to choose from, in the order of the forward.
     """
 
@@ -63,7 +63,7 @@ class FoundLevels:
     candidates: tuple[Candidate, ...]
 
     def strides(self, group: str) -> list[float]:
-        """Image height / feature height of each level of ``"backbone"`` or ``"neck"``."""
+        """Return image height / feature height of each level of ``"backbone"`` or ``"neck"``."""
         by_name = {x.name: x.stride for x in self.candidates}
         return [by_name[name] for name in (self.backbone if group == "backbone" else self.neck)]
 
@@ -72,35 +72,36 @@ class FoundLevels:
 
 
 def find_levels(model: nn.Module, images: Any) -> FoundLevels:
-    """Find the levels of a detector to distil, without reading its code::
+    """Return the levels of a detector to distil, found without reading its code::
 
         ours, theirs = fastkd.find_levels(student, images), fastkd.find_levels(teacher, images)
         print(ours)  # the modules to choose from, as a table
         fastkd.Distiller(student, teacher, backbone=(ours.backbone, theirs.backbone), neck=(ours.neck, theirs.neck))
 
-    The model runs once on the first image, in eval mode and under ``no_grad``, and is left as it was: hooks, training
-    mode, statistics and the random state. What each operation reads and writes is watched, so code between modules
-    counts too.
+    The model runs once on the first image, in eval mode and under ``no_grad``. Its hooks, training mode, statistics and
+    the random state are unchanged afterwards. The inputs and outputs of every operation are recorded, so code between
+    modules is covered too.
 
-    *Heads* end in the last convolutions before the model's output. *Neck* levels are what heads get, one a stride: a
-    head is the largest module that makes its outputs of one stride from one map of that stride. *Backbone* levels are
-    the last map of each stride from 8 up (finer, where a head starts there) before a map becomes larger again; at the
-    coarsest stride, before its channels become fewer. A map that a head gets is a neck level, and neither it nor what
-    is made of it belongs to the backbone. Levels that no module returns or gets alone are left out of the lists, but
-    not of the table.
+    *Heads* end in the last convolutions before the model's output. *Neck* levels are the inputs of the heads, one per
+    stride: a head is the largest module that computes each of its outputs from one map of the same stride. *Backbone*
+    levels are the last map of each stride >= 8 (or finer, if a head starts there) before a map becomes larger again; at
+    the coarsest stride, the last map before the number of channels becomes smaller. The input of a head is a neck
+    level; neither it nor any map computed from it belongs to the backbone. Levels that are neither the only output nor
+    the only input of a module are left out of the lists, but appear in the table.
 
     Args:
         model: a detector; it may be wrapped in ``DistributedDataParallel`` or ``torch.compile``.
-        images: what it takes: (N, C, H, W) floating point, or a list of (C, H, W), or whatever it is called with. Their
-            sides should be multiples of the coarsest stride, and of some cells there: 256 pixels are enough for 64.
+        images: a batch as the model takes it: (N, C, H, W) floating point, a list of (C, H, W), or any other input.
+            Heights and widths should be multiples of the coarsest stride and several cells large there: 256 pixels are
+            enough for stride 64.
 
     Returns:
-        ``.backbone`` and ``.neck``: names that ``fastkd.Distiller`` takes; ``.candidates``: all of them.
+        ``.backbone`` and ``.neck``: names that ``fastkd.Distiller`` takes; ``.candidates``: all feature maps.
 
     Raises:
-        TypeError: ``model`` is no module, or ``images`` no batch.
-        ValueError: no images; no head was found, or two inputs of heads at one stride (shows the table: name the levels
-            yourself). What the model raises on these images goes through.
+        TypeError: ``model`` is not a module, or ``images`` is not a batch.
+        ValueError: no images; no head was found, or heads of one stride with unrelated inputs (the message shows the
+            table, from which to name the levels). Errors that the model itself raises are passed on.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {kind_of(model)}")
@@ -113,7 +114,7 @@ def find_levels(model: nn.Module, images: Any) -> FoundLevels:
         same_random_state(device),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext(),
-        flow.listening(root),
+        flow.recording(root),
         flow,
     ):
         output = root(images)
@@ -121,11 +122,11 @@ def find_levels(model: nn.Module, images: Any) -> FoundLevels:
 
 
 def require_batch(images: Any) -> None:
-    """Refuse what no model takes as images.
+    """Raise for values that cannot be a batch of images.
 
     Raises:
         TypeError: None, a number, a string, or a loader instead of one of its batches.
-        ValueError: no image, or one tensor that is no batch.
+        ValueError: no image, or one tensor that is not 4-D.
     """
     expected = "images: expected a batch as the model takes it, (N, C, H, W) or a list of images"
     if isinstance(images, torch.utils.data.DataLoader):
@@ -133,13 +134,13 @@ def require_batch(images: Any) -> None:
     if images is None or isinstance(images, (bool, int, float, str, bytes)):
         raise TypeError(f"{expected}, got {kind_of(images)}")
     if isinstance(images, Tensor) and images.ndim != 4:
-        raise ValueError(f"{expected}, got {kind_of(images)}; one image becomes a batch by images[None]")
+        raise ValueError(f"{expected}, got {kind_of(images)}; make a batch of one image: images[None]")
     if isinstance(images, (Tensor, list, tuple, Mapping)) and not len(images):
-        raise ValueError(f"{expected}, got none in {kind_of(images)}")
+        raise ValueError(f"{expected}, got no image in {kind_of(images)}")
 
 
 def _first_image(images: Any) -> Any:
-    """A batch of the first image alone, which is enough, where it is known how to make one."""
+    """Return a batch of the first image alone, which is enough; other inputs than tensors and lists are unchanged."""
     require_batch(images)
     in_list = isinstance(images, (list, tuple)) and all(isinstance(x, Tensor) and x.ndim == 3 for x in images)
     return images[:1] if isinstance(images, Tensor) or in_list else images
@@ -147,22 +148,22 @@ def _first_image(images: Any) -> Any:
 
 @dataclass
 class _Value:
-    """What one operation returned, or left in a tensor that it changed."""
+    """The value of a tensor that one operation returned or changed."""
 
-    parents: list[int]  # values that it was made of, of those that come from the images
+    parents: list[int]  # the values, computed from the images, that it was computed from
     shape: tuple[int, ...]
     op: str
-    pooled: bool  # a mean over the map, or made of such alone: the gate of squeeze and excitation
+    pooled: bool  # a mean over the map, or computed from such means alone: the gate of squeeze and excitation
 
 
 @dataclass
 class _Call:
-    """One forward of a module: the values from ``start`` to ``end`` were made in it."""
+    """One forward of a module, in which the values from ``start`` to ``end`` were computed."""
 
     name: str
     module: nn.Module
     start: int
-    outer: int | None  # the call that it is in
+    outer: int | None  # the call that contains it
     end: int = -1
     given: int | None = None  # its first argument
     returned: int | None = None  # its output, where that is one tensor
@@ -170,10 +171,10 @@ class _Call:
 
 
 class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records which values are made of which, and in which module; holds no tensor.
+    """Records which values are computed from which, and in which module; it keeps no tensor alive.
 
-    Tensors are known by their place in memory. Whatever an operation returns in new memory replaces what was known of
-    it, so memory that is used again is no danger.
+    Tensors are identified by their place in memory. A result in newly allocated memory replaces the record of that
+    memory, so reused memory causes no confusion.
     """
 
     def __init__(self, images: Any) -> None:
@@ -182,8 +183,8 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls: list[_Call] = []
         self.image: tuple[int, int] | None = None  # height and width
         self.batch = 0
-        self._known: dict[int, dict[Key, int | None]] = {}  # by memory; None: not made of the images
-        self._open: list[int] = []
+        self._known: dict[int, dict[Key, int | None]] = {}  # by memory; None: not computed from the images
+        self._call_stack: list[int] = []
         for x in _tensors(images):
             self._known.setdefault(_memory(x), {})[_key(x)] = self._add("image", [], tuple(x.shape))
         if isinstance(images, Tensor):
@@ -209,7 +210,7 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
     def of(self, x: Tensor) -> list[int]:
-        """The values of a tensor: one, or those in its memory where it was made out of sight."""
+        """Return the values of a tensor: one, or all in its memory where no recorded operation returned it."""
         known = self._known.get(_memory(x), {})
         found = [known[_key(x)]] if _key(x) in known else list(known.values())
         return [i for i in found if i is not None]
@@ -223,51 +224,51 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return len(self.values) - 1
 
     def _keep(self, op: str, parents: list[int], x: Tensor, *, fresh: bool) -> None:
-        if not x.numel():  # such as no box found: these have no memory, so they are taken for one another
+        if not x.numel():  # for example no box found: empty tensors have no memory that would tell them apart
             fresh, parents = False, sorted({*parents, *self.of(x)})
             self._known.get(_memory(x), {}).pop(_key(x), None)
         known = {} if fresh else self._known.get(_memory(x), {})
         self._known[_memory(x)] = known
-        if _key(x) not in known:  # else it is the same tensor: detach(), or changed in place
+        if _key(x) not in known:  # otherwise it is the same tensor, from detach() or changed in place
             known[_key(x)] = self._add(op, parents, tuple(x.shape))
 
     def _write(self, op: str, parents: list[int], x: Tensor) -> None:
-        """All tensors in this memory have another value now."""
+        """Give all tensors in this memory a new value."""
         known = self._known.setdefault(_memory(x), {_key(x): None})
         for key, old in list(known.items()):
             parts = sorted({*parents, *([] if old is None else [old])})
             known[key] = self._add(op, parts, key[1])
 
     @contextmanager
-    def listening(self, root: nn.Module) -> Iterator[None]:
-        """Hooks on all modules of the model."""
+    def recording(self, root: nn.Module) -> Iterator[None]:
+        """Record the calls of all modules of the model, by hooks that are removed afterwards."""
         handles = []
         for name, module in root.named_modules():
-            handles.append(module.register_forward_pre_hook(self._opening(bare_name(name)), prepend=True))
-            handles.append(module.register_forward_hook(self._close))
+            handles.append(module.register_forward_pre_hook(self._make_start(bare_name(name)), prepend=True))
+            handles.append(module.register_forward_hook(self._end_call))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _opening(self, name: str) -> Any:
-        def opens(module: nn.Module, args: Any) -> None:
-            call = _Call(name, module, len(self.values), self._open[-1] if self._open else None)
+    def _make_start(self, name: str) -> Any:
+        def start_call(module: nn.Module, args: Any) -> None:
+            call = _Call(name, module, len(self.values), self._call_stack[-1] if self._call_stack else None)
             call.given = self._one(args[0]) if args else None
-            self._open.append(len(self.calls))
+            self._call_stack.append(len(self.calls))
             self.calls.append(call)
 
-        return opens
+        return start_call
 
-    def _close(self, module: nn.Module, args: Any, output: Any) -> None:
-        while self.calls[self._open[-1]].module is not module:  # failed, and the model went on
-            self._open.pop()
-        call = self.calls[self._open.pop()]
+    def _end_call(self, module: nn.Module, args: Any, output: Any) -> None:
+        while self.calls[self._call_stack[-1]].module is not module:  # that call raised, and the model caught it
+            self._call_stack.pop()
+        call = self.calls[self._call_stack.pop()]
         tensors = _tensors(output)
         inputs = sorted({i for x in _tensors(args) for i in self.of(x)})
         for x in tensors:
-            if not self.of(x):  # made by code that dispatches no operation
+            if not self.of(x):  # computed by code that dispatches no operation
                 self._keep("module", inputs, x, fresh=True)
         call.returned = self._one(output)
         call.parts = [i for x in tensors for i in self.of(x)]
@@ -279,13 +280,13 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Finder:
-    """Heads, neck and backbone in what was recorded."""
+    """Finds heads, neck and backbone in the recorded data flow."""
 
     def __init__(self, flow: _Flow, output: Any) -> None:
         self.values, self.calls, self.batch = flow.values, flow.calls, flow.batch
         self.height, self.width = flow.image or (0, 0)
         self.maps: set[int] = set()
-        self.padded: set[int] = set()  # maps whose border was made wider, as part of what follows
+        self.padded: set[int] = set()  # maps that were padded, as part of the operation that follows
         self._find_maps()
         ends = {i for x in _tensors(output) for i in flow.of(x)}
         self.used = self._ancestors(ends)
@@ -299,14 +300,14 @@ class _Finder:
         heads = self._heads()
         if not heads:
             raise self._undecided(
-                "no head was found: no convolution whose maps end up in the output without another convolution or a "
-                "mean over the map"
+                "no head was found: no convolution reaches the output without another convolution or a mean over the "
+                "map after it"
             )
         self._find_neck(heads)
         self._find_backbone()
         backbone, neck = (self._names(x) for x in (self.backbone, self.neck))
         if not neck:
-            raise self._undecided("no module returns what the heads get, or gets it alone")
+            raise self._undecided("the inputs of the heads are neither the only output nor the only input of a module")
         return FoundLevels(backbone, neck, self._candidates())
 
     def _undecided(self, why: str) -> ValueError:
@@ -315,16 +316,17 @@ class _Finder:
         table = _table(self._candidates())
         return ValueError(
             f"find_levels: {why}. Name the levels yourself: Distiller(student, teacher, backbone=([student, ...], "
-            f"[teacher, ...]), neck=([student, ...], [teacher, ...])), each a name of these:\n{table}"
+            f"[teacher, ...]), neck=([student, ...], [teacher, ...])), with names from this table:\n{table}"
         )
 
     def _find_maps(self) -> None:
-        """Which values are feature maps (N, C, H, W) of the whole image.
+        """Find the values that are feature maps (N, C, H, W) of the whole image.
 
-        What is made of a map and has its proportions is one, and so is what a convolution returns. Other layouts are
-        none, such as tokens or products of queries and keys, until they have a former map's height and width again.
+        A value that is computed from a map and has the image's proportions is a map, and so is the output of a
+        convolution. Other layouts, such as tokens or products of queries and keys, are not, until a value has the
+        height and width of an earlier map again.
         """
-        sizes: list[set[tuple[int, ...]]] = []  # of the nearest maps that a value was made of
+        sizes: list[set[tuple[int, ...]]] = []  # of the nearest maps that each value was computed from
         for i, value in enumerate(self.values):
             before = set().union(*(sizes[p] for p in value.parents))
             near = any(p in self.maps or p in self.padded for p in value.parents) and value.op not in _LAYOUTS
@@ -343,14 +345,14 @@ class _Finder:
         return self.height / self.values[i].shape[2]
 
     def _octave(self, i: int) -> int:
-        """How often the image was halved: maps whose heights differ by a border count as one stride."""
+        """Return the rounded log2 of the stride, so that maps whose heights differ by a border have one stride."""
         return round(math.log2(self._stride(i)))
 
     def _is_conv(self, i: int) -> bool:
         return "convolution" in self.values[i].op and i in self.maps
 
     def _ancestors(self, ends: Iterable[int], start: int = 0) -> set[int]:
-        """The values that these were made of and themselves; what was there before ``start`` is not followed."""
+        """Return these values and all that they were computed from; values before ``start`` are not followed."""
         todo = list(ends)
         found = set(todo)
         while todo:
@@ -361,9 +363,9 @@ class _Finder:
         return found
 
     def _heads(self) -> list[int]:
-        """The last convolutions: after them come no other and no mean over the map."""
+        """Return the last convolutions: neither another convolution nor a mean over the map follows them."""
         after: set[int] = set()
-        for i in sorted(self.used, reverse=True):  # what is made of a value comes later
+        for i in sorted(self.used, reverse=True):  # a value comes after those that it was computed from
             if i in after or self._is_conv(i) or self.values[i].pooled:
                 after.update(self.values[i].parents)
         return [i for i in sorted(self.used) if self._is_conv(i) and i not in after]
@@ -378,17 +380,17 @@ class _Finder:
             of_stride = [i for i in common if self._octave(i) == octave]
             if not of_stride:
                 stride = self._stride(min(several))
-                raise self._undecided(f"the heads of stride {stride:g} get maps that have nothing in common")
+                raise self._undecided(f"the heads of stride {stride:g} have inputs that share no map of that stride")
             self.neck[octave] = max(of_stride)
 
     def _input_of(self, head: int, heads: list[int]) -> int:
-        """What the largest module around it gets that makes each stride from one map of that stride."""
+        """Return the input of the head: of the largest module around it whose outputs each come from one such map."""
         for call in self.calls:  # outer ones come first
             if call.outer is not None and call.start <= head < call.end:
                 inside = [i for i in heads if call.start <= i < call.end]
                 given = {i: [x for x in self._ancestors([i], call.start) if x < call.start] for i in inside}
                 of_own_stride = {x[0] for i, x in given.items() if self._is_like(x[0], i)}
-                # a map of masks may be larger than what it is made of, if that is a level anyway
+                # a map of masks may be larger than the map that it is computed from, if that map is a level anyway
                 if all(len(x) == 1 and x[0] in of_own_stride for x in given.values()):
                     return given[head][0]
         return max(self._ancestors([head]) & self.maps - {head}, default=head)
@@ -405,18 +407,18 @@ class _Finder:
         seen = [i for i in maps if i in visible and self._octave(i) not in taken]
         octaves = sorted({self._octave(i) for i in seen})
         widths = {x: max(self.values[i].shape[1] for i in seen if self._octave(i) == x) for x in octaves}
-        while octaves and widths[octaves[-1]] < max(widths.values()):  # extra levels behind the widest
+        while octaves and widths[octaves[-1]] < max(widths.values()):  # extra levels after the widest
             del widths[octaves.pop()]
         for octave, coarser in itertools.zip_longest(octaves, octaves[1:]):
             of_stride = [i for i in seen if self._octave(i) == octave]
             if coarser is None:
                 self.backbone[octave] = self._last_of_widest(of_stride)
-            else:  # side branches, to a neck, are left out
+            else:  # a side branch to the neck is left out
                 onward = self._ancestors(i for i in maps if self._octave(i) == coarser)
                 self.backbone[octave] = max((i for i in of_stride if i in onward), default=of_stride[-1])
 
     def _has_top_down(self) -> bool:
-        """Whether a head gets a map that coarser ones went into; else heads stand on the backbone itself."""
+        """Whether the input of a head is computed from coarser maps; otherwise heads follow the backbone directly."""
         before = {i: [self._octave(p) for p in self._ancestors([i]) & self.maps] for i in self.neck.values()}
         return any(max(octaves) > self._octave(i) for i, octaves in before.items())
 
@@ -428,7 +430,7 @@ class _Finder:
         return of_stride[last]
 
     def _bottom_up(self) -> list[int]:
-        """Maps before which none was coarser, and that come from no input of a head."""
+        """Return the maps that are computed from no coarser map and from no input of a head."""
         coarsest: dict[int, int] = {}  # octave of the coarsest map so far
         out: set[int] = set(self.neck.values())
         found = []
@@ -444,12 +446,12 @@ class _Finder:
         return found
 
     def _pools_in_place(self, i: int, before: int) -> bool:
-        """Whether a map was made larger by padding and pooled to its size again, as Darknet's tiny networks do."""
+        """Whether a map was padded and then pooled to its former size, as in Darknet's tiny networks."""
         after_pad = not self.padded.isdisjoint(self.values[i].parents)
         return after_pad and "pool" in self.values[i].op and self._octave(i) == before
 
     def _find_scope(self, maps: list[int]) -> int:
-        """The innermost call in which two strides or more begin: the backbone, or the model where it is flat."""
+        """Return the innermost call in which at least two strides begin: the backbone, or the whole model."""
         first: dict[int, int] = {}
         for i in maps:
             first.setdefault(self._octave(i), i)
@@ -460,14 +462,17 @@ class _Finder:
         return scope
 
     def _seen_in(self, scope: int) -> set[int]:
-        """Values that code of this call sees: its own, and what the modules return that it calls."""
+        """Return the values that the code of this call sees: its own, and the outputs of the modules that it calls."""
         call = self.calls[scope]
         children = [x for x in self.calls if x.outer == scope]
         inside = {i for x in children for i in range(x.start, x.end)}
         return (set(range(call.start, call.end)) - inside) | {i for x in children for i in x.parts}
 
     def _name(self, i: int) -> str:
-        """The backbone's own part or the outermost module that returns a value, or the one that gets it."""
+        """Return the name of the module that returns a value, or ``"input:name"`` of one whose input it is.
+
+        A child of the backbone is preferred, then the outermost module.
+        """
         returned = [x for x in self.once if x.returned == i]
         own = [x for x in returned if x.outer == self.scope and self.scope]
         if returned:
@@ -479,7 +484,7 @@ class _Finder:
         return [name for i in by_octave.values() if (name := self._name(i)) != NAMELESS]
 
     def _candidates(self) -> tuple[Candidate, ...]:
-        """What the model and the backbone see as maps, and the levels themselves."""
+        """Return the maps that modules of the model and the backbone return, and the levels themselves."""
         chosen = {*self.backbone.values(), *self.neck.values()}
         seen = [x.returned for x in self.once if x.outer in (0, self.scope)]
         shown = {i for i in seen if i in self.maps and i in self.used} | chosen
@@ -512,13 +517,13 @@ def _padded(row: tuple[str, ...], widths: list[int]) -> list[str]:
 
 
 def _is_pooled(op: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Whether a reduction left one number a channel of a map, or few."""
+    """Whether a reduction left one value per channel of a map, or a few."""
     is_one = math.prod(after[2:]) == 1 or "adaptive" in op
     return len(before) == 4 and is_one and before[:2] == after[:2]
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that an operation changes."""
+    """Return the tensors that an operation changes in place."""
     found = []
     for k, argument in enumerate(func._schema.arguments):
         value = args[k] if k < len(args) else kwargs.get(argument.name)
@@ -536,7 +541,7 @@ def _key(x: Tensor) -> Key:
 
 
 def _tensors(x: Any, depth: int = 4) -> list[Tensor]:
-    """All tensors in a nest of lists, dicts and plain objects, such as a list of boxes."""
+    """Return all tensors in nested lists, dicts and plain objects, for example in a list of boxes."""
     found: list[Tensor] = []
     for leaf in tree_leaves(x):
         if isinstance(leaf, Tensor):

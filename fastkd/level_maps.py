@@ -1,4 +1,4 @@
-"""The maps themselves, for looking at: ``fastkd.info_map``, and what ``Distiller.maps`` measures level by level."""
+"""Information maps to inspect: ``fastkd.info_map``, and the maps per level that ``Distiller.maps`` returns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def info_map(
     prior: Sequence[Tensor | None] | None = None,
     standardize: Sequence[tuple[Tensor, Tensor] | None] | str | bool | None = None,
 ) -> list[Tensor]:
-    """The maps themselves, w_p of every level, for looking at (``fastkd.viz`` draws them).
+    """Return the information map w_p of every level, to inspect (``fastkd.viz`` draws it).
 
     Args:
         teacher_feats: one (N, C, H, W) floating tensor per level.
@@ -49,17 +49,17 @@ def info_map(
 
 @dataclass(frozen=True, eq=False)
 class LevelMaps:
-    """One level on some images. ``weight * sum(product) * channels / Z`` is its loss.
+    """The maps and the loss of one level on some images; the loss is ``weight * sum(product) * channels / Z``.
 
     Attributes:
         student, teacher: module names.
         group: ``"backbone"`` or ``"neck"``.
-        stride: height of the images over that of the maps.
-        information: (N, h, w) float32: what the loss weighs each cell with, prior included, normalised as in the loss.
-        difference: (N, h, w) float32: penalty of adapted student minus standardised teacher, mean over channels.
-        channels: the teacher's.
-        loss: of the level on these images, with its level's weight, as ``DistillLoss.level_losses``; of several
-            processes, for this one's images alone.
+        stride: image height / map height.
+        information: (N, h, w) float32: the weight of each cell in the loss, including prior and map norm.
+        difference: (N, h, w) float32: the penalty of adapted student minus standardised teacher, mean over channels.
+        channels: number of channels of the teacher.
+        loss: the loss of the level on these images, times the weight of the level, as in
+            ``DistillLoss.level_losses``; with several processes, of this process's images alone.
     """
 
     student: str
@@ -73,16 +73,18 @@ class LevelMaps:
 
     @property
     def name(self) -> str:
-        """``"backbone, stride 8"``, say."""
+        """The name of the level, for example ``"backbone, stride 8"``."""
         return f"{self.group}, stride {self.stride:.3g}"
 
     @property
     def product(self) -> Tensor:
-        """(N, h, w) float32: ``information * difference``, what a cell adds to the loss but for common factors."""
+        """(N, h, w) float32: ``information * difference``, the part of a cell in the loss, up to common factors."""
         return self.information * self.difference
 
     def concentration(self, part: float = 0.1) -> float:
-        """Share of the weight that the heaviest ``part`` of each image's cells have: ``part``, if all weigh alike.
+        """Return the share of the total weight that the heaviest ``part`` of each image's cells has.
+
+        It is ``part`` if all cells have the same weight, and at most 1.
 
         Raises:
             ValueError: ``part`` outside [0, 1].
@@ -90,16 +92,16 @@ class LevelMaps:
         part = require_number("part", part, "a share in [0, 1]", 0, 1)
         cells = self.information.flatten(1).double().sort(1, descending=True).values
         count = cells.shape[1]
-        taken = (part * count - torch.arange(count, device=cells.device)).clamp(0, 1)  # the last cell by its part
+        taken = (part * count - torch.arange(count, device=cells.device)).clamp(0, 1)  # a fraction of the last cell
         return float((cells * taken).sum() / cells.sum().clamp_min(reference.TINY))
 
 
 @dataclass(frozen=True, eq=False)
 class DistillMaps:
-    """What ``Distiller.maps`` returns: one entry per matched level, backbone first. ``fastkd.viz`` draws them.
+    """The result of ``Distiller.maps``: one entry per matched level, backbone first. ``fastkd.viz`` draws it.
 
     Attributes:
-        levels: the levels; the properties list one thing of each.
+        levels: the levels; each property lists one attribute of all levels.
     """
 
     levels: tuple[LevelMaps, ...]
@@ -122,7 +124,7 @@ class DistillMaps:
 
     @property
     def shares(self) -> list[float]:
-        """Share of each level in the sum of their losses, which weights of both signs can take out of [0, 1]."""
+        """The share of each level in the sum of the losses; with negative level weights it may be outside [0, 1]."""
         total = sum(x.loss for x in self.levels)
         return [x.loss / total if total else 0.0 for x in self.levels]
 
@@ -135,7 +137,15 @@ def measure(
     prior: Sequence[Tensor | None] | None,
     image_height: float,
 ) -> DistillMaps:
-    """The maps of features that belong to the pairs; by the reference, which talks to no other process."""
+    """Return the maps of each pair's features, computed by the reference, which waits for no other process.
+
+    Args:
+        criterion: the ``DistillLoss``.
+        pairs: (student, teacher) hooks of each level.
+        student, teacher: one (N, C, H, W) feature per level.
+        prior: as in ``distill_loss``.
+        image_height: height of the images in pixels.
+    """
     options = criterion.active_options
     info = options.info_map
     adapted, moments = criterion.standardized(criterion.adapted(student), teacher)
@@ -144,8 +154,8 @@ def measure(
     for i, (s, t) in enumerate(pairs):
         feature, target = given.student[i].to(given.plan.dtype), given.teacher[i].to(given.plan.dtype)
         information = reference.information_map(target, info, given.prior[i], given.mean[i], given.rstd[i])
-        imitated = reference.standardize(target, given.mean[i], given.rstd[i])
-        penalty = reference.penalty_sum(feature, imitated, options.penalty, options.beta)
+        standardised = reference.standardize(target, given.mean[i], given.rstd[i])
+        penalty = reference.penalty_sum(feature, standardised, options.penalty, options.beta)
         z = reference.z_of(feature, information.sum(), options.divisor)
         loss = given.plan.weights[i] * (information * penalty).sum() / z
         channels = feature.shape[1]

@@ -1,4 +1,4 @@
-"""``distill_loss``, the functional form, and ``DistillLoss``, the module that owns adapters and teacher statistics."""
+"""``distill_loss``, the functional form, and ``DistillLoss``, the module with adapters and teacher statistics."""
 
 from __future__ import annotations
 
@@ -38,47 +38,50 @@ def distill_loss(
     reduction: str = "sum",
     backend: str | None = None,
 ) -> Tensor:
-    r"""Weighted imitation of a teacher's feature maps, over all levels at once.
+    r"""Return the feature distillation loss of a student against a frozen teacher, over all levels at once.
 
-    For each level, with w the information map (see ``InfoMap``) and t' the teacher, standardised where asked::
+    For each level, with w the information map (see ``InfoMap``), s the student's feature, t' the teacher's feature
+    (standardised where asked), p the cells of all images and c the channels::
 
-        loss = weight * sum_p w_p * sum_c rho(s - t') / Z
+        loss = weight * sum_p w_p * sum_c rho(s_pc - t'_pc) / Z
 
-    Only the student gets a gradient; the teacher, the map and the prior are constants. With the defaults the map is
-    the energy of the teacher over its mean, and Z the number of elements. Li et al. (2022), who weight a YOLOv3
-    teacher's backbone and neck by an information map, publish no formula for it: ours is a reading, see ``PRESETS``.
+    Only the student gets a gradient; the teacher, the map and the prior are constants. With the defaults, the map is
+    the energy of the teacher over its mean, and Z is the number of elements. The method is that of Li et al. (2022,
+    doi 10.3778/j.issn.1002-8331.2101-0089), who weight a YOLOv3 teacher's backbone and neck by an information map. They
+    publish no formula for the map; see ``PRESETS`` for the formulas here.
 
     Args:
         student_feats: one (N, C, H, W) tensor per level, backbone then neck; float16, bfloat16, float32 or float64,
-            any strides (channels_last is not copied).
-        teacher_feats: the teacher's, of the same shapes, from a frozen teacher; the dtype may differ.
-        info_map: a preset (``fastkd.PRESETS``) or an ``InfoMap``.
-        prior: per level an (N, H, W) tensor q >= 0 that multiplies the map, or None.
-        standardize: per level (mean, rstd), two (C,) vectors: t' = (t - mean) * rstd; False or None for t' = t. Maps
-            of the standardised teacher (``self_information``, ``graded_iou``, ``uniform_standardized``) need these
-            vectors, which ``DistillLoss`` calibrates. ``"batch"``, as the map ``pkd`` has it: student and teacher are
-            both standardised by the moments of their own batch, the gradient included.
+            with any strides (channels_last is read without a copy).
+        teacher_feats: the teacher's features, of the same shapes and without gradient; the dtype may differ.
+        info_map: the name of a preset (``fastkd.PRESETS``) or an ``InfoMap``.
+        prior: per level an (N, H, W) floating tensor q >= 0 that multiplies the map, or None.
+        standardize: per level (mean, rstd), two (C,) vectors: t' = (t - mean) * rstd. False or None: t' = t. Maps of
+            the standardised teacher (``self_information``, ``graded_iou``, ``uniform_standardized``) need these
+            vectors, which ``DistillLoss`` calibrates. ``"batch"``, the default of the map ``pkd``: student and teacher
+            are each standardised by the mean and standard deviation of their own batch, with the gradient through both.
         weights: one finite number per level; all 1 by default.
         penalty: rho: ``"l2"`` x^2; ``"l1"`` abs(x); ``"smooth_l1"`` as ``torch.nn.SmoothL1Loss``. Or ``"cwd"``, the
-            channel-wise distillation of Shu et al. (2021, arXiv:2011.13256) in PyTorch's own operations: beta^2 KL(P ||
-            Q), P and Q being the softmax over cells of each channel of t' / beta and s / beta; its Z is N C.
-        beta: > 0, where ``smooth_l1`` turns from quadratic to linear; the temperature of ``cwd``.
-        divisor: Z: ``"elements"`` N C H W; ``"map"`` C sum(w), over the batch; ``"map_all_ranks"`` the same over
-            the batches of all ranks, divided by their number, so that averaged gradients (DDP) are those of one
-            process with the whole batch; ``"batch"`` N. By default the one that goes with the map.
+            channel-wise distillation of Shu et al. (2021, arXiv:2011.13256), which PyTorch's own operations compute:
+            beta^2 KL(P || Q), where P and Q are the softmax over the cells of each channel of t' / beta and s / beta,
+            and Z is N C.
+        beta: > 0; the value at which ``smooth_l1`` turns from quadratic to linear, or the temperature of ``cwd``.
+        divisor: Z: ``"elements"`` N C H W; ``"map"`` C sum(w), over the batch; ``"map_all_ranks"`` C sum(w) over the
+            batches of all ranks, divided by the number of ranks, so that averaged gradients (DDP) equal those of one
+            process with the whole batch; ``"batch"`` N. The default is the map's own (``InfoMap.divisor``).
         reduction: ``"sum"`` over levels, a scalar; ``"none"``: one loss per level, (L,).
-        backend: ``"cpp"``, ``"triton"``, ``"reference"``, or None for the one that suits most here, see
+        backend: ``"cpp"``, ``"triton"``, ``"reference"``, or None for the preferred one that works on this device; see
             ``fastkd.backends()``.
 
     Returns:
-        float32 scalar or (L,) tensor; float64 if any feature is float64.
+        A float32 scalar, or (L,) tensor with ``reduction="none"``; float64 if any feature is float64.
 
     Raises:
-        ValueError: lists of unequal length or empty; shapes, devices or values that do not fit; a teacher or a prior
-            that requires grad; an unknown name (the message lists the known ones).
-        TypeError: not a list, not a tensor, or not a floating dtype.
-        RuntimeError: the backend is not built here (says how to build it); a second or a forward-mode derivative of
-            a compiled backend (the reference has both, and works under ``torch.func``).
+        ValueError: lists that are empty or of unequal length; shapes or devices that differ; a negative prior; a
+            teacher or a prior that requires grad; an unknown name (the message lists the known ones).
+        TypeError: not a list, not a dense tensor, or not a floating dtype.
+        RuntimeError: a backend that is not built (the message tells how to build it); a second or a forward-mode
+            derivative of a compiled backend (``"reference"`` has both, and works under ``torch.func``).
     """
     options = options_of_call(info_map, weights, penalty, beta, divisor, reduction, backend)
     student, moments = standardized(student_feats, teacher_feats, options.info_map, standardize)
@@ -94,7 +97,7 @@ Moments: TypeAlias = Sequence[tuple[Tensor, Tensor] | None] | None
 def standardized(
     student: Sequence[Tensor], teacher: Sequence[Tensor], info: InfoMap, standardize: Moments | str | bool
 ) -> tuple[Sequence[Tensor], Moments]:
-    """The student's features and the teacher's moments, as a call of ``distill_loss`` means them."""
+    """Return the student's features and the teacher's (mean, rstd) per level for ``distill_loss``'s ``standardize``."""
     kind: Moments | str | bool = info.standardize if standardize is None else standardize
     if isinstance(kind, str):
         require_standardize(kind)
@@ -106,49 +109,51 @@ def standardized(
         return student, kind
     if kind:
         raise ValueError(
-            "standardize: expected (mean, rstd) per level, as this info_map is one of the standardised teacher, got "
-            f"{standardize}; DistillLoss calibrates them. For the features as they are: standardize=False, or "
-            "info_map='energy' or 'uniform'"
+            "standardize: expected (mean, rstd) per level, as this info_map needs a standardised teacher, got "
+            f"{standardize}; DistillLoss calibrates them. To use the features without standardisation: "
+            "standardize=False, or info_map='energy' or 'uniform'"
         )
     return student, None
 
 
 class DistillLoss(nn.Module):
-    """``distill_loss`` with what it needs to keep: 1x1 adapters, the teacher's statistics, level weights, warm-up.
+    """``distill_loss`` as a module with 1x1 adapters, the teacher's channel statistics, a loss weight and its schedule.
 
-    The bias of an adapter is added by the loss: its own output, to a hook or when called, is without. Adapters keep
-    their dtype: outside autocast, student features of another are converted. Statistics stay float32.
+    The loss adds the bias of an adapter: the output of the adapter itself, in a hook or when called, lacks the bias.
+    Adapters keep their dtype: outside autocast, student features of another dtype are converted. Statistics stay
+    float32.
 
     Args:
-        student_channels, teacher_channels: widths of each level's student and teacher, for the adapters: one 1x1
-            convolution a level. None: adapters take their widths from the first batch (``levels`` says how many).
-        levels: number of levels, where no channels and no adapters are given.
-        adapters: one module per level instead (``nn.Identity()`` for none), student feature to teacher's shape.
-        standardize: imitate the teacher standardised per channel; ``"batch"``: student and teacher by the moments of
-            their own batch (adapters then have no bias); None: as ``info_map`` says.
-        calibration_batches: the teacher's statistics are taken from so many first training batches, each of all ranks
-            together, then fixed; what is not finite is left out. Before the first one, in eval mode, the teacher is
-            not standardised.
-        weight: factor of the loss; or ``"auto"``: at each training forward the one that would bring the loss of the
-            steps before to ``share`` times their task loss, both as moving averages over some 50 steps (and over all
-            ranks), which the module's state keeps. Magnitudes are averaged, as a task loss may be negative (a
-            likelihood's). The very first step has no average yet and is balanced by its own losses. ``forward`` then
+        student_channels, teacher_channels: numbers of channels of the student and the teacher at each level, for one
+            1x1 convolution per level. None: the adapters take them from the first batch.
+        levels: number of levels, where neither channels nor adapters are given.
+        adapters: one module per level instead, from the student's feature to the teacher's shape; ``nn.Identity()``
+            for no adapter.
+        standardize: whether the target is the teacher standardised per channel; ``"batch"``: student and teacher are
+            each standardised by the moments of their own batch (adapters then have no bias); None: as ``info_map``.
+        calibration_batches: number of first training batches (each of all ranks together) from which the teacher's
+            statistics are computed; they are constant afterwards. A batch with values that are not finite is left out.
+            In eval mode before the first training batch, the teacher is not standardised.
+        weight: factor of the loss; or ``"auto"``: each training step uses the factor that brings the moving average of
+            the distillation loss to ``share`` times that of the task loss. The averages are over about 50 steps and all
+            ranks, and are part of the module's state. They are of absolute values, as a task loss may be negative (a
+            log-likelihood). The very first step has no average yet and is balanced by its own losses. ``forward`` then
             needs ``task_loss``. No gradient flows through the factor.
-        share: of the task loss, > 0; for ``weight="auto"``.
-        warmup_steps: the loss grows linearly to its full weight over so many training forwards.
-        decay: ``"linear"`` or ``"cosine"``: from the end of the warm-up it falls to zero at ``stop_step``.
-        stop_step: from this training forward on the loss is zero.
-        info_map, weights, penalty, beta, divisor, reduction, backend: as in ``distill_loss``; except that
-            ``"map_all_ranks"`` is ``"map"`` in eval mode, where no rank waits for another.
+        share: the ratio of distillation loss and task loss, > 0; for ``weight="auto"``.
+        warmup_steps: number of training forwards over which the loss grows linearly to its full weight.
+        decay: ``"linear"`` or ``"cosine"``: the weight falls to zero between the end of the warm-up and ``stop_step``.
+        stop_step: the loss is zero from this training forward on.
+        info_map, weights, penalty, beta, divisor, reduction, backend: as in ``distill_loss``, except that
+            ``"map_all_ranks"`` means ``"map"`` in eval mode, where no rank waits for another.
 
     Attributes:
         level_losses: (L,) losses of the last forward, detached, before ``weight`` and its schedule.
-        loss_weight: what they are multiplied with; its buffer ``step`` counts training forwards, and ``factor`` is
-            that of the next.
-        options: everything else about the loss, frozen.
+        loss_weight: the module that holds the factor; its buffer ``step`` counts training forwards, and ``factor`` is
+            the factor of the next one.
+        options: all other options of the loss, frozen.
 
     Raises:
-        ValueError, TypeError: as in ``distill_loss``; numbers of levels that do not agree.
+        ValueError, TypeError: as in ``distill_loss``; arguments with different numbers of levels.
     """
 
     level_losses: Tensor
@@ -191,7 +196,7 @@ class DistillLoss(nn.Module):
         self.calibration_batches = require_int("calibration_batches", calibration_batches, 1)
         self.calibrated = self.standardize is not True
         self.loss_weight = LossWeight(weight, share, warmup_steps, decay, stop_step)
-        self._seen_shapes: Any = None  # of the last features, for which nothing is left to check or to prepare
+        self._seen_shapes: Any = None  # layout of the last features; the same layout needs no check or preparation
         self._batches_seen = 0
         self._pooled = self._standalone = False
         self.level_losses = torch.zeros(count)
@@ -205,12 +210,18 @@ class DistillLoss(nn.Module):
         *,
         donated: Sequence[bool] = (),
     ) -> Tensor:
-        """The loss, as ``distill_loss``, times its weight; in training, with grad, it also calibrates and counts.
+        """Return the loss of ``distill_loss`` times its weight; a training step with grad also calibrates and counts.
 
         Args:
-            task_loss: a scalar, for ``weight="auto"``.
-            donated: per level, whether the student's gradient may take the memory of the teacher's feature: only where
-                nobody else holds that, as its content is gone afterwards. Empty: nowhere.
+            student_feats, teacher_feats, prior: as in ``distill_loss``; the student's features are those before the
+                adapters.
+            task_loss: the trainer's own loss, a scalar; needed for ``weight="auto"``.
+            donated: per level, whether the student's gradient may overwrite the memory of the teacher's feature. The
+                caller promises that nothing else uses that memory. Empty: no level.
+
+        Raises:
+            ValueError, TypeError: as in ``distill_loss``; another number of levels or channels than the adapters have;
+                no ``task_loss`` where the weight needs it.
         """
         shapes = None if torch.compiler.is_compiling() else _layout(student_feats, teacher_feats)
         if shapes is None or shapes != self._seen_shapes:
@@ -222,7 +233,7 @@ class DistillLoss(nn.Module):
         if shapes is None or shapes != self._seen_shapes:
             self._prepare(student_feats, teacher_feats)
             self._seen_shapes = shapes
-        learns = self.training and torch.is_grad_enabled()  # a validation under no_grad is no training step
+        learns = self.training and torch.is_grad_enabled()  # validation under no_grad is not a training step
         if learns:
             self._pool()
             if not self.calibrated:
@@ -248,11 +259,11 @@ class DistillLoss(nn.Module):
         return check(compared, teacher_feats, self.active_options, prior=prior, standardize=moments, bias=bias)
 
     def _weighted(self, levels: LevelTensors, task: Tensor | None, learns: bool) -> tuple[Tensor, Tensor]:
-        """The loss times its factor, and the levels' losses without; only a training step waits for other ranks."""
+        """Return the loss times its factor, and the levels' losses without it; only a training step waits for ranks."""
         options, weight = self.active_options, self.loss_weight
         if weight.is_known:
             return run(levels, options, weight.current_factor)
-        loss, losses = run(levels, options, one_pass=False)  # the factor is that of these very losses
+        loss, losses = run(levels, options, one_pass=False)  # the factor depends on these losses
         return loss * weight.balanced(losses, task, all_ranks=learns).to(loss.dtype), losses
 
     @property
@@ -262,49 +273,49 @@ class DistillLoss(nn.Module):
         return sums and not self.loss_weight.stopped
 
     def standalone_copy(self) -> DistillLoss:
-        """A copy in training, to try: at full weight, and waiting for no other process."""
+        """Return a copy in training mode that has its full weight and waits for no other process, for a check."""
         copied = copy.deepcopy(self).train()
         copied.loss_weight, copied._standalone = self.loss_weight.full(), True
         return copied
 
     @property
     def active_options(self) -> LossOptions:
-        """The options of the next forward: only in training steps, which all ranks take together, is Z that of all."""
+        """The options of the next forward: Z is summed over all ranks only in training steps, which all ranks take."""
         learns = self.training and torch.is_grad_enabled()
         waits = self.options.divisor == "map_all_ranks" and learns and not self._standalone
         return self.options if waits or self.options.divisor != "map_all_ranks" else self._options_of_one_rank
 
     def adapted(self, student_feats: Sequence[Tensor]) -> list[Tensor]:
-        """The student's features at the teacher's widths."""
+        """Return the student's features after the adapters, bias included."""
         return [adapted(adapter, s) for adapter, s in zip(self.adapters, student_feats, strict=True)]
 
     def standardized(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Sequence[Tensor], Moments]:
-        """The student's adapted features and the teacher's moments, with which they are compared."""
+        """Return the adapted student features, standardised for ``"batch"``, and the teacher's (mean, rstd)."""
         if self.standardize == OWN_BATCH:
             return standardized(student, teacher, self.options.info_map, OWN_BATCH)
         return student, self.moments()
 
     def moments(self) -> list[tuple[Tensor, Tensor] | None] | None:
-        """(mean, rstd) of each level's teacher, two (C,) vectors: ``distill_loss``'s ``standardize``."""
+        """Return (mean, rstd) per level, two (C,) vectors, for the ``standardize`` of ``distill_loss``; or None."""
         if self.standardize is not True:
             return None
         return [x.moments() for x in self.statistics]  # type: ignore[operator]
 
     def skip_step(self, student_feats: Sequence[Tensor]) -> Tensor:
-        """The loss of a training step in which the teacher does not run: 0; counted, but in no average."""
+        """Return the loss of a training step without the teacher: 0. The step is counted, but enters no average."""
         adapters = self.adapters.parameters()
         learns = any(p.requires_grad and not isinstance(p, UninitializedParameter) for p in adapters)
-        # a gradient of zeros for each feature would cost a step some percent
+        # without the features where possible: their gradients of zeros would cost a few percent of a training step
         losses, loss = self.level_losses, self.zero_loss(() if learns and world_size() == 1 else student_feats)
-        self.level_losses = losses  # still those of the last forward
+        self.level_losses = losses  # those of the last forward
         self.loss_weight.skip()
         return loss
 
     def zero_loss(self, student_feats: Sequence[Tensor] = ()) -> Tensor:
-        """What ``forward`` is once the loss has stopped: features and adapters are part of it, as DDP expects."""
+        """Return the zero loss after ``stop_step``; its graph contains features and adapters, as DDP expects."""
         self.level_losses = torch.zeros(len(self.adapters), device=self.loss_weight.step.device)
         learning = [p for p in self.adapters.parameters() if not isinstance(p, UninitializedParameter)]
-        # of what may not be finite, an empty part
+        # empty slices, because 0 times a value that is not finite would be NaN
         empty = [*(p.flatten()[:0] for p in learning), *(x[:0] for x in student_feats)]
         zero: Tensor = self.level_losses + sum(x.sum() for x in empty)
         return zero.sum() if self.options.reduction == "sum" else zero
@@ -313,10 +324,10 @@ class DistillLoss(nn.Module):
         for name, feats in (("student_feats", student_feats), ("teacher_feats", teacher_feats)):
             self._require_features(name, feats)
         for i, (adapter, s) in enumerate(zip(self.adapters, student_feats, strict=True)):
-            takes = adapter.in_channels if isinstance(adapter, nn.Conv2d) else 0  # 0: not yet, or not ours to know
+            takes = adapter.in_channels if isinstance(adapter, nn.Conv2d) else 0  # 0: not known
             if takes and takes != s.shape[1]:
                 raise ValueError(
-                    f"student_feats[{i}]: expected {takes} channels, as its adapter takes, got {s.shape[1]}"
+                    f"student_feats[{i}]: expected the {takes} channels that its adapter takes, got {s.shape[1]}"
                 )
 
     def _require_features(self, name: str, feats: Sequence[Tensor]) -> None:
@@ -326,31 +337,32 @@ class DistillLoss(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, teacher_feats: Sequence[Tensor], *, all_ranks: bool = False) -> None:
-        """Add one batch of teacher features to the statistics; after ``calibration_batches`` they stay fixed.
+        """Add one batch of teacher features to the statistics, which are constant after ``calibration_batches``.
 
         Args:
             teacher_feats: one (N, C, H, W) tensor per level.
-            all_ranks: add the batches of all ranks, which have to call this together; else this rank's own.
+            all_ranks: add the batches of all ranks, which must call this together; otherwise this rank's batch alone.
 
         Raises:
-            TypeError, ValueError: features as ``distill_loss`` refuses them, or of another number of levels.
-            RuntimeError: this rank's own after the first training forward of several ranks, which then differ.
+            TypeError, ValueError: features that ``distill_loss`` refuses, or another number of levels.
+            RuntimeError: one rank's batch after the first training forward of several ranks: their statistics would
+                differ.
         """
         if self._pooled and not (all_ranks or self._standalone):
             raise RuntimeError(
-                "calibrate: expected it before the first training forward, which brought the ranks' statistics "
-                "together; let the training batches do it, which are those of all ranks"
+                "calibrate: expected a call before the first training forward, which merges the statistics of all "
+                "ranks; let the training batches calibrate instead, which are merged over the ranks"
             )
         self._require_features("teacher_feats", teacher_feats)
         for statistics, feature in zip(self.statistics, teacher_feats, strict=True):
             statistics.update(feature, all_ranks=all_ranks)  # type: ignore[operator]
-        shared = all_ranks and world_size() > 1  # an empty batch of one rank counts for none, but for all as a step
+        shared = all_ranks and world_size() > 1  # an empty batch counts as a batch only if other ranks may have images
         self._batches_seen += shared or all(feature.numel() for feature in teacher_feats)
         self.calibrated = self._batches_seen >= self.calibration_batches
 
     @torch.no_grad()
     def _pool(self) -> None:
-        """Once, in the first training forward of several ranks: all go on from what any of them was calibrated with."""
+        """In the first training forward of several ranks, merge the statistics that each was calibrated with."""
         if (
             self._pooled
             or self._standalone
@@ -368,7 +380,7 @@ class DistillLoss(nn.Module):
         self.calibrated = self._batches_seen >= self.calibration_batches
 
     def prepare(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:
-        """Give adapters and statistics that wait for their first batch their widths; else there is nothing to do."""
+        """Give adapters and statistics that have no number of channels yet the numbers of these features."""
         self._require_levels(student_feats, teacher_feats)
         self._prepare(student_feats, teacher_feats)
 
@@ -384,7 +396,7 @@ class DistillLoss(nn.Module):
                     adapter.prepare(s, t)
 
     def keep_levels(self, levels: int, weights: Sequence[float] | None = None) -> None:
-        """Drop the lazy adapters of all levels but the first ones, and set one weight for each that stays."""
+        """Keep the first ``levels`` levels, if the others' adapters are lazy, and set the weights of those kept."""
         self._seen_shapes, spare = None, self.adapters[levels:]
         if not all(isinstance(adapter, LazyAdapter) for adapter in spare):
             return
@@ -405,7 +417,7 @@ class DistillLoss(nn.Module):
 
 
 def _check_levels(student_channels: Any, teacher_channels: Any, levels: Any, adapters: Any) -> None:
-    """Check each entry of what says how many levels there are; ``make_adapters`` compares their numbers."""
+    """Check each entry of the arguments that give the number of levels; ``make_adapters`` compares the numbers."""
     for name, widths in (("student_channels", student_channels), ("teacher_channels", teacher_channels)):
         for i, width in enumerate([] if widths is None else require_sequence(name, widths, "integers")):
             require_int(f"{name}[{i}]", width, 1)
@@ -417,18 +429,18 @@ def _check_levels(student_channels: Any, teacher_channels: Any, levels: Any, ada
 
 
 def _can_hold_gradient(student: Tensor, teacher: Tensor) -> bool:
-    """Whether the memory of a teacher's feature has room for the gradient, each element in a place of its own."""
+    """Whether the gradient can be written into the teacher feature's memory: same dtype and dense, same layout."""
     return student.dtype == teacher.dtype and not teacher.is_inference() and is_dense_like(student, teacher)
 
 
 def require_scalar(options: Mapping[str, Any]) -> None:
-    """Refuse loss options with which no trainer can go on."""
+    """Raise ``ValueError`` for loss options that return no scalar, which a trainer needs."""
     if options.get("reduction", "sum") != "sum":
-        raise ValueError(f"reduction: expected 'sum', as a trainer needs one number, got {options['reduction']!r}")
+        raise ValueError(f"reduction: expected 'sum', as a trainer needs a scalar, got {options['reduction']!r}")
 
 
 def _layout(*lists: Any) -> Any:
-    """Types, shapes, dtypes and layouts of all features; None of what is no list of dense tensors."""
+    """Return types, shapes, dtypes and layouts of all features; None for anything but lists of dense tensors."""
     try:
         if not all(isinstance(features, (list, tuple)) for features in lists):
             return None

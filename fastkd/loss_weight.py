@@ -1,4 +1,4 @@
-"""What the summed levels are multiplied with: a weight, given or balanced against the task loss, and its schedule."""
+"""The factor of the distillation loss: a weight, given or balanced against the task loss, times its schedule."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from fastkd.statistics import KeepsPrecision
 
 
 class LossWeight(KeepsPrecision):
-    """Factor of the distillation loss at each training step; arguments are those of ``DistillLoss``.
+    """The factor of the distillation loss at each training step; the arguments are those of ``DistillLoss``.
 
-    The factor of a step is known before its forward: it is that of the averages *before* this step, which look back
-    over some 50 steps. So the kernels multiply loss and gradient with it, and nothing is left to do for autograd. Only
-    the very first step of ``"auto"`` has no average yet and takes its own losses; where these are not finite, the
-    factor is 0 until those of a step are. Everything is computed where the loss is, by one op a step
-    (``fastkd::update_factor``), without waiting for the device.
+    The factor of a step is known before its forward, as it follows from the averages of the steps *before* it (about
+    50). So the kernels multiply loss and gradient with it, and autograd has nothing to do. Only the very first step of
+    ``"auto"`` has no average yet and uses its own losses; where these are not finite, the factor is 0 until the losses
+    of a step are finite. One op per step (``fastkd::update_factor``) computes everything on the device of the loss,
+    without waiting for it.
     """
 
     step: Tensor  # training forwards so far
     averages: Tensor  # decayed sums over steps of 1, abs(task loss) and abs(distillation loss)
-    factor: Tensor  # of the next step: its schedule times the weight, or times what balances the averages
+    factor: Tensor  # of the next step: the schedule times the weight, given or balanced by the averages
 
     def __init__(
         self,
@@ -51,9 +51,9 @@ class LossWeight(KeepsPrecision):
         self.warmup_steps, self.decay = require_int("warmup_steps", warmup_steps, 0), decay
         self.stop_step = None if stop_step is None else require_int("stop_step", stop_step, 0)
         self._require_decay()
-        self._steps = 0  # what ``step`` is, as far as Python knows without asking the device
+        self._steps = 0  # ``step`` as counted on the host, without reading it from the device
         self.loads = 0  # how often a state was loaded
-        self._has_average = False  # whether a step has been averaged: a device's averages are not asked for that
+        self._has_average = False  # whether the averages contain a step, without reading them from the device
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("averages", torch.zeros(3, dtype=torch.float32))
         self.register_buffer("factor", torch.zeros((), dtype=torch.float32))
@@ -66,68 +66,69 @@ class LossWeight(KeepsPrecision):
 
     @property
     def stopped(self) -> bool:
-        """Whether the loss is zero for good. Steps of a compiled graph are not known here."""
+        """Whether ``stop_step`` is reached. Steps that a compiled graph has counted are not known here."""
         return self.stop_step is not None and self._steps >= self.stop_step
 
     @property
     def is_known(self) -> bool:
-        """Whether ``factor`` is there before the losses of this step are: it is not in the first step of "auto"."""
+        """Whether ``factor`` is known before this step's losses are: always, except in the first step of "auto"."""
         return self._has_average or not self.is_auto
 
     @property
     def current_factor(self) -> Tensor:
-        """``factor`` in a graph that also counts: computed again, because a compiled backward would read the next."""
+        """``factor``; in a compiled graph computed again, because its backward would read the next step's factor."""
         return self.at(self.step) if torch.compiler.is_compiling() else self.factor
 
     def task_value(self, task_loss: Tensor | float | None, device: torch.device) -> Tensor | None:
-        """The task loss as one detached element on the device; None where the weight does not need it.
+        """Return the task loss as one detached float32 element on the device; None where the weight does not need it.
 
         Raises:
-            ValueError, TypeError: no task loss where it is needed, or not a scalar.
+            ValueError: no task loss where it is needed, or not a scalar.
+            TypeError: neither a real tensor nor a number.
         """
         return _task_value(task_loss, device) if self.is_auto else None
 
     def balanced(self, losses: Tensor, task: Tensor | None, *, all_ranks: bool = True) -> Tensor:
-        """The factor that the losses of this step would have by themselves; nothing is counted."""
+        """Return the factor after these losses have entered the averages; neither averages nor step are changed."""
         factor, averages, step = (x.clone() for x in (self.factor, self.averages, self.step))
         terms = self._over_ranks(losses, task) if all_ranks else (losses, task)
         self._update(factor, averages, step, *terms, advance=0)
         return factor
 
     def now(self, losses: Tensor, task: Tensor | None) -> tuple[float, float]:
-        """The factor that a training step with these losses has now, and how much of it warm-up and decay leave.
+        """Return the factor of a training step with these losses, and the share of it that warm-up and decay leave.
 
-        For a look by one process: no other is waited for, and the device is.
+        For inspection by one process: this waits for the device, but for no other rank.
         """
         ramp = LossWeight(1.0, 1.0, self.warmup_steps, self.decay, self.stop_step).to(self.step.device).at(self.step)
         factor = self.factor if self.is_known else self.balanced(losses, task, all_ranks=False)
         return float(factor), float(ramp)
 
     def at(self, step: Tensor) -> Tensor:
-        """The factor of another step, counted elsewhere."""
+        """Return the factor at ``step``, an int64 scalar tensor, with the averages as they are."""
         factor = self.factor.clone()
         self._update(factor, self.averages.clone(), step.clone(), None, None, advance=0)
         return factor
 
     def count(self, losses: Tensor, task: Tensor | None) -> None:
-        """Take a training step into the averages, and get the factor of the next."""
+        """Add the losses of a training step to the averages, count it, and set the factor of the next step."""
         self._update(self.factor, self.averages, self.step, *self._over_ranks(losses, task), advance=1)
         if not torch.compiler.is_compiling():
             self._steps += 1
         self._has_average = self.is_auto
 
     def skip(self) -> None:
-        """Count a training step that had no losses."""
+        """Count a training step without losses."""
         self._update(self.factor, self.averages, self.step, None, None, advance=1)
         if not torch.compiler.is_compiling():
             self._steps += 1
 
     def full(self) -> LossWeight:
-        """One without schedule and memory, for a look at the loss as it is at its full weight, by one process."""
+        """Return a copy without schedule and averages, for one process to compute the loss at its full weight."""
         return LossWeight(self.weight, self.share).to(self.step.device).eval()
 
     def _over_ranks(self, losses: Tensor, task: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The averages over all ranks in training, so that they have one factor."""
+        """Return losses and task loss averaged over all ranks in training, so that all ranks get the same factor."""
         if task is None:
             return None, None
         if not self.training or world_size() == 1:
@@ -160,27 +161,27 @@ class LossWeight(KeepsPrecision):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._steps, self._has_average = require_state("loss_weight", state, "steps", "has_average")
         self.loads += 1
-        # the weight or its schedule may be others than those of the run that was saved
+        # weight and schedule may differ from those of the run that was saved
         self._update(self.factor, self.averages, self.step, None, None, advance=0)
 
     def _require_decay(self) -> None:
         require_known("decay", self.decay, DECAYS)
         if self.decay is not None and (self.stop_step is None or self.stop_step <= self.warmup_steps):
             raise ValueError(
-                f"decay: expected a stop_step after the {self.warmup_steps} steps of warm-up, at which the loss has "
-                f"become zero, got {self.stop_step}"
+                f"decay: expected a stop_step after the {self.warmup_steps} steps of warm-up, where the decay ends "
+                f"at zero, got {self.stop_step}"
             )
 
 
 def weight_of(text: str) -> float | str:
-    """A ``weight`` from a command line."""
+    """Return the ``weight`` that a command-line argument means: ``"auto"`` or a number."""
     return text if text == "auto" else float(text)
 
 
 def _task_value(task_loss: Tensor | float | None, device: torch.device) -> Tensor:
     if task_loss is None:
         raise ValueError(
-            'task_loss: weight="auto" holds the distillation loss at a share of the task loss, so it needs one, got '
+            'task_loss: expected the task loss, as weight="auto" keeps the distillation loss at a share of it, got '
             "None; pass loss(..., task_loss=task), or a number as weight"
         )
     if isinstance(task_loss, Tensor):
@@ -192,7 +193,7 @@ def _task_value(task_loss: Tensor | float | None, device: torch.device) -> Tenso
         return task_loss.detach().to(device, torch.float32, non_blocking=True)
     if isinstance(task_loss, bool) or not isinstance(task_loss, Real):
         raise TypeError(f"task_loss: expected a scalar tensor or a number, got a {type(task_loss).__name__}")
-    value = float(task_loss) if abs(task_loss) <= LARGEST else math.inf  # not finite: counts for nothing
+    value = float(task_loss) if abs(task_loss) <= LARGEST else math.inf  # a step that is not finite enters no average
     return torch.tensor(value, dtype=torch.float32).to(device, non_blocking=True)
 
 

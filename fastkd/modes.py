@@ -1,4 +1,4 @@
-"""Eval mode for a while."""
+"""A context manager that puts a model in eval mode and restores its modes afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, then each module's own mode again: parts may be frozen in eval while the rest trains."""
+    """Put the model in eval mode, then restore the mode of each module: some may be in eval mode while others train."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

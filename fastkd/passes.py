@@ -1,4 +1,4 @@
-"""Which training steps the teacher runs in, and which images of their batches it sees."""
+"""The schedule of the teacher's forward passes: in which training steps, and on which images of the batch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ ALL = slice(None)
 
 
 class Passes:
-    """The teacher's passes: in every so many training steps, on a part of each batch.
+    """Schedule of the teacher's forward passes: one per ``every`` training steps, on a part of each batch.
 
-    The loss is 0 in a step without the teacher and ``every`` times as large in one with it. A batch is cut into
-    1 / ``images`` parts, and each step that has the teacher takes the next of them, times the part's size over the mean
-    part's. So the mean over steps is that of a teacher that sees everything, where Z is a count (``elements``,
-    ``batch``). Where Z is the mass of the map, and in PKD, each part has its own, as a smaller batch would.
+    The loss is 0 in a step without the teacher, and is multiplied by ``every`` in a step with it. A batch is cut into
+    1 / ``images`` parts, and each step with the teacher uses the next part; its loss is multiplied by the size of the
+    part over the mean size. So where Z is a count (``elements``, ``batch``) the mean over steps equals that of a
+    teacher that runs on every image. Where Z is the sum of the map, and in PKD, each part has its own Z or moments, as
+    a smaller batch would.
 
     Args:
-        every, images: ``Distiller``'s ``teacher_every`` and ``teacher_images``.
+        every, images: ``teacher_every`` and ``teacher_images`` of ``Distiller``.
 
     Raises:
-        ValueError: no whole number >= 1; not 1 / a whole number.
+        ValueError: ``every`` is not an integer >= 1, or ``images`` is not 1 divided by an integer.
     """
 
     def __init__(self, every: int, images: float) -> None:
@@ -39,19 +40,23 @@ class Passes:
 
     @property
     def all(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether the teacher runs in every step, on all images."""
         return self.every == self.parts == 1
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph has no step of its own
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph does not count steps
     def images_of_step(self, counter: LossWeight, images: Any) -> tuple[slice, float]:
-        """Which images of the next training step the teacher sees, and what the loss is multiplied with; 0: none.
+        """Return which images of the batch the teacher sees in the next training step, and the factor of the loss.
 
         Args:
-            counter: of the steps so far; asked once, and after a state was loaded, as a device has to be waited for.
-            images: of the batch.
+            counter: counts the training steps. It is read once, and again after a state was loaded: reading it waits
+                for the device.
+            images: the batch.
+
+        Returns:
+            A slice of the images, and the factor that the loss is multiplied with; 0 where the teacher does not run.
 
         Raises:
-            TypeError: images that cannot be cut.
+            TypeError: images that are neither a tensor nor a list.
         """
         if self._loads != counter.loads:
             self._step, self._loads = int(counter.step), counter.loads
@@ -70,7 +75,7 @@ class Passes:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def count(self) -> None:
-        """A training step has its loss."""
+        """Count one training step."""
         self._step += 1
 
     def __str__(self) -> str:

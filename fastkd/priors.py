@@ -1,4 +1,4 @@
-"""Priors: per-cell weights from boxes and heads, which multiply the information map (``prior=``)."""
+"""Priors: weights of the cells, from boxes or the teacher's heads, that multiply the information map (``prior=``)."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from fastkd.ops.prior_ops import prior_maps
 def score(
     class_logits: Sequence[Tensor], sizes: Sequence[tuple[int, int]], *, objectness: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """The teacher's score of a cell: the largest over anchors and classes, of the head that belongs to the level.
+    """Return the teacher's score of each cell: the maximum over anchors and classes in the head of the same level.
 
-    q = max sigmoid(class), as FRS (Du et al., 2021) and Ultralytics' distillation have it, without a floor; of heads
-    with an objectness max sigmoid(objectness) * sigmoid(class).
+    q = max sigmoid(class), as in FRS (Du et al., 2021) and in Ultralytics' distillation, without a floor; for heads
+    with objectness q = max sigmoid(objectness) * sigmoid(class).
 
     Args:
-        class_logits: one (N, A, K, H, W) tensor of logits per level; A is 1 where the head has no anchors.
+        class_logits: one (N, A, K, H, W) floating tensor of logits per level; A is 1 where the head has no anchors.
         sizes: (height, width) of each level; a head of another size is resized as in ``confidence``.
-        objectness: one (N, A, H, W) tensor of logits per level, of heads that have it.
+        objectness: one (N, A, H, W) floating tensor of logits per level, for heads with objectness.
 
     Returns:
-        One (N, height, width) float32 tensor per level.
+        One (N, height, width) float32 tensor per level, in [0, 1].
 
     Raises:
-        TypeError, ValueError: as in ``confidence``; other numbers of heads than of sizes.
+        TypeError, ValueError: as in ``confidence``; unequal numbers of heads and sizes.
     """
     _check_sizes(sizes)
     heads = _head_scores(objectness, class_logits)
@@ -58,25 +58,25 @@ def confidence(
     *,
     floor: float = 0.1,
 ) -> list[Tensor]:
-    """The teacher's own confidence, q = b + (1 - b) sqrt(c): where it sees objects, without any ground truth.
+    """Return the teacher's confidence that a cell contains an object, q = b + (1 - b) sqrt(c); it needs no labels.
 
-    c is the maximum over anchors, classes and heads of sigmoid(objectness) * sigmoid(class), brought to each level's
-    size by adaptive max-pooling (down) or bilinear interpolation (up). The score of FRS (Du et al., 2021) for heads
-    with an objectness.
+    c is the maximum over anchors, classes and heads of sigmoid(objectness) * sigmoid(class), the score of FRS (Du et
+    al., 2021) for heads with objectness. It is brought to the size of each level by adaptive max-pooling (down) or
+    bilinear interpolation (up).
 
     Args:
-        objectness: one (N, A, H, W) tensor of logits per head.
-        class_logits: one (N, A, K, H, W) tensor of logits per head.
-        sizes: (height, width) of each level that wants a prior.
-        floor: b in [0, 1], the weight of a cell where the teacher sees nothing.
+        objectness: one (N, A, H, W) floating tensor of logits per head.
+        class_logits: one (N, A, K, H, W) floating tensor of logits per head.
+        sizes: (height, width) of each level.
+        floor: b in [0, 1], the weight of a cell in which the teacher detects nothing.
 
     Returns:
-        One (N, height, width) float32 tensor per size.
+        One (N, height, width) float32 tensor per size, in [floor, 1].
 
     Raises:
-        ValueError: unequal numbers of heads, shapes or devices that do not fit, sizes that are not two ints > 0, floor
+        ValueError: unequal numbers of heads; shapes or devices that differ; sizes that are not two ints > 0; floor
             outside [0, 1].
-        TypeError: not lists, not dense tensors of logits.
+        TypeError: not lists; not dense floating tensors.
     """
     floor = require_number("floor", floor, "a number in [0, 1]", 0, 1)
     _check_sizes(sizes)
@@ -85,7 +85,7 @@ def confidence(
 
 
 def _head_scores(objectness: Any, class_logits: Any) -> list[Tensor]:
-    """(N, 1, H, W) of each head: the largest over anchors and classes."""
+    """Return the (N, 1, H, W) maximum over anchors and classes of each head."""
     classes = require_sequence("class_logits", class_logits, per="head")
     of_objects = [None] * len(classes) if objectness is None else require_sequence("objectness", objectness, per="head")
     if len(of_objects) != len(classes) or not classes:
@@ -120,9 +120,9 @@ def _check_logits(name: str, x: Any, shape: str, ndim: int, other: str, y: Any) 
 
 
 def at_size(heads: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """(N, height, width): the maximum over the heads, each (N, 1, H, W), resized."""
+    """Return the (N, height, width) maximum over the heads, each (N, 1, H, W) and resized."""
     resized = []
-    for x in heads:  # a side that shrinks keeps its maxima, one that grows is interpolated
+    for x in heads:  # a dimension that shrinks is max-pooled, one that grows is interpolated
         x = F.adaptive_max_pool2d(x, (min(size[0], x.shape[2]), min(size[1], x.shape[3])))
         resized.append(F.interpolate(x, size, mode="bilinear", align_corners=False))
     return torch.stack(resized).amax(0)[:, 0]
@@ -138,22 +138,23 @@ def iou_mask(
     threshold: float = 0.5,
     graded: bool = False,
 ) -> list[Tensor]:
-    """Cells near objects: those where an anchor fits a box nearly as well as any anchor of the level does.
+    """Return a mask of the cells near objects: those with an anchor whose IoU is near the largest IoU of a box.
 
-    The imitation region of FGFI (Wang et al., 2019, arXiv:1906.03609). With m_k the largest IoU of box k over all
-    cells and anchors of the level, a cell is 1 if any of its anchors has an IoU above psi * m_k with any box k of its
-    image, else 0. Strictly above: an IoU within 1e-9 of psi * m_k (relative) counts as equal. Graded, our variant,
-    gives a cell its largest IoU / m_k over anchors and boxes: 1 where a box fits best, 0 where nothing overlaps.
+    The imitation region of FGFI (Wang et al., 2019, arXiv:1906.03609). Let m_k be the largest IoU of box k over all
+    cells and anchors of the level. A cell is 1 if any of its anchors has an IoU above psi * m_k with any box k of its
+    image, else 0. An IoU within 1e-9 (relative) of psi * m_k counts as equal, and thus not as above. ``graded``, a
+    variant of ours, returns the largest IoU / m_k over anchors and boxes instead: 1 where a box fits best, 0 where no
+    anchor overlaps a box.
 
-    The largest IoU is each level's own, as FGFI has one map: every box marks cells on every level, also where the
-    anchors suit it badly. Anchors are centred on cells and not clipped. Boxes are clipped to the image; a box that is
-    empty then, inverted or not finite is ignored, and so is one that no anchor overlaps. Rows of zeros may pad
-    ``boxes`` to a fixed M. Nothing here waits for the device, and the same input gives the same bits.
+    m_k is computed for each level on its own, while FGFI has one level only: so every box marks cells on every level,
+    even where no anchor fits it well. Anchors are centred on cells and not clipped. Boxes are clipped to the image. A
+    box is ignored if it is then empty, inverted or not finite, or if no anchor overlaps it; so rows of zeros may pad
+    ``boxes`` to a fixed M. The call does not wait for the device, and its result is deterministic, bit by bit.
 
     Args:
         boxes: (M, 5) float32 or float64: image index, x1, y1, x2, y2 in pixels of the network's input. M may be 0,
-            images may have no box, and rows may come in any order.
-        anchors: one (A, 2) tensor of widths and heights in pixels per level, or all as one (levels, A, 2).
+            images may have no box, and rows may be in any order.
+        anchors: one (A, 2) tensor of widths and heights in pixels per level, or one (levels, A, 2) tensor.
         sizes: (height, width) of each level.
         image_size: (height, width) of the network's input in pixels.
         batch: N, the number of images.
@@ -161,14 +162,13 @@ def iou_mask(
         graded: whether to return the relative IoU instead of the mask.
 
     Returns:
-        One (N, height, width) float32 tensor per level, in [0, 1], as ``PriorMaps``, a list that also has their sums.
+        One (N, height, width) float32 tensor per level, in [0, 1], in a list that also has their sums (``PriorMaps``).
 
     Raises:
         TypeError, ValueError: another type, shape, dtype or device than above; unequal numbers of levels; threshold
-            outside (0, 1). On the CPU also, from a compiled graph as a RuntimeError: an image index that is not a
-            whole number in [0, N), an anchor that is not finite and positive. On other devices looking at values
-            would cost a sync: a box of a wrong index is ignored there, and an anchor that is not finite and positive
-            overlaps nothing.
+            outside (0, 1). On the CPU also an image index that is not an integer in [0, N), and an anchor that is not
+            finite and positive (a RuntimeError if a compiled graph raises it). Other devices would have to synchronise
+            to check values: there a box with an invalid index is ignored, and an invalid anchor overlaps nothing.
     """
     _check_boxes(boxes, batch)
     _check_sizes(sizes, image_size)
@@ -188,25 +188,25 @@ def box_balance(
     background: float = 1.0,
     inclusive: bool = False,
 ) -> list[Tensor]:
-    """Every box weighs the same, however large, and the background of an image as much as one box.
+    """Return weights that give every box the same total weight, and the background of an image that of one box.
 
-    The scale mask of FGD (Yang et al., 2022, arXiv:2111.11837, eq. 3): a cell in a box weighs 1 / the box's area,
-    where boxes overlap that of the smallest; a cell in none 1 / the image's number of such cells. By default a box
-    covers the cells that it overlaps, as in the paper, and its area is their number: so the weights of a box that no
-    smaller one overlaps sum to 1, as the background's do. With ``inclusive`` it covers what FGD's published code lets
-    it cover: on each axis the cells from floor(low) to ceil(high), both included. That is at least one cell more than
-    it overlaps, and all of them count to its area, also one beyond the map's edge.
+    The scale mask of FGD (Yang et al., 2022, arXiv:2111.11837, eq. 3): the weight of a cell in a box is 1 / area of the
+    box, of the smallest box where several overlap; the weight of a cell outside all boxes is 1 / number of such cells
+    in the image. By default, as in the paper, a box covers the cells that it overlaps, and its area is their number. So
+    the weights of a box that no smaller box overlaps sum to 1, and those of the background too. ``inclusive`` follows
+    FGD's published code: on each axis a box covers the cells from floor(low) to ceil(high), both included. That is at
+    least one more cell than it overlaps, and all of them count towards its area, even one beyond the edge of the map.
 
-    Boxes are clipped and ignored, rows padded, and bits repeated as in ``iou_mask``.
+    Clipped, ignored and padded boxes and determinism are as in ``iou_mask``.
 
     Args:
         boxes, sizes, image_size, batch: as in ``iou_mask``.
-        background: weight of an image's background relative to one box's; FGD's published settings have 0.5.
-        inclusive: whether a box also covers the cell that begins where it ends, to repeat results of FGD's code.
+        background: total weight of an image's background relative to that of a box; FGD's published settings use 0.5.
+        inclusive: whether a box covers the cells that FGD's code covers, to reproduce its results.
 
     Returns:
-        One (N, height, width) float32 tensor per level, as ``iou_mask`` returns them; an image without boxes is
-        background all over.
+        One (N, height, width) float32 tensor per level, in a list as from ``iou_mask``; in an image without boxes every
+        cell is background.
 
     Raises:
         TypeError, ValueError: as in ``iou_mask``; background negative or not finite.

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Number of ranks of the default process group; 1 without one."""
+    """Return the number of ranks of the default process group; 1 without one."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return 1
     return torch.distributed.get_world_size()
 
 
 def sum_over_ranks(values: Tensor) -> int:
-    """Replaces ``values`` by their sum over the default process group; returns its number of ranks."""
+    """Replace ``values`` by their sum over the ranks of the default process group; return the number of ranks."""
     ranks = world_size()
     if ranks > 1:
         torch.distributed.all_reduce(values)

@@ -1,4 +1,4 @@
-"""What is known of a teacher's channels: running moments, calibrated on the first batches and constant from then on."""
+"""Per-channel mean and variance of the teacher, calibrated on the first batches and constant from then on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastkd.ranks import sum_over_ranks, world_size
 
 
 class KeepsPrecision(nn.Module):
-    """Buffers that stay as precise as they are, whatever dtype the model around them is cast to."""
+    """A module whose buffers keep their dtype when the model that contains it is cast to another."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> KeepsPrecision:
         kept = dict(self.named_buffers())
@@ -25,10 +25,10 @@ class KeepsPrecision(nn.Module):
 
 
 class ChannelStatistics(KeepsPrecision):
-    """Running mean and variance of one level's teacher, per channel; empty until the first batch.
+    """Running mean and variance of the teacher's channels at one level; the buffers are empty until the first batch.
 
-    Batches are merged as by Chan et al. (1983). ``rstd`` keeps a channel whose variance is under a ten-thousandth
-    of the level's mean variance, for example of a dead one, from being blown up.
+    Batches are merged by the formula of Chan, Golub and LeVeque (1983). A variance below 1e-4 times the level's mean
+    variance counts as that in ``rstd``, so that a dead channel is not amplified.
     """
 
     count: Tensor
@@ -43,20 +43,25 @@ class ChannelStatistics(KeepsPrecision):
         self._cached: tuple[list[Tensor], list[int], tuple[Tensor, Tensor]] | None = None  # buffers, versions, moments
 
     def prepare(self, channels: int) -> None:
-        """Give the buffers their size, which DDP wants to stay as it is."""
+        """Give the buffers their size, which must not change once DDP has seen them."""
         if self.mean.numel() == 0:
             self.mean, self.square = (x.new_zeros(channels) for x in (self.mean, self.square))
 
     @torch.no_grad()
     def update(self, feature: Tensor, *, all_ranks: bool = False) -> None:
-        """Add an (N, C, H, W) batch; or those of all ranks, which then have to call this together."""
+        """Add an (N, C, H, W) batch to the statistics.
+
+        Args:
+            feature: the teacher's feature; floating point, N may be 0.
+            all_ranks: add the batches of all ranks, which must then call this together.
+        """
         all_ranks = all_ranks and world_size() > 1
         if feature.numel() == 0 and not all_ranks:
             return
         self.prepare(feature.shape[1])
         if feature.numel():
             variance, mean = torch.var_mean(feature.to(self.mean.dtype), dim=(0, 2, 3), correction=0)
-            finite = variance.isfinite().all()  # a batch that overflowed counts for nothing
+            finite = variance.isfinite().all()  # a batch that overflowed gets a weight of 0
             cells = finite * (feature.numel() // feature.shape[1])
             variance, mean = (torch.where(finite, x, 0) for x in (variance, mean))
         else:
@@ -71,9 +76,10 @@ class ChannelStatistics(KeepsPrecision):
 
     @torch.no_grad()
     def pool(self) -> None:
-        """Take what each rank has seen by itself as seen by all, which have to call this together.
+        """Merge the statistics that each rank has collected by itself; all ranks must call this together.
 
-        Ranks may have the same from DDP or a checkpoint, so it counts as much as one of them has on average.
+        Ranks may hold the same statistics, from DDP or a checkpoint, so the merged count is the mean over the ranks
+        that have any.
         """
         holders = (self.count > 0).to(self.count.dtype)
         sum_over_ranks(holders)
@@ -83,7 +89,10 @@ class ChannelStatistics(KeepsPrecision):
         self.square.copy_(variance * self.count)
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
-        """(mean, rstd), each (C,), or None before the first batch; the same tensors until the statistics change."""
+        """Return (mean, rstd), two (C,) float32 tensors, or None before the first batch.
+
+        The same tensors are returned until the statistics change.
+        """
         traced, buffers = is_traced(), list(self._buffers.values())
         if self._cached is not None and not traced:
             seen, versions, moments = self._cached
@@ -92,7 +101,7 @@ class ChannelStatistics(KeepsPrecision):
         if self.mean.numel() == 0:
             return None
         variance = torch.where(self.count > 0, self.square / self.count.clamp_min(1), 1)
-        # a copy, because the next batch changes the mean in place, maybe before this one's backward
+        # a copy, because the next batch may change the mean in place before the backward of this one
         moments = self.mean.clone(), variance.clamp_min(1e-4 * variance.mean()).clamp_min(1e-12).rsqrt()
         own = [self.count, self.mean, self.square]
         if not traced and all(type(x) is Tensor and not x.is_inference() for x in (*own, *moments)):
@@ -101,13 +110,13 @@ class ChannelStatistics(KeepsPrecision):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("mean", "square"):
-            if prefix + name in state_dict:  # before the first batch the number of channels is unknown
+            if prefix + name in state_dict:  # the number of channels is unknown before the first batch
                 setattr(self, name, getattr(self, name).new_zeros(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _over_ranks(count: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of what all ranks have seen together; in float64, where the difference of squares costs nothing."""
+    """Return count, mean and variance over all ranks; in float64, where E[x^2] - E[x]^2 is precise enough."""
     m, n = mean.double(), count.double()
     sums = torch.cat([n.reshape(1), n * m, n * (variance.double() + m.square())])
     sum_over_ranks(sums)

@@ -1,4 +1,4 @@
-"""The teacher as it runs: a copy whose batch norms are folded into its convolutions, up to its last level."""
+"""Runs the teacher fast: a copy whose batch norms are folded into its convolutions, stopped after its last level."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from torch.utils._pytree import tree_leaves
 from fastkd.adapters import same_random_state
 from fastkd.hooks import FeatureHook, is_compiled, unwrapped, without_ddp
 
-EXACT = 1e-4  # largest difference of a feature in float32, of its largest value
-HALF = 0.05  # of features in fewer bits: norm of the difference, of their norm
+EXACT = 1e-4  # largest allowed difference in float32, relative to the largest value
+HALF = 0.05  # largest allowed norm of the difference in 16 bits, relative to the norm
 
 
-class _Enough(BaseException):
-    """Ends a forward whose levels have all been heard; no ``except Exception`` of a model takes it."""
+class _StopForward(BaseException):
+    """Stops a forward after its last level; a model's ``except Exception`` does not catch it."""
 
 
 class Teacher:
-    """Runs the frozen teacher, and as little of it as its levels need.
+    """Runs the frozen teacher, as far as its levels need it.
 
-    A convolution followed by a batch norm, y = g (conv(x) - m) / sqrt(v + eps) + b, is one convolution of weights
-    w g / sqrt(v + eps). Which follow each other is seen in a forward: the batch norm gets the very tensor that the
-    convolution returned. They are folded in a copy that shares all other weights; the model that was given stays as it
-    is, and runs itself where the copy's features differ or something stands against it, which ``how`` tells.
+    A convolution followed by a batch norm, y = g (conv(x) - m) / sqrt(v + eps) + b, equals one convolution with the
+    weights w g / sqrt(v + eps). One forward shows the pairs: the batch norm's input is the tensor that the convolution
+    returned. They are folded in a copy that shares all other weights. The given model is unchanged; it runs itself
+    where the features of the copy differ or where it cannot be copied safely. ``how`` describes what runs.
 
     Args:
-        given: the teacher, maybe wrapped.
-        fold: whether to do so; else it runs as it was given, and to its end.
+        given: the teacher, possibly wrapped.
+        fold: whether to fold batch norms and stop after the last level; False: the given model runs to its end.
     """
 
     def __init__(self, given: nn.Module, fold: bool) -> None:
@@ -47,55 +47,55 @@ class Teacher:
         self._plain = False
         self._hooks: list[FeatureHook] = []
         self._copy: nn.Module | None = None
-        self._of_copy: dict[nn.Module, nn.Module] = {}  # given module to the copy's
-        self._seen: list[int] | None = None  # the model's state that it was made ready with
-        self._calls = 0  # of all levels in a forward; 0: it may not be ended before
+        self._of_copy: dict[nn.Module, nn.Module] = {}  # from the given model's modules to the copy's
+        self._prepared_state: list[int] | None = None  # the state of the model that the copy was made for
+        self._calls = 0  # calls of all levels in one forward; 0: the forward must not be stopped early
         self._left = 0
-        self._ended = False
+        self._stopped = False
 
-    def forget(self) -> None:
-        """Its levels and its copy."""
+    def clear(self) -> None:
+        """Drop the levels and the copy."""
         self._use(None)
         for hook in self._hooks:
             hook.detach()
         self._hooks, self._of_copy, self._calls = [], {}, 0
 
-    def listen(self, hooks: Sequence[FeatureHook]) -> None:
-        """The levels, once they are matched."""
+    def set_levels(self, hooks: Sequence[FeatureHook]) -> None:
+        """Set the hooks of the levels, after they are matched."""
         self._hooks = list(hooks)
         for hook in self._hooks:
-            hook.heard = self._heard
+            hook.on_output = self._count_output
 
     def run(self, images: Any, *, whole: bool) -> Any:
-        """One forward, whose features the hooks keep; its output, or None where it ended before.
+        """Run one forward, whose features the hooks record; return its output, or None where it was stopped early.
 
         Args:
-            images: what it takes.
-            whole: whether its output is needed.
+            images: the input of the model.
+            whole: whether the output is needed.
         """
-        looks = self.fold and bool(self._hooks) and not self._plain and not torch.compiler.is_compiling()
-        if looks and self._seen != self._state():
+        may_fold = self.fold and bool(self._hooks) and not self._plain and not torch.compiler.is_compiling()
+        if may_fold and self._prepared_state != self._state():
             device = next((x.device for store in self._stores for x in store.values() if x is not None), "cpu")
             with same_random_state(torch.device(device)):
-                self._make_ready(images)
-            self._seen = self._state()
-        self._left = self._calls if looks and not whole else 0
+                self._prepare(images)
+            self._prepared_state = self._state()
+        self._left = self._calls if may_fold and not whole else 0
         model = without_ddp(self.given) if self._copy is None else self._copy
-        self._ended = False
+        self._stopped = False
         try:
             output = model(images)
-        except _Enough:
+        except _StopForward:
             return None
         finally:
             self._left = 0
-        if self._ended:  # the model has caught what was to end it, and gone on in another way
+        if self._stopped:  # the model has caught the exception and continued in another way
             self._calls = 0
             output = model(images)
         return output
 
     @contextmanager
     def as_given(self) -> Iterator[None]:
-        """The model that was given runs, to its end."""
+        """Return a context in which the given model runs, to its end."""
         folded, self._plain = self._copy, True
         self._use(None)
         try:
@@ -105,8 +105,7 @@ class Teacher:
             self._plain = False
 
     def _state(self) -> list[int]:
-        """Where the weights are and how often they were changed, as ``load_state_dict`` and ``to`` do; and of the hooks
-        how many there are."""
+        """Return the number of hooks, and the address and version of each weight, which ``load_state_dict`` changes."""
         found = [sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules)]
         for store in self._stores:
             for x in store.values():
@@ -115,30 +114,30 @@ class Teacher:
                     found += address, 0 if x.is_inference() else x._version
         return found
 
-    def _heard(self) -> None:
+    def _count_output(self) -> None:
         if self._left:
             self._left -= 1
             if not self._left:
-                self._ended = True
-                raise _Enough
+                self._stopped = True
+                raise _StopForward
 
-    def _make_ready(self, images: Any) -> None:
+    def _prepare(self, images: Any) -> None:
         self._use(None)
         self._calls = 0
-        against = _what_stands_against(self.given)
-        if against:
-            self.how = f"as it was given, and to its end: {against}"
+        reason = _reason_not_to_copy(self.given)
+        if reason:
+            self.how = f"as it was given, and to its end: {reason}"
             return
-        pairs, output = _follow_each_other(self.given, images, {hook.module for hook in self._hooks})
-        if all(hook.calls for hook in self._hooks):  # else the loss says so
-            changed = any(hook.was_changed for hook in self._hooks)  # by what comes after a level
+        pairs, output = _find_pairs(self.given, images, {hook.module for hook in self._hooks})
+        if all(hook.calls for hook in self._hooks):  # otherwise the loss raises
+            changed = any(hook.was_changed for hook in self._hooks)  # by a module after the level
             self._calls = 0 if changed else sum(hook.calls for hook in self._hooks)
         if any(not isinstance(hook.output, Tensor) or hook.output.is_inference() for hook in self._hooks):
-            self._calls = 0  # whether a later module changes these can't be seen
+            self._calls = 0  # whether a later module changes such outputs is not known
         self.how = "nothing to fold"
         if pairs:
             self._fold(pairs, output, images)
-        self.how += "; ends after its last level" if self._calls else "; runs to its end"
+        self.how += "; stops after its last level" if self._calls else "; runs to its end"
 
     def _fold(self, pairs: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]], output: Any, images: Any) -> None:
         exact = [hook.feature().clone() for hook in self._hooks]
@@ -147,21 +146,21 @@ class Teacher:
             self._use(folded)
             again = folded(images)
             far = [str(hook) for hook, y in zip(self._hooks, exact, strict=True) if not _is_near(hook.feature(), y)]
-        except Exception as error:  # a copy may fail by whatever its modules like
+        except Exception as error:  # modules may raise anything when they are copied
             self._use(None)
             self.how = f"not folded, as its copy fails ({type(error).__name__}: {error})"
             return
         tensors = _tensors(again), _tensors(output)
         if len(tensors[0]) != len(tensors[1]) or not all(map(_is_near, *tensors)):
-            far.append("its output")
+            far.append("the output")
         self.how = f"{len(pairs)} batch norms folded into convolutions"
         if far:
             self._use(None)
-            self.how = f"not folded, as these would differ: {', '.join(far)}"
+            self.how = f"not folded, as folding would change: {', '.join(far)}"
             warnings.warn(f"Distiller: the teacher runs as it was given; {self.how}", stacklevel=2)
 
     def _use(self, folded: nn.Module | None) -> None:
-        """Let the copy run, or None: what was given; the hooks go along."""
+        """Run the copy from now on, or the given model if None; the hooks move to it."""
         if folded is self._copy:
             return
         back = {mine: given for given, mine in self._of_copy.items()}
@@ -173,14 +172,14 @@ class Teacher:
         self._copy = folded
 
 
-def _what_stands_against(model: nn.Module) -> str:
-    """Why a copy of this model may not do what the model does; empty: nothing."""
+def _reason_not_to_copy(model: nn.Module) -> str:
+    """Return why a copy of this model might not compute the same; empty if it will."""
     root = unwrapped(model)
     tensors = [*root.parameters(), *root.buffers()]
     if is_compiled(model) or without_ddp(model) is not root:
         return "it is compiled or wrapped"
     if any(type(x) not in (Tensor, nn.Parameter) or x.is_inference() for x in tensors):
-        return "its weights are no plain tensors"
+        return "its weights are not plain tensors"
     patched = next((name for name, m in root.named_modules() if "forward" in vars(m)), None)
     if patched is not None:
         return f"the forward of {patched or 'the model'!r} was replaced"
@@ -191,16 +190,18 @@ def _what_stands_against(model: nn.Module) -> str:
         if any(not isinstance(hook, FeatureHook) for kind in kinds for hook in dict.values(getattr(m, kind)))
     )
     hooked = next(others, None)
-    return "" if hooked is None else f"{hooked or 'the model'!r} has hooks of others"
+    return "" if hooked is None else f"{hooked or 'the model'!r} has other hooks"
 
 
-def _follow_each_other(
+def _find_pairs(
     model: nn.Module, images: Any, levels: set[nn.Module]
 ) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], Any]:
-    """Convolutions and the batch norms that get what they return, in one forward of the model, and its output; no
-    convolution of ``levels``, whose own output is to be heard."""
+    """Return the (convolution, batch norm) pairs to fold, found in one forward of the model, and its output.
+
+    A convolution in ``levels`` is left out, because its own output is distilled.
+    """
     root = unwrapped(model)
-    made: dict[int, tuple[nn.Conv2d, weakref.ref[Tensor]]] = {}  # by the tensor's id, which others get later
+    made: dict[int, tuple[nn.Conv2d, weakref.ref[Tensor]]] = {}  # by the tensor's id, which another may get later
     found: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
     ran: list[nn.Module] = []
 
@@ -225,7 +226,7 @@ def _follow_each_other(
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer's weights are its own, and a batch norm has statistics."""
+    """Whether a layer is in eval mode without parametrisations, and a batch norm has running statistics."""
     statistics = not isinstance(module, nn.BatchNorm2d) or module.running_mean is not None
     return statistics and not hasattr(module, "parametrizations") and not module.training
 
@@ -233,7 +234,7 @@ def _is_plain(module: nn.Module) -> bool:
 def _folded(
     root: nn.Module, pairs: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]
 ) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
-    """A copy that shares the weights that stay as they are, and which module of it is which of the model."""
+    """Return a copy with folded pairs that shares all other weights, and the map from the model's modules to it."""
     shared = {id(x): x for x in (*root.parameters(), *root.buffers())}
     copied = copy.deepcopy(root, shared)
     of_copy = dict(zip(root.modules(), copied.modules(), strict=True))

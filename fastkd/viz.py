@@ -1,7 +1,7 @@
-"""Images of what distillation looks at and how it goes; needs matplotlib (``pip install 'fastkd[train]'``).
+"""Figures of information maps, feature differences and losses; needs matplotlib (``pip install 'fastkd[train]'``).
 
-Each function returns a ``matplotlib.figure.Figure`` of its own, outside pyplot's global state: save it with
-``figure.savefig(path)``, show it as the last line of a notebook's cell, or hand it to TensorBoard's ``add_figure``.
+Each function returns a new ``matplotlib.figure.Figure``, outside pyplot's global state: save it with
+``figure.savefig(path)``, show it as the last line of a notebook's cell, or pass it to TensorBoard's ``add_figure``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Numbers: TypeAlias = Sequence[float]
 
-# Okabe and Ito (2008): told apart with any kind of colour vision; line styles repeat the difference in grey
+# Okabe and Ito (2008): distinct for any kind of colour vision; line styles keep lines distinct in grey
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 HEAT = "inferno"
@@ -31,22 +31,22 @@ PANEL = 2.2  # inches
 def overlay_maps(
     images: Tensor, maps: Sequence[Tensor], titles: Sequence[str], *, max_images: int = 4, opacity: float = 0.75
 ) -> Figure:
-    """Information maps as heat over the images: one row an image, one column a level, the plain image first.
+    """Return a figure of information maps as heat over the images: a row per image, and a column per level.
 
-    Each map is shown relative to its own highest cell (in that image), so that levels of any scale can be compared
-    in shape; the number below a panel is how many times the mean its highest cell weighs. Cells have sharp edges:
-    one square is one cell of the level. What is not finite is cyan.
+    The first column shows the image. Each map is drawn relative to its own highest cell in that image, so that the
+    shapes of levels of different scale can be compared; the number below a panel is the highest cell over the mean. A
+    square is one cell of the level. Cells that are not finite are cyan.
 
     Args:
         images: (N, 3, H, W), float in [0, 1] or uint8.
-        maps: per level (N, h, w), not negative, as of ``fastkd.info_map``.
-        titles: one name a level, ``"backbone, stride 8"`` say.
-        max_images: rows at most.
-        opacity: of the heat where the map is highest, in [0, 1]; the lowest cells show the image.
+        maps: one (N, h, w) tensor per level, not negative, as from ``fastkd.info_map``.
+        titles: one name per level, for example ``"backbone, stride 8"``.
+        max_images: the largest number of images to draw.
+        opacity: of the heat where the map is highest, in [0, 1]; the lowest cells are transparent.
 
     Raises:
         ImportError: no matplotlib.
-        ValueError: no image; lengths or shapes that do not fit.
+        ValueError: no image; lengths or shapes that do not match.
     """
     _check_overlay(images, titles, maps=maps)
 
@@ -67,23 +67,23 @@ def overlay_differences(
     max_images: int = 4,
     opacity: float = 0.75,
 ) -> Figure:
-    """How far the student is from the teacher in each cell, as heat over the images, as ``overlay_maps``.
+    """Return a figure of the difference between student and teacher in each cell, as heat over the images.
 
-    With ``before``, each image has two rows, and what stands one above the other has one scale: what turned dark, the
-    student has learnt. Colours go by the square root, as a few cells outweigh all others; the number below a panel is
-    the mean over its cells.
+    The layout is that of ``overlay_maps``. With ``before``, each image has two rows, and the two panels of a level have
+    the same scale: cells that became dark have been learnt. Colours follow the square root of the value, as a few cells
+    are much larger than all others; the number below a panel is the mean over its cells.
 
     Args:
         images: (N, 3, H, W), float in [0, 1] or uint8.
-        differences: per level (N, h, w), not negative, as ``DistillMaps.differences``.
-        titles: one name a level.
-        before: the same of an earlier student.
-        names: of the two rows.
-        max_images, opacity: as for ``overlay_maps``.
+        differences: one (N, h, w) tensor per level, not negative, as in ``DistillMaps.differences``.
+        titles: one name per level.
+        before: the differences of an earlier student, of the same shapes.
+        names: names of the two rows.
+        max_images, opacity: as in ``overlay_maps``.
 
     Raises:
         ImportError: no matplotlib.
-        ValueError: no image; lengths or shapes that do not fit.
+        ValueError: no image; lengths or shapes that do not match.
     """
     _check_overlay(images, titles, differences=differences, **({} if before is None else {"before": before}))
 
@@ -103,20 +103,23 @@ def plot_level_losses(
     smooth: float = 0.9,
     share_of_total: Numbers | None = None,
 ) -> Figure:
-    """Distillation loss of each level over training, on a logarithmic scale; and each level's share of their sum.
+    """Return a figure of each level's loss over training, on a logarithmic scale, and of its share of their sum.
 
     Args:
-        history: level name to its loss at every logged step, all of one length (``criterion.level_losses`` collected).
+        history: from the name of a level to its loss at every logged step (``criterion.level_losses``), of equal
+            lengths.
         steps: training step of each entry; by default 0, 1, 2, ...
-        smooth: share that the running mean keeps of itself per entry, in [0, 1); the raw values stay faintly visible.
-        share_of_total: also draw what the whole distillation loss, weighted, is of the total loss, in [0, 1].
+        smooth: decay of the exponential running mean per entry, in [0, 1); the raw values are drawn faintly.
+        share_of_total: the weighted distillation loss over the total loss, in [0, 1], to draw as well.
 
     Raises:
         ImportError: no matplotlib.
-        ValueError: no level, unequal lengths, ``smooth`` outside [0, 1).
+        ValueError: no level; unequal lengths; ``smooth`` outside [0, 1).
     """
     if not history or not 0 <= smooth < 1:
-        raise ValueError(f"history, smooth: expected a level or more and 0 <= smooth < 1, got {len(history)}, {smooth}")
+        raise ValueError(
+            f"history, smooth: expected at least one level and 0 <= smooth < 1, got {len(history)} levels and {smooth}"
+        )
     count = len(next(iter(history.values())))
     x = list(range(count)) if steps is None else list(steps)
     series = {f"history[{name!r}]": values for name, values in history.items()}
@@ -143,7 +146,7 @@ def plot_level_losses(
 
 
 def _stack_shares(axis: Axes, x: Sequence[float], means: Sequence[Numbers]) -> None:
-    """Each level's share of the sum as a band, with its last value at the right edge."""
+    """Draw the share of each level in the sum as a band, with its last value at the right edge."""
     totals = [sum(m[k] for m in means) or 1.0 for k in range(len(x))]
     shares = [[value / total for value, total in zip(mean, totals, strict=True)] for mean in means]
     axis.stackplot(x, shares, colors=[_look(i)["color"] for i in range(len(shares))], edgecolor="white", linewidth=0.6)
@@ -153,7 +156,7 @@ def _stack_shares(axis: Axes, x: Sequence[float], means: Sequence[Numbers]) -> N
     axis.grid(visible=False)
     below = 0.0
     for i, share in enumerate(s[-1] for s in shares if len(x)):
-        if share >= 0.03:  # a thinner band has no room for it
+        if share >= 0.03:  # a thinner band has no room for the number
             axis.annotate(
                 f"{share:.0%}",
                 (1, below + share / 2),
@@ -174,13 +177,13 @@ def plot_curves(
     x_label: str = "step",
     y_label: str = "mAP",
 ) -> Figure:
-    """One line a model: students with and without distillation, say.
+    """Return a figure with one line per model, for example students with and without distillation.
 
     Args:
-        curves: name to (x, y); y is one series, or several (one per seed), drawn as their mean in a band from the
-            lowest to the highest.
-        references: name to a value drawn as a thin horizontal line, the teacher's for one.
-        x_label, y_label: of the axes, with units.
+        curves: from the name of a model to (x, y); y is one series, or several (one per seed), which are drawn as their
+            mean and a band from the lowest to the highest.
+        references: from a name to a value that is drawn as a thin horizontal line, for example the teacher's.
+        x_label, y_label: labels of the axes, with units.
 
     Raises:
         ImportError: no matplotlib.
@@ -236,9 +239,10 @@ def _overlay(
     max_images: int,
     opacity: float,
 ) -> Figure:
-    """The image and its levels in a row; a row for each of ``kinds``, in one scale for an image's level.
+    """Return a figure with the image and its levels in a row, and a row per entry of ``kinds``.
 
-    ``caption`` gets a panel's values and those above it of the same image; colours go by the value's power ``gamma``.
+    The panels of one level and image have the same scale. ``caption`` gets the values of a panel and those of the first
+    kind of the same image; colours follow the value to the power ``gamma``.
     """
     if max_images < 1:
         raise ValueError(f"max_images: expected a number >= 1, got {max_images}")
@@ -251,7 +255,7 @@ def _overlay(
         axis.set_title(title, fontsize=9)
     for (i, kind), row in zip(rows, axes, strict=True):
         pixels = _pixels(images[i])
-        grey = 0.7 * pixels.mean(2, keepdim=True).expand(-1, -1, 3)  # so that colour and light mean weight
+        grey = 0.7 * pixels.mean(2, keepdim=True).expand(-1, -1, 3)  # so that colour and brightness show the weight
         row[0].set_ylabel(kind, fontsize=9)
         for k, axis in enumerate(row):
             axis.set(xticks=[], yticks=[])
@@ -283,7 +287,7 @@ def _heat() -> Colormap:
 
 
 def _finite(values: Tensor, other: float) -> Tensor:
-    """``values`` with ``other`` in place of what is infinite or not a number."""
+    """Return ``values`` with ``other`` in place of values that are infinite or not a number."""
     return values.where(values.isfinite(), other)
 
 
@@ -298,7 +302,7 @@ def _ratio(a: Tensor, b: Tensor) -> float:
 
 
 def _outlined() -> list[Any]:
-    """Path effects that keep a dark line visible on dark colours."""
+    """Return path effects that keep a dark line visible on dark colours."""
     from matplotlib.patheffects import Normal, Stroke
 
     return [Stroke(linewidth=3, foreground="white"), Normal()]
@@ -316,18 +320,18 @@ def _check_overlay(images: Tensor, titles: Sequence[str], **named: Sequence[Tens
             if level.ndim != 3 or len(level) != len(images) or not level.numel():
                 shape = tuple(level.shape)
                 raise ValueError(
-                    f"{name}[{i}]: expected shape ({len(images)}, h, w), as images, not empty, got {shape}"
+                    f"{name}[{i}]: expected shape ({len(images)}, h, w), one row per image, not empty, got {shape}"
                 )
 
 
 def _pixels(image: Tensor) -> Tensor:
-    """(H, W, 3) float in [0, 1] of a (3, H, W) image."""
+    """Return a (3, H, W) image as (H, W, 3) float32 in [0, 1]."""
     scale = 255 if image.dtype == torch.uint8 else 1
     return (image.detach().float().cpu() / scale).clamp(0, 1).permute(1, 2, 0)
 
 
 def _running_mean(values: Numbers, keep: float) -> list[float]:
-    """Exponential mean that starts unbiased; what is not finite stays as it is and is left out of it."""
+    """Return the exponential running mean without initial bias; entries that are not finite become NaN."""
     out, total, weight = [], 0.0, 0.0
     for value in values:
         if math.isfinite(value):
@@ -350,7 +354,7 @@ def _label(axis: Axes, x: str, y: str) -> None:
 
 
 def _log_scale(axis: Axes) -> None:
-    """With plain numbers at 1, 2 and 5 of each decade, of which a loss seldom falls through more than two."""
+    """Set a logarithmic scale with plain numbers at 1, 2 and 5 of each decade, as a loss rarely spans more than two."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_yscale("log")

@@ -1,1 +1,1 @@
-"""The Triton kernels (shipped as ``fastkd.kernels``): ``distill`` two passes, ``stream`` one, ``launch`` their ops."""
+"""The Triton kernels, installed as ``fastkd.kernels``: ``distill`` (two passes), ``stream`` (one), ``launch`` (ops)."""

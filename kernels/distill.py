@@ -1,30 +1,31 @@
-"""The Triton kernels of two passes, one launch per pass for all levels, and the pieces that ``stream`` shares.
+"""The Triton kernels of the two passes, one launch per pass for all levels, and functions that ``stream`` shares.
 
 ``forward`` reads the features and computes, for each cell p of each level,
 
-    e_p = score(t'_p),   w_p = prior_p * map_norm(e)_p,   D_p = sum_c rho(x_pc),   L = weight * sum_p w_p D_p / Z,
-    x_pc = (s_pc + bias_c) - t'_pc,   t'_pc = (t_pc - mean_c) * rstd_c;
+    x_pc = (s_pc + bias_c) - t'_pc,   t'_pc = (t_pc - mean_c) * rstd_c,
+    e_p = score(t'_p),   w_p = prior_p * map_norm(e)_p,   D_p = sum_c rho(x_pc),   L = weight * sum_p w_p D_p / Z;
 
-``backward`` reads them again and writes ds_pc = g * weight / Z * w_p * rho'(x_pc). Without a penalty, ``forward`` reads
-the teacher alone and leaves maps and masses: the score pass, after which ``stream`` knows every weight.
+``backward`` reads them again and writes ds_pc = g * weight / Z * w_p * rho'(x_pc), g being the upstream gradient.
+Without a penalty, ``forward`` is the score pass: it reads only the teacher, and computes maps and masses (sums of the
+maps) for ``stream``.
 
-What must move, for features of b bytes an element (the maps, (N, H, W), are small beside them):
+Bytes that each kernel must move per element of b bytes, in units too (one unit is the bytes of all student features),
+and its arithmetic operations per element. The (N, H, W) maps are small compared with the features and left out.
 
 ==========  ========================  ==========================================  ===================
 kernel      bytes per element         floating-point operations per element       floor, 4.8 TB/s, b=2
 ==========  ========================  ==========================================  ===================
-forward     2 b: reads s and t        about 8: bias, standardise 2, score 2,      0.83 ps
+forward     2 b (2 units): s and t    about 8: bias, standardise 2, score 2,      0.83 ps
                                       penalty 3
-score pass  b: reads t                about 4: standardise 2, score 2             0.42 ps
-backward    3 b: reads s and t,       about 6: bias, standardise 2, slope 3       1.25 ps
-            writes ds
+score pass  b (1 unit): t             about 4: standardise 2, score 2             0.42 ps
+backward    3 b (3 units): s, t, ds   about 6: bias, standardise 2, slope 3       1.25 ps
 ==========  ========================  ==========================================  ===================
 
-A program takes BLOCK_P cells of one image of one level; in the forward it walks over their channels in steps of
-BLOCK_C, in the backward it takes one such step. Which axis of the tile is contiguous (NCHW: the cells, channels_last:
-the channels) follows from strides of 1, which Triton compiles as constants; so each layout is read in place. Every load
-is widened to float32 at once; what is summed over an image's cells is in float64, as a difference of near-equal scores
-may decide a weight.
+A program computes a tile: BLOCK_P cells of one image of one level. In the forward it loops over their channels in
+steps of BLOCK_C; in the backward it computes one such step. Strides of 1, which Triton compiles as constants, determine
+the contiguous axis of the tile (NCHW: the cells, channels_last: the channels), so each layout is read in place. Loads
+are converted to float32 at once. Sums over the cells of an image are in float64, as the difference of nearly equal
+scores may decide a weight.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ import triton.language as tl
 EPS = tl.constexpr(1e-9)  # as in fastkd/ops/reference.py
 TINY = tl.constexpr(1.1754943508222875e-38)
 LOWEST_LOGIT = tl.constexpr(-1000.0)
-STAGES = tl.constexpr(2)  # of the forward's loop over channels: the next tile is copied while one is worked on
+STAGES = tl.constexpr(2)  # of the forward's loop over channels: the next step is loaded while one is computed
 
 
 class Feature(NamedTuple):
-    """An (N, C, H, W) tensor by its strides, in elements. ``row`` is None where rows have no gaps between them."""
+    """An (N, C, H, W) tensor with its strides in elements. ``row`` is None if there are no gaps between rows."""
 
     data: Any  # None: absent (Triton 3.6 cannot ask whether a tuple is None)
     image: int
@@ -51,22 +52,22 @@ class Feature(NamedTuple):
 
 
 class Level(NamedTuple):
-    """One level; the same fields as the struct of ``csrc/level.h``."""
+    """One level, with the same fields as the struct in ``csrc/level.h``."""
 
-    number: int  # among all levels, empty ones counted
+    number: int  # index among all levels, including empty ones
     images: int
     channels: int
     cells: int  # H * W
     width: int
     per_channel: float  # 1 / channels
-    scale: float  # weight / Z, of smooth_l1 also divided by beta; where Z depends on the map, without Z
+    scale: float  # weight / Z, for smooth_l1 also divided by beta; without Z where Z depends on the map
     student: Feature
     teacher: Feature
-    grad: Feature  # absent where it is not wanted
+    grad: Feature  # absent if not wanted
     prior: Any  # (N, H, W) or None: 1
-    mean: Any  # (C,) or None; mean, rstd and bias are all there, or all None: t' = t and no bias
+    mean: Any  # (C,) or None; mean, rstd and bias are all present, or all None: t' = t and no bias
     rstd: Any
-    bias: Any  # of the student's adapter, whose output comes without it
+    bias: Any  # of the student's adapter, whose output lacks it
     bias_grad: Any  # (C,) or None: not wanted
 
 
@@ -75,7 +76,7 @@ class Level(NamedTuple):
 
 @triton.jit
 def score_term(x, SCORE: tl.constexpr):
-    """What one channel adds to the score of its cell, before division by C."""
+    """Return the part of one channel in the score of its cell, before division by C."""
     if SCORE == "magnitude":
         return tl.abs(x)
     elif SCORE == "energy":
@@ -86,7 +87,7 @@ def score_term(x, SCORE: tl.constexpr):
 
 @triton.jit
 def scaled_penalty(x, beta, PENALTY: tl.constexpr):
-    """The penalty, but smooth_l1's times beta: a sum of them needs one division."""
+    """Return rho(x), for smooth_l1 times beta, so that a sum needs only one division."""
     if PENALTY == "l2":
         return x * x
     elif PENALTY == "l1":
@@ -99,18 +100,18 @@ def scaled_penalty(x, beta, PENALTY: tl.constexpr):
 
 @triton.jit
 def scaled_slope(x, beta, PENALTY: tl.constexpr):
-    """Derivative of the penalty, of smooth_l1's times beta."""
+    """Return rho'(x), for smooth_l1 times beta."""
     if PENALTY == "l2":
         return x + x
     elif PENALTY == "l1":
-        return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))  # 0 of a NaN, as PyTorch's l1_loss has it
+        return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))  # 0 for a NaN, as in PyTorch's l1_loss
     else:
         return tl.where(x < -beta, -beta, tl.where(x > beta, beta, x))
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x in float64, for x that float32 can hold. Its division is a subroutine, around which ptxas spills."""
+    """Return 1 / x in float64, for x in the range of float32: a float64 division is a call, which spills registers."""
     r = (1.0 / x.to(tl.float32)).to(tl.float64)
     return tl.where(r == 0, 0.0, r * (2 - x * r))  # one step of Newton's method
 
@@ -120,7 +121,7 @@ def reciprocal(x):
 
 @triton.jit
 def at_cells(feature, width, image, block, BLOCK_P: tl.constexpr, INDEX: tl.constexpr):
-    """Pointer to each cell's first channel, (BLOCK_P,). Whole blocks are skipped in 64 bits."""
+    """Return pointers to the first channel of each cell, (BLOCK_P,); the offset of the block has 64 bits."""
     base = feature.data + image.to(tl.int64) * feature.image
     cell = tl.arange(0, BLOCK_P).to(INDEX)
     if feature.row is None:
@@ -132,7 +133,7 @@ def at_cells(feature, width, image, block, BLOCK_P: tl.constexpr, INDEX: tl.cons
 
 @triton.jit
 def places(feature, cells, c, inside, channels, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """Pointers to (BLOCK_P, BLOCK_C) of a feature from channel c on, and which of them are inside it."""
+    """Return pointers to (BLOCK_P, BLOCK_C) elements of a feature from channel c on, and the mask of valid ones."""
     channel = tl.arange(0, BLOCK_C)
     start = tl.cast(c, tl.int64) * feature.channel
     offset = channel.to(INDEX) * feature.channel
@@ -141,21 +142,21 @@ def places(feature, cells, c, inside, channels, BLOCK_C: tl.constexpr, INDEX: tl
 
 @triton.jit
 def read(feature, cells, c, inside, channels, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """The values there, as float32; 0 outside."""
+    """Return the elements of ``places`` as float32; 0 outside the feature."""
     at, mask = places(feature, cells, c, inside, channels, BLOCK_C, INDEX)
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def read_vector(x, c, channels, BLOCK_C: tl.constexpr):
-    """BLOCK_C entries of a (C,) vector from channel c on, as a row; 0 outside."""
+    """Return BLOCK_C entries of a (C,) vector from channel c on, as a row; 0 outside."""
     channel = c + tl.arange(0, BLOCK_C)
     return tl.load(x + channel, mask=channel < channels, other=0.0)[None, :]
 
 
 @triton.jit
 def read_student(level, cells, c, inside, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """s + bias of a tile, or s where the level has none."""
+    """Return s + bias of a tile, or s if the level has no bias."""
     s = read(level.student, cells, c, inside, level.channels, BLOCK_C, INDEX)
     if level.bias is not None:
         s += read_vector(level.bias, c, level.channels, BLOCK_C)
@@ -164,7 +165,7 @@ def read_student(level, cells, c, inside, BLOCK_C: tl.constexpr, INDEX: tl.const
 
 @triton.jit
 def read_teacher(level, cells, c, inside, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """t' of a tile, or t where the level has no moments."""
+    """Return t' of a tile, or t if the level has no moments."""
     x = read(level.teacher, cells, c, inside, level.channels, BLOCK_C, INDEX)
     if level.mean is not None:
         mean = read_vector(level.mean, c, level.channels, BLOCK_C)
@@ -180,13 +181,13 @@ def measure(
     level, image, block, inverse_temperature, beta,
     SCORE: tl.constexpr, PENALTY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Score e of BLOCK_P cells and scaled penalty sum D, in one read; without a PENALTY, of the teacher alone."""
+    """Return score e and scaled penalty sum D of BLOCK_P cells; without a PENALTY only e, from the teacher alone."""
     inside = block * BLOCK_P + tl.arange(0, BLOCK_P) < level.cells
     student = at_cells(level.student, level.width, image, block, BLOCK_P, INDEX)
     teacher = at_cells(level.teacher, level.width, image, block, BLOCK_P, INDEX)
     d = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     e = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    if SCORE == "entropy":  # each lane keeps its own highest value, sum of exp and sum of u exp
+    if SCORE == "entropy":  # each lane has its own maximum, sum of exp(u) and sum of u exp(u)
         highest = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
         weighted = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for c in tl.range(0, level.channels, BLOCK_C, num_stages=STAGES):
@@ -210,17 +211,17 @@ def measure(
 
 @triton.jit
 def below(x, highest, inverse_temperature):
-    """(x - highest) / T, clamped so that exp() is 0 and its product with the logit too, whatever T."""
+    """Return u = (x - highest) / T, clamped so that exp(u) and u exp(u) are 0 for very negative u, for any T."""
     u = (x - highest) * inverse_temperature
     return tl.where(u < LOWEST_LOGIT, LOWEST_LOGIT, u).to(tl.float32)
 
 
 @triton.jit
 def add_entropy(total, weighted, highest, x, here, inverse_temperature):
-    """Online softmax over channels: rescale the sums of exp(u) and u exp(u) to the new highest value, add x."""
-    new = tl.where(here & ((x > highest) | (x != x)), x, highest)  # a NaN stays
+    """Rescale the sums of exp(u) and u exp(u) over channels to the new maximum, and add x: an online softmax."""
+    new = tl.where(here & ((x > highest) | (x != x)), x, highest)  # propagates a NaN
     shift = below(highest, new, inverse_temperature)
-    shift = tl.where(highest == new, 0.0, shift)  # also where both are still -inf
+    shift = tl.where(highest == new, 0.0, shift)  # also if both are -inf
     weighted = (weighted + shift * total) * tl.exp(shift)
     total = total * tl.exp(shift)
     u = below(x, new, inverse_temperature)
@@ -230,28 +231,28 @@ def add_entropy(total, weighted, highest, x, here, inverse_temperature):
 
 @triton.jit
 def entropy_score(total, weighted, highest, channels, inverse_temperature):
-    """1 - H / log C of each cell, from the lanes' sums; 0 where rounding is all that is left of it, of either sign."""
+    """Return 1 - H / log C of each cell, from the sums of the lanes; 0 where rounding makes it negative."""
     top = tl.max(highest, 1)
     shift = below(highest, top[:, None], inverse_temperature)
     weighted = tl.sum(((weighted + shift * total) * tl.exp(shift)).to(tl.float64), 1)
     total = tl.sum((total * tl.exp(shift)).to(tl.float64), 1)
     log_channels = tl.log(channels.to(tl.float64))
     entropy = tl.log(total) - weighted * reciprocal(total)
-    # the difference first: of equal channels it must be 0, and the reciprocal may miss by a bit
+    # the difference first, as it must be 0 for equal channels, and the reciprocal may be wrong in the last bit
     score = tl.where(log_channels > TINY, (log_channels - entropy) * reciprocal(log_channels), 1.0 - entropy)
-    return tl.where(score < 0, 0.0, score)  # a NaN stays
+    return tl.where(score < 0, 0.0, score)  # propagates a NaN
 
 
 @triton.jit
 def is_last(ticket, count):
-    """Whether all other programs of `count` have come here before: then what they stored is visible."""
-    tl.debug_barrier()  # all threads of this program have stored
+    """Whether this is the last of `count` programs to take a ticket; it then sees everything that the others stored."""
+    tl.debug_barrier()  # waits until all threads of this program have stored
     return tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == count - 1
 
 
 @triton.jit
 def shift_and_factor(score, first, cells, inverse_temperature, MAP_NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """What makes an image's weights of its scores: (e - shift) * factor, of softmax exp((e - shift) / T) * factor."""
+    """Return shift and factor of map_norm(e) = (e - shift) * factor, for softmax exp((e - shift) / T) * factor."""
     lane = tl.arange(0, BLOCK)
     low = tl.full((BLOCK,), float("inf"), tl.float64)
     high = tl.full((BLOCK,), float("-inf"), tl.float64)
@@ -260,7 +261,7 @@ def shift_and_factor(score, first, cells, inverse_temperature, MAP_NORM: tl.cons
         inside = p + lane < cells
         e = tl.load(score + first + p + lane, mask=inside, other=0.0, cache_modifier=".cg")
         new = tl.where(inside & ((e > high) | (e != e)), e, high)
-        if MAP_NORM == "softmax":  # online: one pass gives the highest score and the sum of exponentials
+        if MAP_NORM == "softmax":  # online: one pass for the maximum and the sum of exponentials
             rescale = tl.where(high == new, 1.0, tl.exp(below(high, new, inverse_temperature)))
             total = total * rescale + tl.where(inside, tl.exp(below(e, new, inverse_temperature)), 0.0)
         else:
@@ -271,7 +272,7 @@ def shift_and_factor(score, first, cells, inverse_temperature, MAP_NORM: tl.cons
         mean = tl.sum(total, 0) * reciprocal(cells.to(tl.float64))
         return 0.0, reciprocal(tl.where(mean < TINY, TINY, mean))
     elif MAP_NORM == "minmax":
-        sum_of = tl.sum(total, 0)  # extremes lose a NaN, which in PyTorch makes its whole image NaN
+        sum_of = tl.sum(total, 0)  # minimum and maximum drop a NaN, which in PyTorch makes the whole image NaN
         shift = tl.where(sum_of != sum_of, sum_of, tl.min(low, 0))
         return shift, reciprocal(tl.max(high, 0) - shift + EPS)
     else:
@@ -281,7 +282,7 @@ def shift_and_factor(score, first, cells, inverse_temperature, MAP_NORM: tl.cons
 
 @triton.jit
 def write_map(level, image, first, score, maps, inverse_temperature, MAP_NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the map of one image, in float64 over its scores; its sum. Reads what others wrote, hence past L1."""
+    """Write the map of one image, in float64 over its scores too, and return its sum; reads the scores past the L1."""
     lane = tl.arange(0, BLOCK)
     if MAP_NORM != "none":
         shift, factor = shift_and_factor(score, first, level.cells, inverse_temperature, MAP_NORM, BLOCK)
@@ -305,7 +306,7 @@ def write_map(level, image, first, score, maps, inverse_temperature, MAP_NORM: t
 
 @triton.jit
 def weighted_distance(level, first, weight, distance, BLOCK: tl.constexpr):
-    """Sum of w D over one image. Reads what other programs wrote."""
+    """Return the sum of w D over one image, from values that other programs wrote."""
     lane = tl.arange(0, BLOCK)
     loss = tl.zeros((BLOCK,), tl.float64)
     for p in range(0, level.cells, BLOCK):
@@ -318,7 +319,7 @@ def weighted_distance(level, first, weight, distance, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_parts(parts, count, BLOCK: tl.constexpr):
-    """Sum of ``count`` numbers that other programs wrote, always in the same order."""
+    """Return the sum of ``count`` numbers that other programs wrote, always in the same order."""
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for n in range(0, count, BLOCK):
@@ -328,7 +329,7 @@ def sum_parts(parts, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def scale_of(level, mass, Z_OF_MAP: tl.constexpr):
-    """weight / Z, of smooth_l1 also divided by beta."""
+    """Return weight / Z, for smooth_l1 also divided by beta."""
     if Z_OF_MAP:
         return level.scale * reciprocal(level.channels * mass + EPS)
     else:
@@ -337,7 +338,7 @@ def scale_of(level, mass, Z_OF_MAP: tl.constexpr):
 
 @triton.jit
 def finalize_level(level, first_image, image_sums, images, losses, mass, Z_OF_MAP: tl.constexpr):
-    """Mass of a level and, unless ``losses`` is None, its loss, from the sums of its images."""
+    """Store the mass of a level and, unless ``losses`` is None, its loss, from the sums of its images."""
     mass_sum = sum_parts(image_sums + first_image, level.images, 128)
     tl.store(mass + level.number, mass_sum.to(mass.dtype.element_ty))
     if losses is not None:
@@ -351,20 +352,22 @@ def forward(
     L: tl.constexpr, SCORE: tl.constexpr, MAP_NORM: tl.constexpr, PENALTY: tl.constexpr, Z_OF_MAP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Losses, masses and maps of all levels; without a PENALTY the score pass: masses and maps alone.
+    """Compute losses, masses and maps of all levels; without a PENALTY (the score pass) only masses and maps.
 
     Args:
-        levels: L ``Level``, none of them empty. Where each begins is counted here: as arguments, such numbers would
-            have Triton compile again for most batch sizes.
+        levels: L ``Level``, none of them empty. The kernel itself counts where each level begins: as arguments, these
+            numbers would make Triton compile again for most batch sizes.
         scratch: float64 (2, cells): e and D of the cells of all images of all levels.
+        cells, images: numbers of cells and images of all levels.
         image_sums: float64 (2, images): sums of w and of w D, of all images of all levels.
-        tickets: int32 (images + levels,), zeros: programs that are done with an image; images that are done.
-        losses: None in the score pass.
-        mass: float32, or float64 in the score pass.
+        tickets: int32 (images + levels,), zeros: counts of finished programs per image, of finished images per level.
+        losses: float32 (levels,); None in the score pass.
+        mass: (levels,), float32, or float64 in the score pass.
+        maps: float32 (cells,): the weights w.
     """
     program = tl.program_id(0)
     distance = scratch + cells
-    program_0, first, first_image = 0, 0, 0  # programs, cells and images of the levels before
+    program_0, first, first_image = 0, 0, 0  # numbers of programs, cells and images of the levels before
     for l in tl.static_range(L):
         level = levels[l]
         blocks = tl.cdiv(level.cells, BLOCK_P)
@@ -385,7 +388,7 @@ def forward(
                     write_map(level, image, begin, scratch, maps, inverse_temperature, MAP_NORM, 512),
                 )
                 if PENALTY is not None:
-                    tl.debug_barrier()  # the sum reads weights that other threads of this program have just stored
+                    tl.debug_barrier()  # the sum reads weights that other threads of this program have stored
                     tl.store(image_sums + images + nth, weighted_distance(level, begin, scratch, distance, 512))
                 if is_last(tickets + images + level.number, level.images):
                     finalize_level(level, first_image, image_sums, images, losses, mass, Z_OF_MAP)
@@ -399,7 +402,7 @@ def forward(
 
 @triton.jit
 def read_weights(level, maps, first, image, p, inside):
-    """w of cells p of an image: of ``maps``, where the level begins at ``first``; without maps, the prior or 1."""
+    """Return w of cells p of an image: from ``maps``, where the level begins at ``first``, else the prior or 1."""
     if maps is not None:
         return tl.load(maps + first + image.to(tl.int64) * level.cells + p, mask=inside, other=0.0)
     elif level.prior is not None:
@@ -413,10 +416,10 @@ def penalty_and_grad(
     level, maps, first, image, block, channel, slope, beta,
     PENALTY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_P cells and BLOCK_C channels, from ``channel`` on: write ds = slope * w * rho'(x), unless it is absent.
+    """Write ds = slope * w * rho'(x) of BLOCK_P cells and BLOCK_C channels from ``channel`` on, if ds is wanted.
 
     Returns:
-        The sum of w * scaled rho(x), and the column sums of ds before it is rounded, (BLOCK_C,).
+        The sum of w * scaled rho(x), and the sums of ds over the cells, before rounding, (BLOCK_C,).
     """
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < level.cells
@@ -424,7 +427,7 @@ def penalty_and_grad(
     teacher = at_cells(level.teacher, level.width, image, block, BLOCK_P, INDEX)
     t = read_teacher(level, teacher, channel, inside, BLOCK_C, INDEX)
     x = read_student(level, student, channel, inside, BLOCK_C, INDEX) - t
-    x = tl.where(inside[:, None], x, 0.0)  # beyond the last cell it is the bias and the mean
+    x = tl.where(inside[:, None], x, 0.0)  # outside, x is made of bias and mean
     w = read_weights(level, maps, first, image, p, inside)
     ds = (slope.to(tl.float32) * w)[:, None] * scaled_slope(x, beta, PENALTY)
     if level.grad.data is not None:
@@ -440,15 +443,15 @@ def backward(
     L: tl.constexpr, PENALTY: tl.constexpr, Z_OF_MAP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """ds = g * weight / Z * w * rho'(x) of all levels; a program takes BLOCK_P cells and BLOCK_C channels.
+    """Write ds = g * weight / Z * w * rho'(x) of all levels; a program computes BLOCK_P cells and BLOCK_C channels.
 
     Args:
         levels: as in ``forward``.
-        upstream: (levels,) float32 by its stride, 0 where it was expanded.
-        mass, maps: of the forward.
+        upstream: g, (levels,) float32 with a stride, which is 0 if it was expanded.
+        mass, maps: the results of the forward.
     """
     program = tl.program_id(0)
-    program_0, first = 0, 0  # programs and cells of the levels before
+    program_0, first = 0, 0  # numbers of programs and cells of the levels before
     for l in tl.static_range(L):
         level = levels[l]
         steps = tl.cdiv(level.channels, BLOCK_C)

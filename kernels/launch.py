@@ -1,6 +1,6 @@
-"""The Triton backend's ops: tensors in, one launch for all levels (two where a map must come first), tensors out.
+"""The ops of the Triton backend: one launch for all levels, or two if the score pass must compute the map first.
 
-Where Triton interprets (``TRITON_INTERPRET=1``) they are those of CPU tensors.
+With Triton's interpreter (``TRITON_INTERPRET=1``) they are registered for CPU tensors.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fastkd.kernels.stream import Flat, rescale, stream
 from fastkd.ops import reference
 from fastkd.ops.presets import DIVISORS, MAP_NORMS, PENALTIES, SCORES
 
-DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # whose tensors the kernels take
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # device of the tensors that the kernels take
 ABSENT = Feature(None, 0, 0, None, 0)
-PROGRAMS_PER_SM = 4  # of the rescale kernel, which usually finds nothing to do
+PROGRAMS_PER_SM = 4  # of the rescale kernel, which usually has nothing to do
 RESCALE_BLOCK = 4096
 
 
 class Tensors(NamedTuple):
-    """What a call computes on: one entry per level in each list; absent ones are None or empty."""
+    """The tensors of a call: one entry per level in each list; an absent entry is None or empty."""
 
     student: Sequence[Tensor]
     teacher: Sequence[Tensor]
@@ -41,7 +41,7 @@ class Tensors(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a call computes: the ops' codes by name, as the kernels are compiled for them."""
+    """The options of a call, by name instead of code; the kernels are compiled for them."""
 
     score: str
     map_norm: str
@@ -52,7 +52,7 @@ class Options(NamedTuple):
 
     @property
     def weights_are_known(self) -> bool:
-        """Whether the weight of each cell is its prior, known before any feature is read."""
+        """Whether the weight of each cell is its prior, and so known before any feature is read."""
         return self.score == "uniform" and self.map_norm == "none"
 
     @property
@@ -69,12 +69,12 @@ class Options(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What a program takes at a time."""
+    """The cells and channels that a program computes at a time."""
 
     cells: int
     channels: int
     warps: int
-    index: Any  # dtype of offsets within it
+    index: Any  # dtype of offsets within the tile
 
     def blocks(self, level: Level) -> int:
         return int(triton.cdiv(level.cells, self.cells))
@@ -84,10 +84,10 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every kernel is compiled with.
+        """The compile-time options of every kernel.
 
-        No product is fused with a difference: s - t', t' standardised, must be 0 where equal, and so must a logit
-        below the highest.
+        No product is fused with a difference, as s - t' must be exactly 0 where both are equal, and so must the
+        difference of a logit and the highest logit.
         """
         sizes = {"BLOCK_P": self.cells, "BLOCK_C": self.channels, "INDEX": self.index}
         return {**sizes, "num_warps": self.warps, "enable_fp_fusion": False}
@@ -96,14 +96,17 @@ class Tile(NamedTuple):
 # ---- checks
 
 
-def require(fits: bool, expected: str) -> None:
-    """Keeps a direct call of an op from memory that is not there; what users read, fastkd/ops/levels.py says before."""
-    if not fits:
+def require(condition: bool, expected: str) -> None:
+    """Raise ``RuntimeError`` unless the condition holds, so that a direct call of an op cannot access invalid memory.
+
+    Users get the messages of fastkd/ops/levels.py before.
+    """
+    if not condition:
         raise RuntimeError(f"fastkd: the Triton kernels expected {expected}")
 
 
 def require_features(tensors: Tensors, weights: Sequence[float]) -> None:
-    """Levels of one device, with one entry of everything each."""
+    """Check that lists have one entry per level, and features equal shapes and one device."""
     student, count = tensors.student, len(tensors.student)
     require(count > 0 and {*map(len, tensors), len(weights)} == {count}, "one entry per level, at least one")
     for s, t, g in zip(student, tensors.teacher, tensors.grad, strict=True):
@@ -117,22 +120,22 @@ def require_features(tensors: Tensors, weights: Sequence[float]) -> None:
 def companion(
     x: Tensor | None, shape: Sequence[int], student: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor | None:
-    """A contiguous companion of the features; None where it is absent, which the ops get as an empty tensor."""
+    """Check a small contiguous tensor of a level and return it; None for an empty tensor, which means absent."""
     if x is None or x.numel() == 0:
         return None
-    fits = x.numel() == math.prod(shape) and x.is_contiguous() and x.dtype == dtype and x.device == student.device
-    require(fits, f"a contiguous {dtype} tensor of shape {tuple(shape)} on {student.device}")
+    valid = x.numel() == math.prod(shape) and x.is_contiguous() and x.dtype == dtype and x.device == student.device
+    require(valid, f"a contiguous {dtype} tensor of shape {tuple(shape)} on {student.device}")
     return x
 
 
 def require_upstream(grad: Tensor, like: Tensor, *counts: int) -> None:
-    """An upstream gradient of one of these sizes."""
-    fits = grad.ndim <= 1 and grad.numel() in counts and grad.is_floating_point() and grad.device == like.device
-    require(fits, "an upstream gradient with one entry per level")
+    """Check an upstream gradient, which must have one of these numbers of elements."""
+    valid = grad.ndim <= 1 and grad.numel() in counts and grad.is_floating_point() and grad.device == like.device
+    require(valid, "an upstream gradient with one entry per level")
 
 
 def name_of(names: Sequence[str], code: int) -> str:
-    """What a code of the ops stands for."""
+    """Return the name that a code of the ops stands for."""
     require(0 <= code < len(names), f"a code of {', '.join(names)}")
     return names[code]
 
@@ -141,18 +144,18 @@ def name_of(names: Sequence[str], code: int) -> str:
 
 
 def clamp_beta(beta: float) -> float:
-    """Under a beta of 1e-20 smooth_l1 is l1 to the last bit of a sum; what is divided by it later must not overflow."""
+    """Return beta, at least 1e-20: below that, smooth_l1 equals l1 in float32, and division by beta could overflow."""
     return max(beta, 1e-20)
 
 
 def options_of(score: int, map_norm: int, temperature: float, penalty: int, beta: float, divisor: int) -> Options:
-    """The options of the ops' codes."""
+    """Return the options for the codes of the ops."""
     of_map = (name_of(SCORES, score), name_of(MAP_NORMS, map_norm), temperature)
     return Options(*of_map, name_of(PENALTIES, penalty), clamp_beta(beta), name_of(DIVISORS, divisor))
 
 
 def feature(x: Tensor | None) -> Feature:
-    """A feature map in place; where its rows follow each other without gaps, a cell is one index."""
+    """Return pointer and strides of a feature map; ``row`` is None if there are no gaps between rows."""
     if x is None or x.numel() == 0:
         return ABSENT
     image, channel, row, column = x.stride()
@@ -162,7 +165,7 @@ def feature(x: Tensor | None) -> Feature:
 
 
 def describe(tensors: Tensors, weights: Sequence[float], options: Options) -> tuple[Level, ...]:
-    """The levels of one call; a list may be empty where no level has an entry."""
+    """Return the levels of one call; a list may be empty if no level has an entry."""
     tensors = Tensors(*(each or [None] * len(tensors.student) for each in tensors))  # type: ignore[arg-type]
     require_features(tensors, weights)
     levels: list[Level] = []
@@ -179,14 +182,15 @@ def describe(tensors: Tensors, weights: Sequence[float], options: Options) -> tu
 
 
 def non_empty(levels: Sequence[Level]) -> tuple[Level, ...]:
-    """Those with anything to compute."""
+    """Return the levels that have elements."""
     return tuple(x for x in levels if x.images and x.channels and x.cells)
 
 
 def choose_tile(levels: Sequence[Level]) -> Tile:
-    """16 elements of each feature a thread (fewer of narrow levels), read 16 bytes at a time where aligned.
+    """Return the tile: 16 elements of each feature per thread (fewer if there are few channels), for 16-byte loads.
 
-    Of eight shapes a layout the fastest on an H200 for ``large6``, N = 64, near it for ``same6``, N = 16 (bfloat16).
+    Among eight tile shapes per layout these were the fastest on an H200 for ``large6`` with N = 64 in bfloat16, and
+    close to the fastest for ``same6`` with N = 16.
     """
     widest = max(level.channels for level in levels)
     channels_last = widest > 1 and 2 * sum(x.student.channel == 1 for x in levels) > len(levels)
@@ -219,7 +223,7 @@ def _launch_forward(
     mass: Tensor,
     maps: Tensor,
 ) -> None:
-    """The forward of two passes; without ``losses`` the score pass, which reads the teacher alone."""
+    """Launch the forward of the two passes; without ``losses`` the score pass, which reads only the teacher."""
     images = sum(x.images for x in levels)
     scratch = near.new_empty(2, maps.numel(), dtype=torch.float64)
     image_sums = near.new_empty(2, images, dtype=torch.float64)
@@ -236,7 +240,7 @@ def _launch_forward(
 def _launch_stream(
     levels: tuple[Level, ...], tile: Tile, options: Options, near: Tensor, total: Tensor, losses: Tensor, *weights: Any
 ) -> None:
-    """The one pass over the features; ``weights``: maps, mass and factor, each None where it is absent."""
+    """Launch the one pass; ``weights`` are maps, mass and factor, each None if absent."""
     groups = [x.images * tile.steps(x) for x in levels]
     programs = sum(n * tile.blocks(x) for n, x in zip(groups, levels, strict=True))
     rows = len(levels) + sum(groups) + programs
@@ -271,7 +275,7 @@ def distill(
     beta: float,
     divisor: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Implements ``fastkd::distill_triton``: losses, masses and maps."""
+    """Implement ``fastkd::distill_triton``: losses, masses and maps."""
     absent = [None] * len(student)
     options = options_of(score, map_norm, temperature, penalty, beta, divisor)
     every = describe(Tensors(student, teacher, prior, mean, rstd, bias, absent, absent), weights, options)
@@ -297,7 +301,7 @@ def distill_backward(
     beta: float,
     divisor: int,
 ) -> list[Tensor]:
-    """Implements ``fastkd::distill_triton_backward``: the students' gradients."""
+    """Implement ``fastkd::distill_triton_backward``: the student's gradients."""
     gradient, absent = [torch.empty_like(s) for s in student], [None] * len(student)
     options = options_of(0, 0, 1.0, penalty, beta, divisor)
     every = describe(Tensors(student, teacher, absent, mean, rstd, bias, gradient, absent), weights, options)
@@ -333,15 +337,15 @@ def distill_one_pass(
     gradient: list[Tensor],
     bias_gradient: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Implements ``fastkd::distill_triton_one_pass``: factor * sum of the losses, and the losses; writes gradients."""
+    """Implement ``fastkd::distill_triton_one_pass``: factor * sum of losses, and losses; writes the gradients."""
     options = options_of(score, map_norm, temperature, penalty, beta, divisor)
     tensors = Tensors(student, teacher, prior, mean, rstd, bias, gradient, bias_gradient)
     every, near = describe(tensors, weights, options), student[0]
     levels = non_empty(every)
     known_mass, scale = companion(mass, (len(every),), near, torch.float64), companion(factor, (1,), near)
-    require(options.divisor != "map_all_ranks", "the mass of all ranks with Z = map")
+    require(options.divisor != "map_all_ranks", "divisor map, with the mass averaged over all ranks")
     mass_is_known = known_mass is not None or not options.weights_are_known or options.divisor != "map"
-    require(mass_is_known, "the mass where it is the prior's")
+    require(mass_is_known, "the mass, as the map is the prior")
     new = near.new_empty if len(levels) == len(every) else near.new_zeros  # no program writes empty levels
     total, losses = new((), dtype=torch.float32), new(len(every), dtype=torch.float32)
     for x in every:
@@ -361,7 +365,7 @@ def distill_one_pass(
 
 
 def distill_rescale(upstream: Tensor, gradient: list[Tensor]) -> None:
-    """Implements ``fastkd::distill_triton_rescale``: entry i times ``upstream[i % numel]``, in place."""
+    """Implement ``fastkd::distill_triton_rescale``: multiply entry i by ``upstream[i % numel]``, in place."""
     require(len(gradient) > 0, "at least one gradient")
     require_upstream(upstream, gradient[0], 1, len(gradient), len(gradient) // 2)
     tensors = [Flat(x, x.numel(), i % upstream.numel()) for i, x in enumerate(gradient) if x.numel()]
@@ -377,7 +381,7 @@ def distill_rescale(upstream: Tensor, gradient: list[Tensor]) -> None:
 
 
 def register(library: torch.library.Library) -> None:
-    """Put the implementations below the ops' schemas."""
+    """Register the implementations of the ops."""
     for suffix, op in {
         "": distill, "_backward": distill_backward, "_one_pass": distill_one_pass, "_rescale": distill_rescale
     }.items():  # fmt: skip

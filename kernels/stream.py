@@ -1,13 +1,13 @@
-"""The Triton kernels of one pass: loss and gradient together where the weight of each cell is known before.
+"""The Triton kernels of the one pass: loss and gradient together, if the weight of each cell is known before.
 
-``stream`` computes, with w_p from a prior (1 where there is none) or from the maps of the score pass,
+``stream`` computes, with w_p from the prior (1 without one) or from the map of the score pass,
 
     L_l = weight_l / Z_l * sum_p w_p sum_c rho(x_pc),   total = factor * sum_l L_l,
     ds_pc = factor * weight_l / Z_l * w_p * rho'(x_pc),   dbias_c = sum_p ds_pc.
 
-It moves 3 b bytes per element of b bytes (reads s and t, writes ds), 3 units where one unit is the bytes of all student
-features, for about 12 floating-point operations; at 4.8 TB/s the floor is 1.25 ps per element of 2 bytes.
-``rescale`` multiplies gradients by an upstream gradient, and reads nothing else where that is 1; otherwise 2 units.
+It must move 3 b bytes per element of b bytes (reads s and t, writes ds), or 3 units (one unit is the bytes of all
+student features), and do about 12 operations per element; at 4.8 TB/s the floor is 1.25 ps per element of 2 bytes.
+``rescale`` computes ds = upstream * ds: 1 operation per element and 2 units, or nothing if the upstream gradient is 1.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fastkd.kernels.distill import is_last, penalty_and_grad, scale_of, sum_part
 
 @triton.jit
 def sum_rows(rows, count, BLOCK_C: tl.constexpr):
-    """Column sums of (count, BLOCK_C) numbers that other programs wrote, always in the same order."""
-    row, column = tl.arange(0, 16), tl.arange(0, BLOCK_C)  # of 32 rows the kernel takes more than 64 registers
+    """Return the column sums of (count, BLOCK_C) numbers that other programs wrote, always in the same order."""
+    row, column = tl.arange(0, 16), tl.arange(0, BLOCK_C)  # with 32 rows the kernel would need more than 64 registers
     total = tl.zeros((16, BLOCK_C), tl.float64)
     for n in range(0, count, 16):
         at = rows + (n + row)[:, None] * BLOCK_C + column[None, :]
@@ -37,20 +37,21 @@ def stream(
     L: tl.constexpr, PENALTY: tl.constexpr, Z_OF_MAP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Losses and gradients of all levels; a program takes BLOCK_P cells and BLOCK_C channels of one image.
+    """Compute losses and gradients of all levels; a program computes BLOCK_P cells and BLOCK_C channels of one image.
 
-    What programs leave is added up in three steps, each by the program that comes last: over the blocks of a *group*
-    (an image and BLOCK_C channels), over the images (the bias gradient of these channels), over the groups of a level
-    (its loss) and all levels.
+    The results of the programs are summed in steps, each by the program that finishes last: over the blocks of a
+    *group* (an image and BLOCK_C channels), over the images (bias gradient of these channels), over the groups of a
+    level (its loss), and over the levels.
 
     Args:
         levels: as in ``distill.forward``.
-        sums: float64 (rows,): the loss of each level, then by level that of each group and of each program.
-        columns: float32 (rows, BLOCK_C): the column sums of ds of the same; None where no bias gradient is wanted.
-        tickets: int32, zeros: levels that are done, then by level the channel blocks that are done, the images that are
-            done with a channel block, and the programs that are done with a group.
-        maps: None, or the weights of all cells of all levels.
-        mass: float64 (levels,), read where Z is of the map.
+        sums: float64 (rows,): the losses of the levels, then for each level those of its groups and its programs.
+        columns: float32 (rows, BLOCK_C): the sums of ds over cells, in the same rows; None if no bias gradient is
+            wanted.
+        tickets: int32, zeros: the count of finished levels, then for each level the counts of finished channel blocks,
+            of finished images per channel block, and of finished programs per group.
+        maps: float32, the weights of all cells of all levels; None: the prior.
+        mass: float64 (levels,), read if Z depends on the map.
         factor: float32 scalar, or None: 1.
         total, losses: float32, a scalar and (levels,).
     """
@@ -59,7 +60,7 @@ def stream(
         times = tl.load(factor).to(tl.float64)
     else:
         times = tl.full((), 1.0, tl.float64)
-    program_0, first, row_0, ticket_0 = 0, 0, L, 1  # programs, cells, rows and tickets of the levels before
+    program_0, first, row_0, ticket_0 = 0, 0, L, 1  # numbers of programs, cells, rows and tickets before this level
     for l in tl.static_range(L):
         level = levels[l]
         steps = tl.cdiv(level.channels, BLOCK_C)
@@ -109,17 +110,19 @@ def stream(
 
 
 class Flat(NamedTuple):
-    """A dense tensor as one run of elements."""
+    """A dense tensor as a flat array of elements."""
 
     data: Any
     elements: int
-    number: int  # of its upstream gradient
+    number: int  # index of its upstream gradient
 
 
 @triton.jit
 def rescale(tensors, upstream, upstream_stride, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Each of COUNT ``Flat`` tensors times its upstream gradient, in place. Few programs, each with many blocks:
-    usually the upstream gradient is 1, and there is nothing to do."""
+    """Multiply each of COUNT ``Flat`` tensors by its upstream gradient, in place.
+
+    There are few programs, each with many blocks, because usually the upstream gradient is 1 and they do nothing.
+    """
     for i in tl.static_range(COUNT):
         x = tensors[i]
         g = tl.load(upstream + x.number * upstream_stride).to(tl.float32)

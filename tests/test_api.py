@@ -109,7 +109,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight that float32 cannot hold": ({"weights": [1.0, 1e39]}, ValueError, r"weights\[1\]: .*float32 can hold"),
     "weight is NaN": ({"weights": [float("nan"), 1]}, ValueError, r"weights\[0\]"),
     "unknown map": ({"info_map": "energi"}, ValueError, "info_map: .*'self_information'.*'uniform'.*; got 'energi'"),
-    "not a map": ({"info_map": 3}, TypeError, "info_map: .*name or an InfoMap, got int"),
+    "not a map": ({"info_map": 3}, TypeError, "info_map: .*name of a preset or an InfoMap, got int"),
     "unknown penalty": ({"penalty": "huber"}, ValueError, "penalty: .*'l2', 'l1', 'smooth_l1', 'cwd'; got 'huber'"),
     "unknown Z": ({"divisor": "mean"}, ValueError, "divisor: .*'elements'.*got 'mean'"),
     "unknown reduction": ({"reduction": "mean"}, ValueError, "reduction: .*'sum', 'none'; got 'mean'"),
@@ -123,7 +123,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight beyond float64": ({"weights": [1, -(10**400)]}, ValueError, r"weights\[1\]: .*float32 can hold"),
     "penalty is a list": ({"penalty": ["l2"]}, ValueError, r"penalty: .*got \['l2'\]"),
     "beta is NaN": ({"beta": float("nan")}, ValueError, "beta"),
-    "map without its prior": ({"info_map": "fgfi"}, ValueError, "prior: .*IoU mask.*needs one"),
+    "map without its prior": ({"info_map": "fgfi"}, ValueError, "prior: expected the IoU mask .*got None"),
 }
 
 
@@ -162,7 +162,7 @@ def test_a_map_that_is_rounding_or_of_another_type_is_a_clear_error() -> None:
     text: Any = "False"
     with pytest.raises(TypeError, match="standardize: expected True, False or 'batch', got 'False'"):
         fastkd.InfoMap(standardize=text)
-    with pytest.raises(TypeError, match=r"needs_prior: expected text .*, got True"):
+    with pytest.raises(TypeError, match=r"needs_prior: expected a text .*, got True"):
         fastkd.InfoMap(needs_prior=True)  # type: ignore[arg-type]
 
 

@@ -201,7 +201,7 @@ def test_doctor_tells_what_works(capsys):
 
 def test_doctor_finds_an_untrained_teacher_in_a_run(digits, tmp_path, capsys):
     save_detector(YOLOv3(num_classes=10, width=0.125), tmp_path / "fresh.pt", CLASS_NAMES, 64)
-    with pytest.warns(UserWarning, match="as initialised"):
+    with pytest.warns(UserWarning, match="initial weights"):
         main(train_arguments(digits, tmp_path / "run", "--teacher", str(tmp_path / "fresh.pt")))
     assert main(["doctor", "--run", str(tmp_path / "run")]) == 1
     assert re.search(r"FAIL +teacher trained", capsys.readouterr().out)
@@ -308,7 +308,7 @@ def test_images_are_not_overwritten_by_their_predictions(student, digits, tmp_pa
 
     shutil.copy(digits / "images/test/000001.png", tmp_path)
     before = (tmp_path / "000001.png").read_bytes()
-    with pytest.raises(FileExistsError, match=r"000001\.png is there already"):
+    with pytest.raises(FileExistsError, match=r"000001\.png exists already"):
         predict(load_detector(student).model, [tmp_path], tmp_path, size=96)
     assert (tmp_path / "000001.png").read_bytes() == before
 

@@ -64,7 +64,7 @@ def test_images_are_links_or_with_copy_files_and_nothing_is_written_over(tmp_pat
     assert not (tmp_path / "files/images/train/a.png").is_symlink()
     before = tree(tmp_path)
     assert main([*arguments, str(tmp_path / "files")]) == 2
-    assert "is there already, and nothing is written over" in capsys.readouterr().err
+    assert "exists already, and no file is overwritten" in capsys.readouterr().err
     assert tree(tmp_path) == before
 
 

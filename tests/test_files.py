@@ -50,7 +50,7 @@ def test_eval_writes_over_neither_the_model_nor_the_annotations(
     kept = model.read_bytes(), annotations.read_bytes()
     command = ["eval", str(model), "--data", str(digits), "--cpu"]
     assert main([*command, "--json", str(model)]) == 2
-    assert f"--json: {model} is there already" in capsys.readouterr().err
+    assert f"--json: {model} exists already" in capsys.readouterr().err
     assert main([*command, "--detections", str(annotations)]) == 2
     same = str(model.with_name("new.json"))
     assert main([*command, "--json", same, "--detections", same]) == 2
@@ -102,7 +102,7 @@ def test_a_new_folder_gets_a_number_where_its_name_is_taken(tmp_path: Path) -> N
 
 def test_a_dangling_link_is_not_written_over_either(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    with pytest.raises(FileExistsError, match=r"out: .*link is there already"):
+    with pytest.raises(FileExistsError, match=r"out: .*link exists already"):
         require_new(out=tmp_path / "link")
     require_new(out=tmp_path / "new", other=None)
 

@@ -249,7 +249,7 @@ def test_wrong_number_of_levels_is_a_clear_error() -> None:
 
 
 def test_a_feature_of_another_width_than_its_adapter_takes_is_a_clear_error() -> None:
-    with pytest.raises(ValueError, match=r"student_feats\[1\]: expected 5 channels, as its adapter takes, got 6"):
+    with pytest.raises(ValueError, match=r"student_feats\[1\]: expected the 5 channels that its adapter takes, got 6"):
         DistillLoss([3, 5], [4, 8])(feats((3, 6)), feats())
 
 

@@ -171,7 +171,7 @@ def test_the_state_stays_as_precise_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("task_loss", "error", "message"),
     [
-        (None, ValueError, 'task_loss: weight="auto" holds the distillation loss at a share of the task loss'),
+        (None, ValueError, 'task_loss: expected the task loss, as weight="auto" keeps the distillation loss'),
         (torch.ones(3), ValueError, r"task_loss: expected a scalar, got shape \(3,\); sum its terms"),
         (torch.ones(1).to_sparse(), TypeError, "task_loss: expected a dense tensor, got layout torch.sparse_coo"),
         ("1", TypeError, "task_loss: expected a scalar tensor or a number, got a str"),

@@ -179,7 +179,7 @@ def test_images_that_cannot_be_cut_are_refused() -> None:
         distiller.loss({"images": images})
     distiller = distiller_of(teacher_images=0.5, preprocess=lambda x: torch.stack(list(x)), last_forward=True)
     distiller.student(images[:3])
-    with pytest.raises(ValueError, match=r"expected 4 rows, one an image, .* got \(3, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"expected 4 rows, one per image, .* got shape \(3, 4, 8, 8\)"):
         distiller.loss(list(images))
 
 

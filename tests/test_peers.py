@@ -196,7 +196,7 @@ def test_a_distiller_learns_with_pkd_and_cwd_and_shows_where_it_differs() -> Non
 def test_what_cwd_does_not_have_is_refused() -> None:
     s, t = features()
     for name, value in (("divisor", "map"), ("backend", "cpp")):
-        with pytest.raises(ValueError, match=f"{name}: expected None beside penalty='cwd'"):
+        with pytest.raises(ValueError, match=f"{name}: expected None with penalty='cwd'"):
             fastkd.distill_loss([s], [t], info_map="uniform", penalty="cwd", **{name: value})
 
 

@@ -53,7 +53,7 @@ def _look(distiller: Distiller, images: Tensor, optimizer: torch.optim.Optimizer
         with torch.no_grad():
             distiller.student.module(images)
             assert distiller.loss(images, task_loss=1.0) > 0
-    with pytest.raises(RuntimeError, match="calibrate: expected it before the first training forward"):
+    with pytest.raises(RuntimeError, match="calibrate: expected a call before the first training forward"):
         distiller.criterion.calibrate([torch.zeros(1, 8, 4, 4)])
 
 

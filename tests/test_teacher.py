@@ -89,7 +89,7 @@ def test_features_are_those_of_the_teacher_as_it_was_given() -> None:
     before = copy.deepcopy(teacher.state_dict())
     distiller = distiller_of(teacher)
     assert_near(features(distiller), expected(teacher, ["stage", "norm"]))
-    assert how(distiller) == "2 batch norms folded into convolutions; ends after its last level"
+    assert how(distiller) == "2 batch norms folded into convolutions; stops after its last level"
     assert all(torch.equal(x, y) for x, y in zip(before.values(), teacher.state_dict().values(), strict=True))
     assert isinstance(distiller.teacher.norm, nn.BatchNorm2d)
 
@@ -144,7 +144,7 @@ class Residual(Net):
 def test_features_that_would_differ_are_not_folded_and_that_is_said() -> None:
     teacher = trained(Residual())
     levels = [("stage", "stage"), ("norm", "input:head")]
-    with pytest.warns(UserWarning, match=r"not folded, as these would differ: teacher backbone\[1\] 'input:head'"):
+    with pytest.warns(UserWarning, match=r"not folded, as folding would change: teacher backbone\[1\] 'input:head'"):
         found = features(distiller_of(teacher, levels))
     torch.testing.assert_close(found[0], expected(teacher, ["stage"])[0], rtol=0, atol=0)
 
@@ -168,7 +168,7 @@ class NoCopy(Net):
     ("make", "reported"),
     [
         (lambda: replaced(Net()), "the forward of 'stage' was replaced"),
-        (lambda: hooked(Net()), "'head' has hooks of others"),
+        (lambda: hooked(Net()), "'head' has other hooks"),
         (lambda: torch.compile(Net(), backend="eager"), "it is compiled or wrapped"),
         (NoCopy, "not folded, as its copy fails (RuntimeError: no copies)"),
     ],
@@ -286,6 +286,6 @@ class Raw(Net):
 
 
 def test_an_output_that_would_differ_is_not_folded() -> None:
-    with pytest.warns(UserWarning, match="these would differ: its output"):
+    with pytest.warns(UserWarning, match="folding would change: the output"):
         distiller = distiller_of(trained(Raw()))
     assert how(distiller).startswith("not folded")

@@ -306,7 +306,7 @@ def test_check_of_a_run_finds_distillation_on(config, teacher):
 
 def test_an_untrained_teacher_is_warned_about(config, tmp_path):
     save_detector(YOLOv3(num_classes=10, width=0.125), tmp_path / "fresh.pt", CLASS_NAMES, 64)
-    with pytest.warns(UserWarning, match="as initialised"):
+    with pytest.warns(UserWarning, match="initial weights"):
         train(replace(config, teacher=str(tmp_path / "fresh.pt"), steps=1))
 
 

@@ -128,7 +128,7 @@ def test_level_losses_survive_zeros_and_nan(tmp_path) -> None:
 def test_level_losses_of_unequal_length_are_refused() -> None:
     with pytest.raises(ValueError, match=r"history\['b'\]: expected 2 values, one per step, got 1"):
         viz.plot_level_losses({"a": [1.0, 2.0], "b": [1.0]})
-    with pytest.raises(ValueError, match="a level or more"):
+    with pytest.raises(ValueError, match="at least one level"):
         viz.plot_level_losses({})
 
 

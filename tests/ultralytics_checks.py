@@ -465,7 +465,7 @@ def test_resuming_with_another_teacher_names_both(
         train(DistillationTrainer(teacher), "", **again)
     (last.parent / "distillation").mkdir()
     torch.save(interrupted.state, last.parent / "distillation" / "epoch0.pt")
-    with pytest.raises(ValueError, match=r"teacher: this run has learnt from .*best\.pt .* got .*other\.pt"):
+    with pytest.raises(ValueError, match=r"teacher: expected the teacher of this run, .*best\.pt .* got .*other\.pt"):
         train(DistillationTrainer(folder / "other.pt"), "", **again)
 
 
@@ -538,7 +538,7 @@ def test_one_command_distils(teacher: str, tiny: str, settings: dict[str, Any]) 
     ("setting", "message"),
     [
         ({"task": "segment"}, "task: expected 'detect'"),
-        ({"distill_model": "yolov3.pt"}, "distill_model: expected none"),
+        ({"distill_model": "yolov3.pt"}, "distill_model: expected None"),
         ({"quantize": 8}, "quantize: expected no quantisation-aware training"),
     ],
 )

@@ -1,4 +1,4 @@
-// exp of x <= 0, to about 1 ulp, by 2^n * exp(r), abs(r) <= log(2) / 2; below float32's normal range it is 0.
+// exp(x) of x <= 0 to about 1 ulp: 2^n * exp(r) with |r| <= log(2) / 2; 0 below the normal range of float.
 inline float exponential(float x) {
   constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f, magic = 12582912.f;
   const float n = (x * log2e + magic) - magic;
@@ -15,8 +15,7 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
-// What a level does to the elements of channel c before they meet: t' = (t - mean) * rstd and s + bias. Identity where
-// it has neither.
+// Standardisation and bias of channel c: t' = (t - mean) * rstd and s + bias; identity if the level has neither.
 template <class Acc>
 struct Affine {
   const Acc *mean, *rstd, *bias;
@@ -25,7 +24,7 @@ struct Affine {
   Acc rstd_of(int64_t c) const { return mean ? rstd[c] : Acc(1); }
   Acc bias_of(int64_t c) const { return mean ? bias[c] : Acc(0); }
 
-  // Calls f with what it does to an element of channel c + j of the student, and to one of the teacher.
+  // Calls f with two functions of (j, element): for the student and for the teacher, at channel c + j.
   template <class F>
   FASTKD_INLINE void from(int64_t c, const F& f) const {
     const auto same = [](int64_t, Acc x) { return x; };
@@ -41,7 +40,7 @@ inline T logit(T x, T highest, T temperature) {
   return u < T(kLowestLogit) ? T(kLowestLogit) : u;
 }
 
-// The weight of a cell: in double as weigh left it, of the forward's map, or the prior where that is the map.
+// The weight of a cell: as weigh wrote it, in double; from the forward's map; or the prior, if that is the map.
 template <class Acc>
 FASTKD_INLINE double weight(const Level<Acc>& level, int64_t cell) {
   if (level.score) return level.score[cell];

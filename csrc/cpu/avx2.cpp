@@ -1,4 +1,4 @@
-// The kernels for processors of x86-64-v3 (AVX-2).
+// The kernels for x86-64-v3 processors (AVX2).
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include "includes.h"
 

@@ -1,4 +1,4 @@
-// The kernels for processors of x86-64-v4 (AVX-512).
+// The kernels for x86-64-v4 processors (AVX-512).
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include "includes.h"
 

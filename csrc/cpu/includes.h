@@ -1,4 +1,4 @@
-// Everything that kernels.inl needs, included before the instruction set is chosen.
+// The headers that kernels.inl needs, included before the instruction set is chosen.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

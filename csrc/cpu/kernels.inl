@@ -1,8 +1,9 @@
-// Bodies of the CPU kernels, compiled for the instruction set FASTKD_ISA. No header may be included from here: what it
-// defines inline would be compiled for this instruction set, and the linker could pick it for older processors.
+// The CPU kernels, compiled for the instruction set FASTKD_ISA; kernels.h has their formulas and costs. No header may
+// be included here: its inline functions would be compiled for this instruction set, and the linker could choose them
+// for older processors.
 //
-// A run is a row of elements that lie next to each other: the cells of one channel (NCHW) or the channels of one cell
-// (channels_last). Runs are converted to Acc where dtype or stride ask for it, else read in place.
+// A run is a row of neighbouring elements: the cells of one channel (NCHW) or the channels of one cell (channels_last).
+// Runs are converted to Acc if dtype or stride require it, else read in place.
 
 namespace fastkd::cpu {
 namespace FASTKD_ISA_NAMESPACE {
@@ -22,9 +23,9 @@ using torch::headeronly::Half;
 
 // ---- weigh ----
 
-// w = (e - shift) * factor of every normaliser but softmax, which replaces e by its exponentials first
+// w = (e - shift) * factor for every map norm; softmax first replaces e by its exponentials
 template <class Acc>
-void normalise(double* e, int64_t count, const Options& options) {
+void apply_map_norm(double* e, int64_t count, const Options& options) {
   double lowest = e[0], highest = e[0], sum = 0;
 #pragma omp simd reduction(min : lowest) reduction(max : highest) reduction(+ : sum)
   for (int64_t j = 0; j < count; ++j) {
@@ -32,7 +33,7 @@ void normalise(double* e, int64_t count, const Options& options) {
     highest = e[j] > highest ? e[j] : highest;
     sum += e[j];
   }
-  if (sum != sum) lowest = highest = sum;  // comparisons lose a NaN, which spoils its whole image as in PyTorch
+  if (sum != sum) lowest = highest = sum;  // comparisons drop a NaN, which must make the whole image NaN as in PyTorch
   double shift = 0, factor = 1;
   if (options.map_norm == MapNorm::mean) {
     const double mean = sum / double(count);
@@ -57,7 +58,7 @@ template <class Acc>
 double weigh(const Level<Acc>& level, const Options& options, int64_t image) {
   const int64_t count = level.cells(), first = image * count;
   double* e = level.score + first;
-  if (options.map_norm != MapNorm::none) normalise<Acc>(e, count, options);
+  if (options.map_norm != MapNorm::none) apply_map_norm<Acc>(e, count, options);
   if (level.prior) {
     const Acc* q = level.prior + first;
 #pragma omp simd
@@ -108,7 +109,7 @@ void sweep_penalty(const Level<Acc>& level, const Options& options, int64_t imag
   }
 }
 
-// The sweep itself, in pieces that the sums of a run of cells have room for.
+// The sweep, in pieces that fit the buffers for the sums of cells.
 template <int kParts, Score S, class Acc>
 void sweep_blocks(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; p += kBlock)
@@ -141,13 +142,13 @@ void measure(const Level<Acc>& level, const Options& options, int64_t image, int
     case Score::magnitude: return sweep_blocks<kBoth, Score::magnitude>(level, options, image, begin, end);
     case Score::energy: return sweep_blocks<kBoth, Score::energy>(level, options, image, begin, end);
     default:
-      score(level, options, image, begin, end);  // first, so that the other sweep finds entropy's teacher in cache
+      score(level, options, image, begin, end);  // first, so that the other sweep finds the teacher in the cache
       return sweep_blocks<kDistance, Score::uniform>(level, options, image, begin, end);
   }
 }
 
 template <class Acc>
-void imitate(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
+void penalty_and_grad(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end) {
   if (level.bias_grad)
     return sweep_blocks<kDistance | kGradient | kBias, Score::uniform>(level, options, image, begin, end);
   if (level.grad.data) return sweep_blocks<kDistance | kGradient, Score::uniform>(level, options, image, begin, end);
@@ -160,7 +161,8 @@ void differentiate(const Level<Acc>& level, const Options& options, int64_t imag
 }
 
 template <class Acc>
-constexpr Kernels<Acc> kKernels{score<Acc>, measure<Acc>, weigh<Acc>, imitate<Acc>, differentiate<Acc>, loss<Acc>};
+constexpr Kernels<Acc> kKernels{score<Acc>,         measure<Acc>, weigh<Acc>, penalty_and_grad<Acc>,
+                                differentiate<Acc>, loss<Acc>};
 
 }  // namespace
 }  // namespace FASTKD_ISA_NAMESPACE

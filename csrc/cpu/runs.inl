@@ -79,11 +79,11 @@ inline void copy_out(const Acc* from, const Feature& f, int64_t offset, int64_t 
 
 // ---- runs ----
 
-// Where a run lies: count elements, in pieces (more than one only for cells of a feature whose rows have gaps).
+// The place of a run of count elements in memory. It has several pieces only if it is of cells and rows have gaps.
 struct Run {
   int64_t offset, stride, count;
   bool one_piece = true;
-  int64_t row = 0, column = 0, width = 0, row_stride = 0;  // of the first cell, where there are several pieces
+  int64_t row = 0, column = 0, width = 0, row_stride = 0;  // of the first cell, if there are several pieces
 
   // f(offset of the piece, index of its first element, its length)
   template <class F>
@@ -97,7 +97,7 @@ struct Run {
   }
 };
 
-// Whether the run can be read and written where it lies.
+// Whether the run can be read and written in place.
 template <class Acc>
 inline bool in_place(const Feature& f, const Run& run) {
   return f.dtype == kDType<Acc> && run.stride == 1 && run.one_piece;
@@ -120,7 +120,7 @@ inline Run channels_run(const Level<Acc>& level, const Feature& f, int64_t image
   return {offset, f.channel_stride, count};
 }
 
-// Reads a run: as elements E that lie where it is, or converted to E, the type of arithmetic.
+// Returns the elements of a run, in place or converted into the buffer.
 template <class E, class Acc>
 inline const E* load(const Feature& f, const Run& run, E* buffer) {
   if (!std::is_same_v<E, Acc> || in_place<Acc>(f, run)) return static_cast<const E*>(f.data) + run.offset;
@@ -130,7 +130,7 @@ inline const E* load(const Feature& f, const Run& run, E* buffer) {
   return buffer;
 }
 
-// Where to compute a run that store() then puts in its place.
+// Returns where to compute a run that store() then writes: in place or in the buffer.
 template <class E, class Acc>
 inline E* target(const Feature& f, const Run& run, E* buffer) {
   return !std::is_same_v<E, Acc> || in_place<Acc>(f, run) ? static_cast<E*>(f.data) + run.offset : buffer;
@@ -145,8 +145,8 @@ inline void store(const E* buffer, const Feature& f, const Run& run) {
       });
 }
 
-// In a sweep, E is the type of the elements that it reads and writes where they lie: Acc, to which runs of any other
-// type or with gaps are converted first, or BFloat16, if all features are that and have no gaps.
+// Whether a sweep can read and write BFloat16 in place, its element type E: all features are BFloat16 without gaps.
+// Otherwise E is Acc, to which runs of another type or with gaps are converted first.
 template <class Acc>
 inline bool all_bfloat16(const Level<Acc>& level) {
   for (const Feature* f : {&level.student, &level.teacher, &level.grad}) {

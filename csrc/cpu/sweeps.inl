@@ -1,15 +1,15 @@
 // ---- sweeps over student and teacher ----
 
-// What a sweep computes: of each cell its score e, its penalty D and the student's gradient, and of each channel that
-// of the bias. The score needs no student.
+// What a sweep computes: for each cell its score e, its penalty sum D and the student's gradient, and for each channel
+// the bias gradient. The score does not read the student. kernels.h has the formulas and costs.
 enum Parts { kScore = 1, kDistance = 2, kGradient = 4, kBias = 8 };
 
 // ---- a run = cells of one channel ----
 
 constexpr int kGroup = 4;    // channels combined in registers before the sums in cache are touched
-constexpr int kPartial = 8;  // groups summed in Acc, before double takes over: near-cancelling scores stay accurate
+constexpr int kPartial = 8;  // groups summed in Acc before they are added in double, which keeps scores accurate
 
-// An image of a feature, where its cells can be read and written where they lie.
+// One image of a feature; data is null unless its cells can be read and written in place.
 template <class E, class Acc>
 struct Plane {
   E* data = nullptr;
@@ -67,14 +67,14 @@ struct CellRuns {
 template <int kParts, Score S, Penalty P, int G, class E, class Acc>
 inline void combine_channels(const CellRuns<E, Acc>& runs, Acc beta, const Acc* slope, Acc* e, Acc* d, Acc* bias_grad) {
   const int64_t count = runs.count;
-  const E *student[G], *teacher[G];  // in registers: what is stored could else be one of these
+  const E *student[G], *teacher[G];  // copies in registers, as stores could otherwise alias them
   E* grad[G];
   Acc mean[G], rstd[G], bias[G];
   for (int g = 0; g < G; ++g) {
     student[g] = runs.student[g], teacher[g] = runs.teacher[g], grad[g] = runs.grad[g];
     mean[g] = runs.mean[g], rstd[g] = runs.rstd[g], bias[g] = runs.bias[g];
   }
-  Acc sum_0 = 0, sum_1 = 0, sum_2 = 0, sum_3 = 0;  // no array: the compiler would keep it in memory
+  Acc sum_0 = 0, sum_1 = 0, sum_2 = 0, sum_3 = 0;  // not an array, which the compiler would keep in memory
 #pragma omp simd reduction(+ : sum_0, sum_1, sum_2, sum_3)
   for (int64_t j = 0; j < count; ++j) {
     Acc e_sum = 0, d_sum = 0;
@@ -114,7 +114,7 @@ inline void add(const Acc* x, int64_t count, double* sum) {
   for (int64_t j = 0; j < count; ++j) sum[j] += x[j];
 }
 
-// Channel by channel, in the order of memory, so that the processor's prefetching follows.
+// The channels in the order of memory, which the processor prefetches.
 template <int kParts, Score S, Penalty P, class E, class Acc>
 void sweep_cells(const Level<Acc>& level, const Options& options, int64_t image, int64_t begin, int64_t end, double* e,
                  double* d) {
@@ -162,14 +162,14 @@ inline void each_channels_run(const Level<Acc>& level, int64_t image, int64_t ce
     const int64_t count = smaller(kRun, level.channels - c);
     const E* const t =
         load<E, Acc>(level.teacher, channels_run(level, level.teacher, image, cell, c, count), teacher_buffer);
-    const E* s = t;  // where nobody asks for the student
+    const E* s = t;  // if the student is not needed
     if constexpr (kStudent)
       s = load<E, Acc>(level.student, channels_run(level, level.student, image, cell, c, count), student_buffer);
     f(s, t, c, count);
   }
 }
 
-constexpr int kLanes = 32;  // sums side by side, in registers: short chains of additions are faster and more accurate
+constexpr int kLanes = 32;  // independent sums in registers, as short chains of additions are faster and more accurate
 
 template <int kParts, Score S, Penalty P, class E, class Acc>
 FASTKD_INLINE void combine_lane(Acc s, Acc t, Acc beta, Acc slope, Acc& e, Acc& d, E* grad, Acc* bias_grad) {

@@ -2,9 +2,9 @@
 //
 // ds = g weight / Z w rho'(x), x = (s + bias) - t', t' = (t - mean) rstd; g the upstream gradient, w the map.
 //
-// Must move, for an element of b bytes, 3 b: student and teacher read, gradient written, and per cell one weight. Must
-// do 6 operations an element (standardise 2, bias, difference, derivative, product) and 3 conversions. One unit being
-// the bytes of all student features, the floor is 3 units / bandwidth.
+// It must move 3 b bytes per element of b bytes, student and teacher read and gradient written, which are 3 units (one
+// unit is the bytes of all student features), and one weight per cell. It does 6 operations per element (standardise 2,
+// bias, difference, derivative, product) and 3 conversions. The floor is 3 units / bandwidth.
 #pragma once
 
 #include "tile.cuh"
@@ -30,7 +30,7 @@ __device__ __forceinline__ void differentiate_cells(const Launch<Acc>& launch, c
   const Rows<P> student(level.student, tile, places), teacher(level.teacher, tile, places),
       grad(level.grad, tile, places);
   if (launch.options.penalty == Penalty::smooth_l1) slope /= Acc(launch.options.beta);
-  Acc weight[P::kCells];  // of a cell's scaled slopes
+  Acc weight[P::kCells];  // factor of the scaled slopes of a cell
 #pragma unroll
   for (int i = 0; i < P::kCells; ++i)
     weight[i] = first + i < level.cells() ? slope * level.map[tile.image * level.cells() + first + i] : Acc(0);
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<false>) backward(const __gri
   const Tile tile = find_tile(launch, V);
   const Level<Acc>& level = launch.level[tile.level];
   const Plan& plan = launch.plan[tile.level];
-  __shared__ Acc slope;  // once a block: its division in double is slow on cards for graphics
+  __shared__ Acc slope;  // once per block, as a division in double is slow on consumer cards
   if (threadIdx.x == 0) {
     const double upstream = double(launch.upstream[tile.level * launch.upstream_stride]);
     const double z = divisor(level, launch.options.divisor, double(launch.forward_mass[tile.level]));

@@ -6,15 +6,15 @@
 
 #include "error.cuh"
 
-// Only libtorch_cuda has it: weak, so that the extension also loads under a torch without CUDA.
+// Only libtorch_cuda defines it. It is weak, so that the extension also loads with a torch without CUDA.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret);
 
 namespace fastkd::cuda {
 
-// Makes the tensor's device current, until the end of the scope.
+// Makes the device of a tensor current until the end of the scope.
 struct OnDeviceOf {
   explicit OnDeviceOf(const torch::stable::Tensor& x) : guard(x.get_device_index()) {
-    check(cudaSetDevice(x.get_device_index()));  // ours is a CUDA runtime of its own: it does not see torch's choice
+    check(cudaSetDevice(x.get_device_index()));  // the extension's own CUDA runtime does not see torch's choice
   }
   torch::stable::accelerator::DeviceGuard guard;
 };

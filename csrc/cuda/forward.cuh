@@ -1,16 +1,21 @@
 // Forward: losses, masses and maps of all levels in one launch.
 //
-// Every block measures its tile: score e and penalty sum D of each cell, in one read of student and teacher. The block
-// that comes last of an image, by an integer ticket, turns the image's scores into weights w and sums w D and w; the
-// one that comes last of a level adds its images up. Who comes last changes nothing: each sum has one fixed order.
+//   x = (s + bias_c) - t',   t' = (t - mean_c) rstd_c,   e_p = score(t'_p),   w_p = prior_p map_norm(e)_p
+//   D_p = sum_c rho(x_pc),   L = weight / Z sum_p w_p D_p,   mass = sum_p w_p
 //
-// Must move, for an element of b bytes: 2 b (student and teacher once), and per cell 36 bytes of e, D (written, read
-// back from L2) and w: under 2 % of it from 512 channels of bfloat16 on. Must do 6 operations an element (l2, energy:
-// bias, difference, 2 multiply-adds, and 2 to standardise; 2 more choose the score) and 2 conversions; entropy
-// about 25. One unit being the bytes of all student features, the floor is 2 units / bandwidth: an SM of an H200 has 24
-// lane-operations a pair of bfloat16 until memory brings the next.
+// It must move 2 b bytes per element of b bytes, student and teacher, which are 2 units (one unit is the bytes of all
+// student features), and per cell 36 bytes of e, D (written and read back from L2) and w: under 2 % of the total from
+// 512 channels of bfloat16 on. It does 6 operations per element (l2, energy: bias, difference, 2 multiply-adds, 2 to
+// standardise; 2 more choose the score) and 2 conversions; for entropy about 25. The floor is 2 units / bandwidth: an
+// SM of an H200 can do 24 operations per lane and pair of bfloat16 elements in the time in which memory delivers the
+// pair.
 //
-// The score pass is the same without student and D, before one pass (stream.cuh): maps and their sums w alone, 1 unit.
+// Every block computes score e and penalty sum D of the cells of its tile, in one read of student and teacher. The last
+// block of an image, determined by an integer ticket, computes the weights w of the image and sums w D and w; the last
+// block of a level adds up its images. Each sum has a fixed order, whichever block is last.
+//
+// The score pass, which runs before the one pass (stream.cuh), is the same without student and D: it computes only maps
+// and masses, and must move 1 unit.
 #pragma once
 
 #include "tile.cuh"
@@ -19,8 +24,8 @@ namespace fastkd::cuda {
 
 // ---- measure ----
 
-// Sums of one thread over its channels, by cell. An entropy is that of a softmax kept online: highest value so far,
-// sum of exp(u) and of u exp(u), u being the logit below the highest.
+// The sums of one thread over its channels, per cell. For the entropy they are those of an online softmax: the highest
+// value so far, the sum of exp(u) and that of u exp(u), where u is the logit minus the highest.
 template <class Acc, int kCells, bool kEntropy>
 struct Sums {
   static constexpr bool kOfEntropy = kEntropy;
@@ -57,7 +62,7 @@ __device__ __forceinline__ void add_entropy(const Acc (&t)[P::kRows][P::kVector]
       for (int v = 0; v < V; ++v) top[P::cell(i, v)] = t[i][v] > top[P::cell(i, v)] ? t[i][v] : top[P::cell(i, v)];
 #pragma unroll
   for (int i = 0; i < kCells; ++i)
-    if (top[i] != highest[i]) {  // what was summed so far moves down by u
+    if (top[i] != highest[i]) {  // rescale the sums so far to the new highest value
       const Acc u = below(highest[i], top[i], inverse_temperature), p = std::exp(u);
       weighted[i] = (weighted[i] + u * sum[i]) * p;
       sum[i] *= p;
@@ -74,14 +79,14 @@ __device__ __forceinline__ void add_entropy(const Acc (&t)[P::kRows][P::kVector]
       }
 }
 
-// |t| or t^2, without a branch: straight code needs the fewest registers.
+// |t| or t^2 without a branch, as straight-line code needs the fewest registers.
 template <class Acc>
 __device__ __forceinline__ Acc score_of(Acc t, bool energy) {
   const Acc size = score_term<Score::magnitude>(t);
   return size * (energy ? size : Acc(1));
 }
 
-// Adds up a patch, then that to the sums: chains of additions stay short, and their rounding small.
+// Sums a patch first, then adds it to the sums, which keeps chains of additions short and rounding errors small.
 template <Penalty kPenalty, class P, class Read, class Acc, class Totals>
 __device__ __forceinline__ void add_patch(const Launch<Acc>& launch, const Read& features, Totals& sums) {
   const Acc beta = Acc(launch.options.beta);
@@ -121,12 +126,12 @@ __device__ __forceinline__ auto measure(const Launch<Acc>& launch, const Level<A
 
 // ---- from threads to cells ----
 
-// Where threads leave their sums: [value][cell of the thread][thread]. The padding keeps the reads of consecutive
-// cells, several of which are of one thread, in different banks.
+// Row length of the threads' sums in shared memory: [value][cell of the thread][thread]. With the padding, reads of
+// consecutive cells, several of which belong to one thread, use different banks.
 template <int kCells>
 constexpr int kRowLength = kThreads + 32 / kCells;
 
-// e of a cell from its parts, see Sums
+// The score e of a cell from the parts of several threads, see Sums.
 template <int kStep, class Acc, class Thread>
 __device__ __forceinline__ double join_entropy(const Acc* shared, int parts, const Thread& thread, double channels,
                                                Acc inverse_temperature) {
@@ -143,7 +148,7 @@ __device__ __forceinline__ double join_entropy(const Acc* shared, int parts, con
   return entropy_score(total, total_weighted, channels);
 }
 
-// Adds the threads' sums of each cell of the tile up, in double, and writes e and D.
+// Adds up the threads' sums of each cell of the tile, in double, and writes e and D.
 template <class P, int kCells, bool kEntropy, class Acc>
 __device__ __forceinline__ void join(const Launch<Acc>& launch, const Level<Acc>& level, const Tile& tile,
                                      const Acc* shared) {
@@ -152,9 +157,9 @@ __device__ __forceinline__ void join(const Launch<Acc>& launch, const Level<Acc>
   const int parts = kLast ? tile.lanes : tile.groups, units = kLast ? tile.groups : tile.lanes;
   const int64_t first = tile.image * level.cells() + tile.begin, left = level.cells() - tile.begin;
   for (int j = int(threadIdx.x); j < units * kCells && j < left; j += kThreads) {
-    const int unit = j / kCells;  // a cell's parts: one thread of each lane (channels_last) or group
+    const int unit = j / kCells;  // the parts of a cell: one thread per lane (channels_last) or per group
     const auto thread = [&](int p) {
-      const int part = (p + unit) & (parts - 1);  // each cell begins elsewhere: again for the banks
+      const int part = (p + unit) & (parts - 1);  // each cell begins at another part, also for the banks
       return j % kCells * kLength + (kLast ? unit * tile.lanes + part : part * tile.lanes + unit);
     };
     double d = 0, e = 0;
@@ -189,9 +194,9 @@ __device__ __forceinline__ void measure_tile(const Launch<Acc>& launch, const Le
   join<P, kCells, kEntropy>(launch, level, tile, shared);
 }
 
-// ---- weigh, in the image's last block ----
+// ---- weigh, in the last block of an image ----
 
-// A NaN spoils its whole image, as in PyTorch: so it is lower and higher than any number.
+// Minimum and maximum that propagate a NaN, which makes the whole image NaN as in PyTorch.
 struct Lower {
   __device__ double operator()(double a, double b) const { return b < a || b != b ? b : a; }
 };
@@ -211,10 +216,10 @@ struct Weight {
   }
 };
 
-// The normaliser of one image; reads what other blocks wrote, hence past the L1 cache.
+// The map norm of one image. It reads data of other blocks, hence past the L1 cache.
 template <class Acc>
-__device__ __forceinline__ Weight<Acc> normaliser(const Options& options, const double* e, int64_t cells,
-                                                  double* shared) {
+__device__ __forceinline__ Weight<Acc> map_norm_of(const Options& options, const double* e, int64_t cells,
+                                                   double* shared) {
   Weight<Acc> weight;
   if (options.map_norm == MapNorm::none) return weight;
   double lowest = std::numeric_limits<double>::infinity(), highest = -lowest, sum = 0;
@@ -243,13 +248,13 @@ __device__ __forceinline__ Weight<Acc> normaliser(const Options& options, const 
   return weight;
 }
 
-// Writes the image's map, and its sums of w D (with the student) and w.
+// Writes the map of the image, and its sums of w D (with the student) and of w.
 template <bool kStudent, class Acc>
 __device__ __forceinline__ void weigh(const Launch<Acc>& launch, const Level<Acc>& level, int64_t image, double* sums,
                                       double* shared) {
   const int64_t cells = level.cells(), first = image * cells;
   const double *e = level.score + first, *d = level.distance + first;
-  const Weight<Acc> weight = normaliser<Acc>(launch.options, e, cells, shared);
+  const Weight<Acc> weight = map_norm_of<Acc>(launch.options, e, cells, shared);
   double loss = 0, mass = 0;
   for (int64_t j = threadIdx.x; j < cells; j += kThreads) {
     double w = weight(__ldcg(e + j));
@@ -266,7 +271,7 @@ __device__ __forceinline__ void weigh(const Launch<Acc>& launch, const Level<Acc
   }
 }
 
-// ---- add images up, in the level's last block ----
+// ---- sums over images, in the last block of a level ----
 
 template <bool kStudent, class Acc>
 __device__ __forceinline__ void total(const Launch<Acc>& launch, int l, double* shared) {
@@ -290,7 +295,7 @@ __device__ __forceinline__ void total(const Launch<Acc>& launch, int l, double* 
 
 template <class E, bool kEntropy, bool kStudent, class Acc>
 __device__ __forceinline__ void measure_and_weigh(const Launch<Acc>& launch) {
-  constexpr int V = kVector<E, Acc>, kMost = V > kThreadCells<Acc> ? V : kThreadCells<Acc>;  // cells of a thread
+  constexpr int V = kVector<E, Acc>, kMost = V > kThreadCells<Acc> ? V : kThreadCells<Acc>;  // cells per thread
   __shared__ Acc parts[(kEntropy ? 4 : 2) * kMost * kRowLength<kMost>];
   __shared__ double shared[kThreads];
   const Tile tile = find_tile(launch, V);

@@ -1,5 +1,4 @@
-// Scratch and launches of the CUDA kernels, in the order of a stream. Nothing here waits for the device or reads from
-// it.
+// Scratch memory and launches of the CUDA kernels, in stream order. Nothing here waits for the device or reads from it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,7 +25,7 @@ void run(void (*kernel)(const L), int64_t blocks, const L& launch, cudaStream_t 
   check(cudaGetLastError());
 }
 
-// Calls f with a value of the element type that all features have, or of Any.
+// Calls f with a value of the element type that all features have, or with Any.
 template <class Acc, class F>
 void with_type(const std::vector<Level<Acc>>& levels, const F& f) {
   const DType first = levels[0].student.dtype;
@@ -40,14 +39,14 @@ void with_type(const std::vector<Level<Acc>>& levels, const F& f) {
   f(Any());
 }
 
-// Under a beta of 1e-20 smooth_l1 is l1 to the last bit of a sum; what is divided by it later must not overflow.
-inline Options usable(Options options) {
+// Sets beta to at least 1e-20: below that smooth_l1 equals l1 in float, and a division by beta could overflow.
+inline Options clamp_beta(Options options) {
   if (options.beta < 1e-20) options.beta = 1e-20;
   return options;
 }
 
-// Lays levels out over launches, kMaxLevels each, and calls f(launch, blocks, first level) for those that have blocks.
-// plan_of(level, index) says how each is laid out, and may normalise its strides.
+// Distributes levels over launches of at most kMaxLevels, and calls f(launch, blocks, first level) for each launch with
+// blocks. plan_of(level, index) returns the layout of a level and may normalise its strides.
 template <class L, class Acc, class PlanOf, class F>
 void each_launch(const Call<Acc>& call, L launch, const PlanOf& plan_of, const F& f) {
   int64_t images = 0;
@@ -90,12 +89,12 @@ bool is_empty(const Level<Acc>& level) {
 
 inline double* doubles(const Tensor& scratch) { return static_cast<double*>(scratch.mutable_data_ptr()); }
 
-// The forward, or without the student the score pass. `outputs` has where either's results go.
+// Launches the forward, or without the student the score pass. `outputs` has the pointers for the results.
 template <bool kStudent, class E, class Acc>
 void launch_measure(Call<Acc>& call, const Tensor& like, int64_t cells, const Launch<Acc>& outputs,
                     cudaStream_t stream) {
   const int64_t count = int64_t(call.levels.size()), images = all_images(call.levels);
-  // e, D: one double a cell; loss and mass: one double an image; tickets: one 32-bit integer an image and a level
+  // e, D: a double per cell; loss and mass: a double per image; tickets: 32-bit integers per image and per level
   const Tensor scratch = torch::stable::new_empty(
       like, {(kStudent ? 2 : 1) * cells + 2 * images + ceil_div(images + count, 2)}, ScalarType::Double);
   double* at = doubles(scratch);
@@ -105,7 +104,7 @@ void launch_measure(Call<Acc>& call, const Tensor& like, int64_t cells, const La
     at += level.images * level.cells();
   }
   Launch<Acc> launch = outputs;
-  launch.options = usable(call.options);
+  launch.options = clamp_beta(call.options);
   const double largest = double(std::numeric_limits<Acc>::max());
   launch.inverse_temperature = 1 / call.options.temperature < largest ? 1 / call.options.temperature : largest;
   launch.sums = at + (kStudent ? cells : 0);
@@ -128,7 +127,7 @@ void launch_measure(Call<Acc>& call, const Tensor& like, int64_t cells, const La
 template <class Acc>
 void launch_forward(Call<Acc>& call, const Tensor& like, int64_t cells, Acc* losses, Acc* mass, cudaStream_t stream) {
   for (const auto& level : call.levels)
-    if (is_empty(level)) {  // no block writes the sums of a level without cells
+    if (is_empty(level)) {  // no block writes the results of a level without cells
       check(cudaMemsetAsync(losses, 0, call.levels.size() * sizeof(Acc), stream));
       check(cudaMemsetAsync(mass, 0, call.levels.size() * sizeof(Acc), stream));
       break;
@@ -144,9 +143,9 @@ void launch_forward(Call<Acc>& call, const Tensor& like, int64_t cells, Acc* los
 template <class Acc>
 void launch_backward(Call<Acc>& call, const Acc* upstream, int64_t stride, const Acc* mass, cudaStream_t stream) {
   for (auto& level : call.levels)
-    if (!level.grad.data) level.images = 0;  // nobody asks for its gradient
+    if (!level.grad.data) level.images = 0;  // its gradient is not wanted
   Launch<Acc> launch;
-  launch.options = usable(call.options);
+  launch.options = clamp_beta(call.options);
   launch.upstream_stride = stride;
   with_type<Acc>(call.levels, [&](auto type) {
     using E = decltype(type);
@@ -160,12 +159,12 @@ void launch_backward(Call<Acc>& call, const Acc* upstream, int64_t stride, const
 
 // ---- one pass ----
 
-// Maps of all levels and their sums, from the teacher alone; the levels get their maps in the returned memory, which
-// has the sums first.
+// Computes the maps of all levels and their sums, from the teacher alone. The returned memory has the sums, then the
+// maps, which the levels point to.
 template <class E>
 Tensor launch_score(Call<float>& call, const Tensor& like, int64_t cells, cudaStream_t stream) {
   const auto maps_of = [](const Level<float>& level) { return ceil_div(level.images * level.cells(), 4) * 4; };
-  const int64_t count = ceil_div(int64_t(call.levels.size()), 2) * 2;  // so that each map is aligned
+  const int64_t count = ceil_div(int64_t(call.levels.size()), 2) * 2;  // even, so that each map is aligned
   int64_t floats = 0;
   for (const auto& level : call.levels) floats += maps_of(level);
   const Tensor memory = torch::stable::new_empty(like, {count + floats / 2}, ScalarType::Double);
@@ -174,7 +173,7 @@ Tensor launch_score(Call<float>& call, const Tensor& like, int64_t cells, cudaSt
   for (size_t l = 0; l < call.levels.size(); ++l) {
     call.levels[l].map = teacher.levels[l].map = map;
     map += maps_of(call.levels[l]);
-    teacher.levels[l].student = teacher.levels[l].teacher;  // the layout is that of the teacher
+    teacher.levels[l].student = teacher.levels[l].teacher;  // the teacher alone determines the layout
     teacher.levels[l].grad = {};
   }
   Launch<float> outputs;
@@ -195,7 +194,7 @@ inline void require_dense(const std::vector<Level<float>>& levels) {
   }
 }
 
-// What no block writes: losses and bias gradients of levels without cells, and the total if all are.
+// Clears the results that no block writes: losses and bias gradients of levels without cells, and the total if all are.
 inline void clear_empty(const Call<float>& call, float* total, float* losses, cudaStream_t stream) {
   bool any = false;
   for (const auto& level : call.levels) {
@@ -208,11 +207,11 @@ inline void clear_empty(const Call<float>& call, float* total, float* losses, cu
   check(cudaMemsetAsync(total, 0, sizeof(float), stream));
 }
 
-// Sets a launch's scratch, of which the plans have their sums by channel; what must begin as 0 is set so.
+// Allocates the scratch memory of a launch, sets the pointers in launch and plans, and clears counters and losses.
 inline Tensor set_scratch(StreamLaunch& launch, const std::vector<Level<float>>& levels, std::vector<StreamPlan>& plans,
                           const Tensor& like, cudaStream_t stream) {
   const int64_t count = int64_t(levels.size()), images = all_images(levels);
-  const int64_t zeros = count + ceil_div(images + count + 1, 2);  // losses of levels; tickets, of 32 bits
+  const int64_t zeros = count + ceil_div(images + count + 1, 2);  // losses of levels; 32-bit tickets
   const auto columns = [&](size_t l) { return ceil_div(levels[l].images * plans[l].tiles * levels[l].channels, 2); };
   int64_t size = zeros + images;
   for (size_t l = 0; l < levels.size(); ++l) {
@@ -247,7 +246,7 @@ void launch_stream(const Call<float>& call, const Tensor& like, const double* ma
   }
   const Tensor scratch = set_scratch(launch, call.levels, plans, like, stream);
   launch.levels = int(call.levels.size());
-  launch.options = usable(call.options);
+  launch.options = clamp_beta(call.options);
   launch.factor = factor;
   launch.total = total;
   constexpr decltype(&stream_pass<E, Penalty::l2>) kernels[] = {
@@ -264,7 +263,7 @@ void launch_stream(const Call<float>& call, const Tensor& like, const double* ma
   });
 }
 
-// `masses` null: those of the score pass, or not needed.
+// Launches the one pass. If `masses` is null, those of the score pass are used, or none are needed.
 inline void launch_one_pass(Call<float>& call, const Tensor& like, int64_t cells, const double* masses,
                             const float* factor, float* total, float* losses, cudaStream_t stream) {
   require_dense(call.levels);
@@ -294,7 +293,7 @@ inline Gradient dense_gradient(const Tensor& x) {
   return {x.mutable_data_ptr(), x.numel(), 0, dtype};
 }
 
-// At most `blocks` blocks: they mostly have nothing to do.
+// Launches at most `blocks` blocks, as they usually have nothing to do.
 inline void launch_rescale(const Tensor& upstream, const Tensors& gradients, int64_t blocks, cudaStream_t stream) {
   const int64_t count = upstream.numel();
   const DType dtype = dtype_of(upstream);

@@ -1,4 +1,4 @@
-// The C++ backend on CUDA: the card, its current stream, registration.
+// The C++ backend on CUDA: device, stream and registration.
 #include "device.cuh"
 #include "launch.cuh"
 

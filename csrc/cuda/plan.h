@@ -1,9 +1,9 @@
-// How a launch is laid out over blocks and threads: index arithmetic on the host, without CUDA.
+// The layout of a launch over blocks and threads: index arithmetic on the host, without CUDA.
 //
-// A block computes a tile: some cells of one image, all channels. Its threads stand in a grid of lanes x groups, lanes
-// along memory. Where channels are neighbours in memory (channels_last) lanes share the channels of a cell and groups
-// take different cells; else lanes take different cells and groups share the channels. A thread reads kVector
-// neighbours at a time, or one where alignment, strides or counts do not allow that.
+// A block computes a tile: some cells of one image, all channels. Its threads form a grid of lanes x groups, with lanes
+// along memory. If channels are neighbours in memory (channels_last), the lanes share the channels of a cell and groups
+// have different cells; else lanes have different cells and the groups share the channels. A thread reads kVector
+// neighbours at a time, or one if alignment, strides or sizes do not allow more.
 #pragma once
 
 #include <cstdint>
@@ -14,27 +14,26 @@
 namespace fastkd::cuda {
 
 constexpr int kThreads = 256;
-// Blocks that share an SM: with 2 an H200 had too few reads under way, with 4 too many registers spill. An entropy
-// needs more of them.
+// Blocks per SM: with 2, an H200 had too few reads in flight; with 4, too many registers spill. The entropy needs more
+// registers.
 template <bool kEntropy>
 constexpr int kBlocks = kEntropy ? 2 : 3;
-constexpr int kMaxLevels = 12;  // of one launch, as its parameters have 4 KiB on every card; more take more launches
+constexpr int kMaxLevels = 12;  // per launch, whose parameters may have 4 KiB on every card; more take more launches
 
-// Cells of a thread where channels are neighbours in memory: as many as fit shared memory. Else it has those it reads
-// at once.
+// Cells per thread for channels_last: as many as fit shared memory. For NCHW they are those of one read.
 template <class Acc>
 constexpr int kThreadCells = sizeof(Acc) == 8 ? 4 : 8;
 
 struct Plan {
   int first_block = 0;
-  int tiles = 0;        // blocks of an image
-  int first_image = 0;  // where the level's images begin among all of the call: their counters and sums
+  int tiles = 0;        // blocks per image
+  int first_image = 0;  // index of the level's first image among those of the call, for counters and sums
   int log_lanes = 0;
   bool channels_last = false, vector = false;
-  bool row_gaps = false;  // of some feature: cells do not lie in one row
+  bool row_gaps = false;  // of some feature: there are gaps between rows of cells
 };
 
-// All that forward, score pass and backward are passed, by value.
+// The parameters of forward, score pass and backward, passed by value.
 template <class Acc>
 struct Launch {
   Level<Acc> level[kMaxLevels];
@@ -54,19 +53,19 @@ struct Launch {
   int64_t upstream_stride = 0;
 };
 
-// How the one pass is laid out. A tile is `steps` times kPacks packs of each thread. channels_last: threads stand in
-// `rows` cells of `width` packs, and a level's channels are in `slices` tiles side by side. NCHW: they follow the
+// The layout of the one pass. A tile has `steps` times kPacks packs per thread. channels_last: the threads form `rows`
+// cells of `width` packs, and the channels of a level are divided into `slices` tiles. NCHW: the threads follow the
 // image.
 struct StreamPlan {
-  int first_block = 0, tiles = 0, first_image = 0;  // as of Plan
+  int first_block = 0, tiles = 0, first_image = 0;  // as in Plan
   int steps = 1, vector = 1, rows = 0, width = 0, slices = 0;
   bool channels_last = false;
-  bool spans = false;               // NCHW: packs lie across channels, or weights are not aligned
-  float* tile_columns = nullptr;    // (images, tiles, C): sums of the gradient by channel
+  bool spans = false;               // NCHW: packs may contain two channels, or weights are not aligned
+  float* tile_columns = nullptr;    // (images, tiles, C): sums of the gradient per channel
   double* image_columns = nullptr;  // (images, C)
 };
 
-constexpr int kPacks = 4;      // of student and teacher each, which a thread reads before it uses any
+constexpr int kPacks = 4;      // per thread of student and teacher each, all read before any is used
 constexpr int kMostSteps = 4;  // fewer where a level has few tiles
 
 struct StreamLaunch {
@@ -96,7 +95,7 @@ bool moments_aligned(const Level<Acc>& level, int64_t bytes) {
   return aligned(level.mean, bytes) && aligned(level.rstd, bytes) && aligned(level.bias, bytes);
 }
 
-// Strides of dimensions of size 1 say nothing: set so that cells lie in one row wherever they can.
+// Strides of dimensions of size 1 are arbitrary: they are set so that there are no gaps between rows if possible.
 template <class Acc>
 Feature normalised(const Level<Acc>& level, Feature f) {
   if (level.images == 1) f.image_stride = 0;
@@ -106,7 +105,7 @@ Feature normalised(const Level<Acc>& level, Feature f) {
   return f;
 }
 
-// Whether each thread may read `vector` neighbours of the feature at once.
+// Whether threads can read `vector` neighbours of the feature at once.
 template <class Acc>
 bool vectorises(const Level<Acc>& level, const Feature& f, bool channels_last, int vector) {
   const bool dense = channels_last ? f.channel_stride == 1 : f.column_stride == 1 && f.row_stride == level.width;
@@ -125,15 +124,16 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int as_int(int64_t x) { return int(smaller(x, std::numeric_limits<int>::max())); }
 
-// Cells of a tile.
+// Number of cells of a tile.
 template <class Acc>
 FASTKD_INLINE int64_t tile_cells(const Plan& plan, int vector) {
   const int64_t lanes = int64_t(1) << plan.log_lanes;
   return plan.channels_last ? kThreads / lanes * kThreadCells<Acc> : lanes * (plan.vector ? vector : 1);
 }
 
-// Sets the layout of a level and normalises its strides. `vector` is how many elements fit a 16-byte read; its grad
-// counts where it has one. The result depends on the level alone: a sum has the same order on every card.
+// Returns the layout of a level and normalises its strides. `vector` is the number of elements of a 16-byte read. The
+// gradient's layout counts too if there is one. The result depends on the level alone, so sums have the same order on
+// every card.
 template <class Acc>
 Plan make_plan(Level<Acc>& level, int vector) {
   Plan plan;
@@ -155,7 +155,7 @@ Plan make_plan(Level<Acc>& level, int vector) {
   if (plan.channels_last) {
     plan.log_lanes = smaller(5, ceil_log2((level.channels + step - 1) / step));
   } else {
-    // as many groups as the channels can feed, at least 8 where they can; smaller tiles where images are few
+    // at most 8 groups, of at least 8 channels where possible; smaller tiles if there are few images
     const int groups = smaller(3, ceil_log2((level.channels + 7) / 8));
     plan.log_lanes = smaller(8 - groups, ceil_log2((level.cells() + step - 1) / step));
     const auto blocks = [&] { return level.images * (level.cells() / tile_cells<Acc>(plan, vector)); };
@@ -166,7 +166,7 @@ Plan make_plan(Level<Acc>& level, int vector) {
   return plan;
 }
 
-// Whether a feature's elements lie in one row of memory, in the one layout or the other.
+// Whether a feature is dense in memory, in channels_last or NCHW.
 inline bool is_dense(const Level<float>& level, const Feature& f, bool channels_last) {
   const auto is = [](int64_t size, int64_t stride, int64_t expected) { return size == 1 || stride == expected; };
   const int64_t column = channels_last ? level.channels : 1, channel = channels_last ? 1 : level.cells();
@@ -180,7 +180,7 @@ inline bool are_dense(const Level<float>& level, bool channels_last) {
          (!level.grad.data || is_dense(level, level.grad, channels_last));
 }
 
-// The layout of a level whose features are dense; `vector` as in make_plan. As there it depends on the level alone.
+// Returns the layout of a level with dense features; `vector` as in make_plan. It depends on the level alone, too.
 inline StreamPlan make_stream_plan(const Level<float>& level, int vector) {
   StreamPlan plan;
   const int64_t elements = level.channels * level.cells();

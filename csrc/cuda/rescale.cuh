@@ -1,19 +1,21 @@
-// Rescale: what the one pass wrote for an upstream gradient of 1, times the one that came: g = upstream g.
+// Rescale: multiplies the gradients of the one pass, which are for an upstream gradient of 1, by the actual one:
+// ds = upstream * ds.
 //
-// Must move, for an element of b bytes, 2 b where the upstream gradient is not 1 (2 units, one unit being the bytes of
-// all student features), else nothing; 1 operation an element. A launch of few blocks, as it mostly ends at once.
+// If the upstream gradient is not 1, it must move 2 b bytes per element of b bytes, which are 2 units (one unit is the
+// bytes of all student features), and do 1 operation per element; else nothing. A launch has few blocks, as it usually
+// ends at once.
 #pragma once
 
 #include "stream.cuh"
 
 namespace fastkd::cuda {
 
-constexpr int kMaxGradients = 64;  // of one launch
+constexpr int kMaxGradients = 64;  // per launch
 
 struct Gradient {
   void* data = nullptr;
   int64_t count = 0;
-  int64_t upstream = 0;  // offset of its own
+  int64_t upstream = 0;  // offset of its upstream gradient
   DType dtype = DType::float32;
 };
 
@@ -25,7 +27,7 @@ struct RescaleLaunch {
 };
 static_assert(sizeof(RescaleLaunch) <= 4096, "more than a kernel's parameters");
 
-// Elements [first, count), in packs of V from `first` on; a last one that is not full is left out.
+// Rescales elements [first, count) in packs of V; a last pack that is not full is left out.
 template <class E, int V>
 __device__ __forceinline__ void rescale_packs(const Gradient& gradient, int64_t first, float upstream) {
   const int64_t packs = (gradient.count - first) / V, threads = int64_t(gridDim.x) * kThreads;

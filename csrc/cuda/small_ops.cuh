@@ -1,9 +1,9 @@
-// Kernels and launches of the small ops: priors from boxes, their sums, and the factor of the loss. Each is one launch
-// for all levels. Nothing here waits for the device or reads from it.
+// Kernels and launches of the small ops: priors from boxes, their sums, and the factor of the loss (formulas in
+// ../priors.h and ../factor.h). Each is one launch for all levels. Nothing here waits for the device or reads from it.
 //
-// A block computes a tile of 32 x 8 cells of one image of one level. Its threads look at all M boxes, 256 at a time,
-// and keep those of their image that reach the tile, in shared memory and in any order: a maximum has no order.
-// Sums are of the blocks' parts in one fixed order, by the block that comes last of a level, by an integer ticket.
+// A block computes a tile of 32 x 8 cells of one image of one level. Its threads read all M boxes, 256 at a time, and
+// keep those of their image that reach the tile in shared memory, in any order, as a maximum does not depend on it. The
+// last block of a level, determined by an integer ticket, adds up the sums of the blocks in a fixed order.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -23,11 +23,11 @@ using priors::Interval;
 using priors::Place;
 
 constexpr int kThreads = 256, kTileWidth = 32, kTileHeight = kThreads / kTileWidth;
-constexpr int kMaxLevels = 32;  // of one launch, as its parameters have 4 KiB on every card; more take more launches
+constexpr int kMaxLevels = 32;  // per launch, whose parameters may have 4 KiB on every card; more take more launches
 
 // ---- what the kernels share ----
 
-// True in the one block that is the last of `count` to call this: it then sees all that the others wrote before.
+// True in the last of `count` blocks that call this; that block sees everything that the others wrote before.
 __device__ __forceinline__ bool comes_last(unsigned* done, unsigned count) {
   __shared__ bool last;
   __threadfence();
@@ -38,7 +38,7 @@ __device__ __forceinline__ bool comes_last(unsigned* done, unsigned count) {
   return last;
 }
 
-// Adds one value of each thread up, in one order; every thread gets the sum.
+// Adds up one value per thread in a fixed order; every thread gets the sum.
 __device__ __forceinline__ double block_sum(double x) {
   __shared__ double shared[kThreads];
   __syncthreads();
@@ -51,7 +51,7 @@ __device__ __forceinline__ double block_sum(double x) {
   return shared[0];
 }
 
-// What other blocks wrote, past the L1 cache.
+// Reads data of other blocks, past the L1 cache.
 template <class T>
 __device__ __forceinline__ T fresh(const T* x) {
   return *static_cast<const volatile T*>(x);
@@ -71,10 +71,10 @@ struct PriorLaunch {
   int count = 0;
   priors::Options options;
   bool inclusive = false;
-  double* parts = nullptr;           // sum of each block (iou_mask) or image (box_balance), level after level
-  unsigned* levels_done = nullptr;   // tickets, as are the next
+  double* parts = nullptr;           // sum per block (iou_mask) or image (box_balance), level after level
+  unsigned* levels_done = nullptr;   // tickets, like the next two
   unsigned* images_done = nullptr;   // (levels, N)
-  unsigned* images_empty = nullptr;  // (levels, N): cells without a box
+  unsigned* images_empty = nullptr;  // (levels, N): number of cells without a box
 };
 static_assert(sizeof(PriorLaunch) <= 4096, "more than a kernel's parameters");
 
@@ -83,7 +83,7 @@ FASTKD_INLINE int64_t tiles_of(const priors::Level& level) {
   return int64_t(tiles_across(level)) * ((level.height + kTileHeight - 1) / kTileHeight);
 }
 
-// A block's tile, and this thread's cell in it.
+// The tile of a block, and the cell of this thread.
 struct Tile {
   int level, first_x, first_y, x, y;
   unsigned image, tiles;
@@ -103,7 +103,7 @@ struct Tile {
     inside = x < of.width && y < of.height;
     cell = (int64_t(image) * of.height + y) * of.width + x;
   }
-  // Whether some cell's centre is nearer to the box's than this reach.
+  // Whether the centre of some cell is nearer to that of the box than this reach.
   __device__ __forceinline__ bool reached(const Place& place, const priors::Reach& reach) const {
     return near(first_x, kTileWidth, place.x.centre, reach.x) && near(first_y, kTileHeight, place.y.centre, reach.y);
   }
@@ -116,8 +116,8 @@ struct Tile {
   }
 };
 
-// For each piece of the boxes: keep(box, slot) for the image's own, where slot() says where to put one, then
-// use(number of those put) by all threads.
+// For each piece of the boxes: calls keep(box, slot) for the boxes of the image, where slot() returns the index to
+// store one at, then use(number of stored boxes) in all threads.
 template <class T, class Keep, class Use>
 __device__ __forceinline__ void each_piece(const priors::Options& options, unsigned image, const Keep& keep,
                                            const Use& use) {
@@ -136,7 +136,7 @@ __device__ __forceinline__ void each_piece(const priors::Options& options, unsig
   }
 }
 
-// A box that reaches the tile, and its m_k (graded) or the least share of both areas.
+// A box that reaches the tile, and its m_k (graded) or the share of both areas that an overlap must exceed.
 template <class Limit>
 struct Kept {
   Place place;
@@ -145,8 +145,9 @@ struct Kept {
 
 // Graded: grade = max over boxes of IoU / m_k, by g = column(x) * row(y), the largest over anchors.
 //
-// Must move 20 bytes a box and block (from L2) and write 4 a cell. Must do, a box and anchor that reach the tile, one
-// product and maximum a cell, 2 divisions a cell and box, and 40 entries of column and row in double a tile.
+// It must read 20 bytes per box and block (from L2) and write 4 bytes per cell. It does a product and a maximum per
+// cell, box and anchor that reach the tile, 2 divisions per cell and box, and computes 40 entries of column and row in
+// double per tile, box and anchor.
 template <class T>
 __device__ __forceinline__ float grade_cell(const PriorLaunch& launch, const Tile& tile) {
   constexpr int kPairs = 32, kSides = kTileWidth + kTileHeight;
@@ -199,8 +200,9 @@ __device__ __forceinline__ float grade_cell(const PriorLaunch& launch, const Til
   return value;
 }
 
-// The mask: 1 where an IoU is above threshold * m_k. Each box marks one interval of each row, see csrc/priors.h: two
-// comparisons of integers a cell and box, and some 10 operations in double a row, box and anchor.
+// Mask: 1 if an IoU is above threshold * m_k. Each box marks one interval of each row, see ../priors.h. It must move as
+// much as grade_cell, and does 2 integer comparisons per cell and box, and about 10 operations in double per row, box
+// and anchor.
 template <class T>
 __device__ __forceinline__ float mark_cell(const PriorLaunch& launch, const Tile& tile) {
   constexpr int kBoxes = kThreads / kTileHeight;
@@ -256,8 +258,9 @@ __global__ void __launch_bounds__(kThreads) iou_mask(const __grid_constant__ Pri
   if (threadIdx.x == 0) *level.sum = total;
 }
 
-// weight = 1 / the area of the smallest box that covers the cell, else background / the image's number of such cells,
-// which the image's last block fills in. Must move as iou_mask, and read and write the map again: 12 bytes a cell.
+// weight = 1 / area of the smallest box that covers the cell, else background / number of such cells in the image,
+// which the last block of the image writes. It must move as much as iou_mask, and reads and writes the map again: 12
+// bytes per cell. It does 4 integer comparisons and a maximum per cell and box that overlaps the tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads) box_balance(const __grid_constant__ PriorLaunch launch) {
   __shared__ Covered kept[kThreads];
@@ -306,7 +309,7 @@ void run(void (*kernel)(const Launch), int64_t blocks, int threads, const Launch
   check(cudaGetLastError());
 }
 
-// Scratch of `parts` doubles, and of tickets that are 0.
+// Scratch memory: `part_count` doubles, and tickets that are 0.
 struct Scratch {
   Tensor tensor;
   double* parts;
@@ -359,9 +362,9 @@ void launch_box_balance(const priors::Options& options, bool inclusive, const st
   launch_prior(box_balance<T>, options, inclusive, levels, like, stream);
 }
 
-// ---- sums of priors that are there ----
+// ---- sums of given priors ----
 
-constexpr int64_t kPiece = 16 * kThreads;  // elements of a block
+constexpr int64_t kPiece = 16 * kThreads;  // elements per block
 
 struct SumsLaunch {
   Weights level[kMaxLevels];
@@ -382,7 +385,8 @@ __device__ __forceinline__ double element(const void* data, DType dtype, int64_t
   }
 }
 
-// sum_p q_p of each level in double; must read each prior once. Minima are not looked for: 0, or 1 of an absent prior.
+// sum_p q_p of each level in double. It must read each prior once, and does 1 operation per cell. Minima are not
+// computed: they are 0, or 1 for an absent prior.
 __global__ void __launch_bounds__(kThreads) prior_sums(const __grid_constant__ SumsLaunch launch) {
   if (blockIdx.x == 0 && int(threadIdx.x) < launch.count) {
     const Weights& level = launch.level[threadIdx.x];
@@ -393,7 +397,7 @@ __global__ void __launch_bounds__(kThreads) prior_sums(const __grid_constant__ S
   while (l > 0 && int(blockIdx.x) < launch.first_block[l]) --l;
   const Weights& level = launch.level[l];
   const int64_t blocks = pieces_of(level), begin = int64_t(blockIdx.x - unsigned(launch.first_block[l])) * kPiece;
-  if (begin >= level.count) return;  // of a launch without any prior
+  if (begin >= level.count) return;  // a launch without any prior
   const int64_t end = level.count - begin < kPiece ? level.count : begin + kPiece;
   double sum = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) sum += element(level.data, level.dtype, i);
@@ -426,7 +430,7 @@ inline void launch_prior_sums(const std::vector<Weights>& levels, double* sums, 
   }
 }
 
-// ---- the factor: some 30 operations of one thread, on values that only the device knows ----
+// ---- the factor: about 30 operations of one thread, as only the device knows the values ----
 
 __global__ void factor_step(const __grid_constant__ FactorStep call) {
   double task = 0, distillation = 0;

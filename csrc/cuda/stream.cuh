@@ -1,17 +1,17 @@
-// One pass: losses and final gradients of all levels in one launch, where the weight w of every cell is known before
-// any feature is read: it is the prior, or comes from a score pass (forward.cuh).
+// One pass: losses and final gradients of all levels in one launch, if the weight w of every cell is known before any
+// feature is read: it is the prior, or comes from the score pass (forward.cuh).
 //
 //   L = weight / Z sum_p w_p sum_c rho(x),   x = (s + bias_c) - t',   t' = (t - mean_c) rstd_c
 //   ds = factor weight / Z w_p rho'(x),      dbias_c = sum of ds over images and cells
 //
-// Must move, for an element of b bytes, 3 b: student and teacher read, gradient written, and per cell one weight. Must
-// do 10 operations an element (l2: standardise 2, bias, difference, penalty 2, derivative, weight 2, sum of its
-// channel) and 3 conversions. One unit being the bytes of all student features, the floor is 3 units / bandwidth: an SM
-// of an H200 has 36 lane-operations an element of bfloat16 until memory brings the next.
+// It must move 3 b bytes per element of b bytes, student and teacher read and gradient written, which are 3 units (one
+// unit is the bytes of all student features), and one weight per cell. It does 10 operations per element (l2:
+// standardise 2, bias, difference, penalty 2, derivative, weight 2, sum of the channel) and 3 conversions. The floor is
+// 3 units / bandwidth: an SM of an H200 can do 36 operations per lane and bfloat16 element in the time in which memory
+// delivers it.
 //
-// No sum over the channels of one cell is needed, so that an image is one run of packs of 16 bytes in both layouts.
-// Losses and sums of channels go from tiles to images to levels, each added up by the block that comes last, in one
-// order.
+// No sum over the channels of one cell is needed, so an image is one run of 16-byte packs in both layouts. Losses and
+// sums per channel are added up from tiles to images to levels, each by the block that finishes last, in a fixed order.
 #pragma once
 
 #include <bit>
@@ -20,7 +20,7 @@
 
 namespace fastkd::cuda {
 
-// ---- packs: read and written once, by streaming loads and stores, which leave the caches first ----
+// ---- packs: read and written once, by streaming loads and stores, which are evicted from the caches first ----
 
 template <class E, int V>
 using Raw =
@@ -36,7 +36,7 @@ __device__ __forceinline__ void write(const Raw<E, V>& raw, void* data, int64_t 
   __stcs(reinterpret_cast<Raw<E, V>*>(static_cast<E*>(data) + offset), raw);
 }
 
-// One element of a pack, which a thread holds as it lies in memory: that takes the fewest registers.
+// One element of a pack, which a thread keeps in its memory format, as that takes the fewest registers.
 template <class E, int V>
 __device__ __forceinline__ float get(const Raw<E, V>& raw, int v) {
   return float(std::bit_cast<Pack<E, V>>(raw).x[v]);
@@ -49,7 +49,7 @@ __device__ __forceinline__ void set(Raw<E, V>& raw, int v, float x) {
   raw = std::bit_cast<Raw<E, V>>(pack);
 }
 
-// ---- where a block and its threads are ----
+// ---- the places of a block and its threads ----
 
 struct Block {
   const StreamLaunch& launch;
@@ -70,12 +70,12 @@ struct Block {
     tile = block % plan.tiles;
   }
 
-  // Of the image's cells; null: 1.
+  // Weights of the image's cells; null: 1.
   __device__ __forceinline__ const float* weights() const {
     const float* const of_level = level.map ? level.map : level.prior;
     return of_level ? of_level + image * level.cells() : nullptr;
   }
-  // The tile's sums of ds, by channel; tiles_of says which of them it has.
+  // The tile's sums of ds per channel; see tiles_of for the channels that a tile has.
   __device__ __forceinline__ float* columns() const {
     return plan.tile_columns + (image * plan.tiles + tile) * level.channels;
   }
@@ -83,12 +83,12 @@ struct Block {
   __device__ __forceinline__ double z() const {
     return divisor(level, launch.options.divisor, launch.mass ? launch.mass[l] : 0);
   }
-  // What smooth_l1's scaled terms are divided by.
+  // The divisor of the scaled terms of smooth_l1.
   __device__ __forceinline__ double scale() const {
     return launch.options.penalty == Penalty::smooth_l1 ? launch.options.beta : 1;
   }
-  // The gradient by w times the scaled derivative; once a block, as its division in double is slow on cards for
-  // graphics.
+  // The factor of w * scaled slope in ds. It is computed once per block, as a division in double is slow on consumer
+  // cards.
   __device__ __forceinline__ float slope() const {
     __shared__ float slope;
     if (threadIdx.x == 0) slope = float(factor() * launch.weight[l] / (z() * scale()));
@@ -97,9 +97,9 @@ struct Block {
   }
 };
 
-constexpr int kSharedFloats = 2 * kPacks * kThreads + 32;  // most of the two below
+constexpr int kSharedFloats = 2 * kPacks * kThreads + 32;  // the larger of the two structs below
 
-// channels_last: a thread has the same V channels of several cells, `rows` apart.
+// The packs of a thread for channels_last: the same V channels of several cells, `rows` apart.
 template <int V>
 struct CellPacks {
   static constexpr int kVector = V;
@@ -107,9 +107,9 @@ struct CellPacks {
   const int rows = block.plan.rows, column = int(threadIdx.x) % block.plan.width,
             row = int(threadIdx.x) / block.plan.width;
   const int first_channel = block.tile % block.plan.slices * block.plan.width * V, channel = first_channel + column * V;
-  int cell;                                            // of the image, of the step's first pack
-  int left = 0;                                        // cells from there on
-  const int64_t stride = rows * block.level.channels;  // from pack to pack
+  int cell;                                            // cell of the step's first pack, in the image
+  int left = 0;                                        // number of cells from there on
+  const int64_t stride = rows * block.level.channels;  // between packs
   int64_t start;                                       // of the step's first pack, in elements
   float sums[V] = {};
 
@@ -122,9 +122,9 @@ struct CellPacks {
 
   __device__ __forceinline__ bool has(int j) const { return j * rows < left; }
   __device__ __forceinline__ int64_t offset(int j) const { return start + j * stride; }
-  // Calls f(pack, element, weight, mean, rstd, bias), which returns ds, for each element of the step. It takes four
-  // channels of all packs at a time, and reads their moments in every step (from the L1 cache): to keep the moments of
-  // V channels would take too many registers.
+  // Calls f(pack, element, weight, mean, rstd, bias), which returns ds, for each element of the step. It computes four
+  // channels of all packs at a time and reads their moments in every step (from the L1 cache), as keeping the moments
+  // of V channels would take too many registers.
   template <class F>
   __device__ __forceinline__ void each(const F& f) {
     const float* const weights = block.weights();
@@ -148,7 +148,7 @@ struct CellPacks {
     left -= kPacks * rows;
     start += kPacks * stride;
   }
-  // Adds the rows of threads up. The padding keeps the reads of neighbouring channels in different banks.
+  // Adds up the rows of threads. With the padding, reads of neighbouring channels use different banks.
   __device__ __forceinline__ void finish() const {
     if (!block.level.bias_grad) return;
     float* const shared = block.shared;
@@ -166,16 +166,16 @@ struct CellPacks {
   }
 };
 
-// NCHW: packs follow each other through the image, whatever channel they are of. With kSpans one may have its last
-// elements in the next channel, and weights are read one by one.
+// The packs of a thread for NCHW: consecutive in the image, across channels. With kSpans, the last elements of a pack
+// may belong to the next channel, and weights are read one by one.
 template <int V, bool kSpans>
 struct ChannelPacks {
   static constexpr int kVector = V, kStep = kPacks * kThreads;
   const Block& block;
   const unsigned cells = unsigned(block.level.cells());
   int64_t first_channel;  // of the tile
-  unsigned at;            // the step's first element, counted from where that channel begins
-  int left;               // packs of the tile from there on
+  unsigned at;            // the step's first element, counted from the first element of first_channel
+  int left;               // number of packs of the tile from there on
   int64_t start;          // of the thread's first pack of the step, in elements
 
   __device__ __forceinline__ ChannelPacks(const Block& block) : block(block) {
@@ -200,7 +200,8 @@ struct ChannelPacks {
   template <class F>
   __device__ __forceinline__ void each_element(int j, const F& f) const {
     const unsigned element = at + unsigned(pack(j) * V), channel = element / cells, cell = element - channel * cells;
-    const int end = cells - cell < V ? int(cells - cell) : V;  // elements of this channel; the others are of the next
+    const int end =
+        cells - cell < V ? int(cells - cell) : V;  // number of elements of this channel; the others belong to the next
     const Moments<float, 1> here(block.level, first_channel + channel),
         next(block.level, first_channel + channel + (end < V));
     const float* const weights = block.weights();
@@ -222,14 +223,15 @@ struct ChannelPacks {
     constexpr int kFour = kSpans || V < 4 ? 1 : 4;
 #pragma unroll
     for (int v = 0; v < V; v += kFour) {
-      const unsigned at = cell + v < cells ? cell + v : cell + v - cells;  // in the next channel again from the first
+      const unsigned at =
+          cell + v < cells ? cell + v : cell + v - cells;  // the next channel starts at the first cell again
       Pack<float, kFour> pack = {};
       if (weights) pack = *reinterpret_cast<const Pack<float, kFour>*>(weights + at);
 #pragma unroll
       for (int i = 0; i < kFour; ++i) out[v + i] = weights ? pack.x[i] : 1.f;
     }
   }
-  // Adds the step's packs up by channel, one warp per channel. Part of a channel may come from an earlier step.
+  // Adds up the step's packs per channel, one warp per channel. Part of a channel may come from an earlier step.
   __device__ __forceinline__ void end_step(int step) {
     if (block.level.bias_grad && left > 0) {
       const int64_t from = at, to = from + int64_t(left < kStep ? left : kStep) * V;
@@ -238,7 +240,7 @@ struct ChannelPacks {
       for (int64_t c = from / cells + warp; c * cells < to; c += kThreads / 32) {
         const int64_t begin = c * cells < from ? from : c * cells, end = (c + 1) * cells < to ? (c + 1) * cells : to;
         const int first = int(begin - from) / V, stop = int(end - from + V - 1) / V;
-        const bool spans = kSpans && (begin - from) % V != 0;  // only the first pack's last elements are of c
+        const bool spans = kSpans && (begin - from) % V != 0;  // only the last elements of the first pack belong to c
         float sum = 0;
         for (int p = first + lane; p < stop; p += 32) sum += block.shared[spans && p == first ? kStep + p : p];
         sum = warp_sum(sum);
@@ -256,10 +258,10 @@ struct ChannelPacks {
 
 // ---- a tile ----
 
-// Writes the tile's gradient and its sums by channel. Returns one thread's part of sum w rho (of smooth_l1: times
+// Writes the tile's gradient and its sums per channel. Returns the thread's part of sum w rho (for smooth_l1 times
 // beta).
 template <class E, Penalty kPenalty, class Packs>
-__device__ __forceinline__ double imitate(const Block& block) {
+__device__ __forceinline__ double penalty_and_grad(const Block& block) {
   constexpr int V = Packs::kVector;
   const Level<float>& level = block.level;
   const float beta = float(block.launch.options.beta);
@@ -275,7 +277,7 @@ __device__ __forceinline__ double imitate(const Block& block) {
         s[j] = read<E, V>(level.student.data, packs.offset(j));
         t[j] = read<E, V>(level.teacher.data, packs.offset(j));
       }
-    if (step == 0) slope = block.slope();  // waits, while features are under way
+    if (step == 0) slope = block.slope();  // waits here, while features are being loaded
     float loss = 0;
     packs.each([&](int j, int v, float w, float mean, float rstd, float bias) {
       const float x = difference(get<E, V>(s[j], v) + bias, (get<E, V>(t[j], v) - mean) * rstd);
@@ -296,19 +298,20 @@ __device__ __forceinline__ double imitate(const Block& block) {
 }
 
 template <class E, Penalty kPenalty>
-__device__ __forceinline__ double imitate_tile(const Block& block) {
+__device__ __forceinline__ double penalty_and_grad_of_tile(const Block& block) {
   constexpr int V = kVector<E, float>;
   const bool wide = block.plan.vector == V;
   if (block.plan.channels_last)
-    return wide ? imitate<E, kPenalty, CellPacks<V>>(block) : imitate<E, kPenalty, CellPacks<1>>(block);
-  if (!wide) return imitate<E, kPenalty, ChannelPacks<1, false>>(block);
-  return block.plan.spans ? imitate<E, kPenalty, ChannelPacks<V, true>>(block)
-                          : imitate<E, kPenalty, ChannelPacks<V, false>>(block);
+    return wide ? penalty_and_grad<E, kPenalty, CellPacks<V>>(block)
+                : penalty_and_grad<E, kPenalty, CellPacks<1>>(block);
+  if (!wide) return penalty_and_grad<E, kPenalty, ChannelPacks<1, false>>(block);
+  return block.plan.spans ? penalty_and_grad<E, kPenalty, ChannelPacks<V, true>>(block)
+                          : penalty_and_grad<E, kPenalty, ChannelPacks<V, false>>(block);
 }
 
-// ---- from tiles to images, levels and the total: each sum by one block, in one order, read past the L1 cache ----
+// ---- sums of tiles, images and levels: each by one block, in a fixed order, read past the L1 cache ----
 
-// Every thread gets the sum over the block. There must be a barrier between two calls.
+// Returns the sum over the block, to every thread. There must be a barrier between two calls.
 __device__ __forceinline__ double block_sum(double x) {
   __shared__ double of_warps[kThreads / 32];
   x = warp_sum(x);
@@ -320,14 +323,14 @@ __device__ __forceinline__ double block_sum(double x) {
   return sum;
 }
 
-// Sum of `count` values, over the block.
+// The sum of `count` values, computed by the block.
 __device__ __forceinline__ double block_sum_of(const double* x, int64_t count) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += __ldcg(x + i);
   return block_sum(sum);
 }
 
-// The tiles of an image that have a channel's sum.
+// The tiles of an image that have a sum of a channel.
 struct Tiles {
   int64_t first, end, step;
 };
@@ -373,7 +376,7 @@ template <class E, Penalty kPenalty>
 __global__ void __launch_bounds__(kThreads, kBlocks<false>) stream_pass(const __grid_constant__ StreamLaunch launch) {
   __shared__ float shared[kSharedFloats];
   const Block block(launch, shared);
-  const double loss = block_sum(imitate_tile<E, kPenalty>(block));
+  const double loss = block_sum(penalty_and_grad_of_tile<E, kPenalty>(block));
   if (threadIdx.x == 0) launch.tile_losses[blockIdx.x] = loss;
   const int64_t image = block.plan.first_image + block.image;
   if (!comes_last(launch.images_done + image, unsigned(block.plan.tiles))) return;

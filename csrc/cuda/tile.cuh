@@ -1,4 +1,4 @@
-// What the kernels share on the device: which tile a block has, how a thread reads it, and sums in one order.
+// Device code that the kernels share: the tile of a block, the reads of a thread, and sums in a fixed order.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -12,23 +12,23 @@ namespace fastkd::cuda {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Stands for an element type that the level says at run time: for student and teacher of different dtypes, and double.
+// Stands for an element type known at run time only: if student and teacher have different dtypes, and for double.
 struct Any {};
 
-// Neighbours that a thread reads at once, in 16 bytes of E.
+// Number of neighbours that a thread reads at once: 16 bytes of E.
 template <class E, class Acc>
 constexpr int kVector = 16 / int(sizeof(E));
 template <>
 inline constexpr int kVector<Any, float> = 4;
 template <>
-inline constexpr int kVector<Any, double> = 1;  // a check of gradients does not need speed
+inline constexpr int kVector<Any, double> = 1;  // double is for checks of gradients, which need no speed
 
 template <class E, int V>
 struct alignas(sizeof(E) * V) Pack {
   E x[V];
 };
 
-// What a thread holds of a feature until it computes with it: the elements as they lie in memory, which of 16 bits take
+// The type in which a thread holds elements until it computes with them: that of memory, as elements of 16 bits take
 // half the registers.
 template <class E, class Acc>
 using Held = std::conditional_t<std::is_same_v<E, Any>, Acc, E>;
@@ -62,7 +62,7 @@ template <class E, class Acc, int V>
 __device__ __forceinline__ void store(const Pack<Held<E, Acc>, V>& pack, const Feature& f, int64_t offset) {
   if constexpr (std::is_same_v<E, Any>) {
     const auto as = [&]<class D>(D) {
-      using Through = std::conditional_t<sizeof(D) == 2, float, Acc>;  // the 16-bit types convert from float alone
+      using Through = std::conditional_t<sizeof(D) == 2, float, Acc>;  // the 16-bit types convert from float only
       Pack<D, V> out;
 #pragma unroll
       for (int v = 0; v < V; ++v) out.x[v] = D(Through(pack.x[v]));
@@ -80,7 +80,7 @@ __device__ __forceinline__ void store(const Pack<Held<E, Acc>, V>& pack, const F
   }
 }
 
-// A block's tile and this thread's place in it.
+// The tile of a block, and the place of this thread in it.
 struct Tile {
   int level;
   int64_t image, begin;  // begin: the tile's first cell
@@ -88,7 +88,7 @@ struct Tile {
   bool row_gaps;
 };
 
-// Level of this block. One without tiles begins where the next one does.
+// The level of this block. A level without tiles has the same first block as the next level.
 template <class L>
 __device__ __forceinline__ int find_level(const L& launch) {
   int l = 0;
@@ -112,9 +112,9 @@ __device__ __forceinline__ Tile find_tile(const Launch<Acc>& launch, int vector)
   return tile;
 }
 
-// What a thread has in registers at a time: kRows rows of V neighbours, all of which are read before any is used.
-// channels_last: a row is V channels of one cell. Else: V cells of one channel. Without the student a thread has room
-// for twice as many rows of the teacher.
+// The elements that a thread has in registers at a time: kRows rows of V neighbours, all read before any is used. A row
+// is V channels of one cell (channels_last), or V cells of one channel (NCHW). Without the student, a thread can hold
+// twice as many rows of the teacher.
 template <bool kLast, int V, class Sum, bool kWithStudent = true>
 struct Patch {
   using Acc = Sum;
@@ -123,15 +123,15 @@ struct Patch {
   static constexpr int kRows = V == 1 && !kLast && sizeof(Acc) == 4 ? 8 : kStudent ? 2 : 4;
   static constexpr int kCells = kLast ? kRows : V;
   static constexpr int kPasses = kLast ? kThreadCells<Acc> / kRows : 1;  // over all channels
-  // index of an element's cell among those of the pass
+  // index of the cell of an element among the cells of the pass
   static __device__ constexpr int cell(int row, int v) { return kLast ? row : v; }
-  // first cell of the thread's pass
+  // first cell of the thread in a pass
   static __device__ __forceinline__ int64_t first(const Tile& tile, int pass) {
     return tile.begin + (kLast ? tile.group * kThreadCells<Acc> + pass * kRows : tile.lane * V);
   }
 };
 
-// Calls f(first channel, rows) for each patch of the thread's pass that has its first cell here.
+// Calls f(first channel, rows) for each patch of the thread in the pass that begins at cell `first`.
 template <class P, class F>
 __device__ __forceinline__ void each_patch(const Level<typename P::Acc>& level, const Tile& tile, int64_t first,
                                            const F& f) {
@@ -151,8 +151,8 @@ __device__ __forceinline__ void each_patch(const Level<typename P::Acc>& level, 
   }
 }
 
-// Where the cells of a thread's rows lie; one cell where a row is of one channel. Without gaps between the rows of an
-// image all cells stand in row 0.
+// The places of the cells of a thread; one place if a row of the patch is of one channel. Without gaps between the rows
+// of an image, all cells are in row 0.
 template <class P>
 struct Places {
   static constexpr int kPlaces = P::kChannelsLast ? P::kRows : 1;
@@ -167,7 +167,7 @@ struct Places {
   }
 };
 
-// Offsets of a thread's rows in one feature, in elements; 64 bits, as a level may have more than 2^31.
+// Offsets of the rows of a thread in one feature, in elements; 64 bits, as a level may have more than 2^31 elements.
 template <class P>
 struct Rows {
   static constexpr int kPlaces = Places<P>::kPlaces;
@@ -187,11 +187,11 @@ struct Rows {
   }
 };
 
-// Never fused with a product before it: where student and teacher, or a logit and the highest, are equal, it is 0.
+// A difference that is never fused with a product, so that it is exactly 0 for equal student and teacher or logits.
 __device__ __forceinline__ float difference(float x, float y) { return __fsub_rn(x, y); }
 __device__ __forceinline__ double difference(double x, double y) { return __dsub_rn(x, y); }
 
-// Calls f with the penalty as a constant, outside of what must be straight code.
+// Calls f with the penalty as a compile-time constant, outside of code that must not branch.
 template <class F>
 __device__ __forceinline__ void with_penalty(Penalty penalty, const F& f) {
   switch (penalty) {
@@ -201,7 +201,7 @@ __device__ __forceinline__ void with_penalty(Penalty penalty, const F& f) {
   }
 }
 
-// What N neighbouring channels do to their elements: t' = (t - mean) * rstd, x = (s + bias) - t'.
+// The constants of N neighbouring channels, in t' = (t - mean) * rstd and x = (s + bias) - t'.
 template <class Acc, int N>
 struct Moments {
   Acc mean[N] = {}, rstd[N], bias[N] = {};
@@ -221,8 +221,8 @@ struct Moments {
   }
 };
 
-// Student and teacher of a patch from a channel on, or the teacher alone. All their loads are issued before any value
-// is used, except of Any.
+// Student and teacher of a patch from a channel on, or the teacher alone. All loads are issued before any value is
+// used, except for Any.
 template <class E, class P>
 struct Features {
   using Acc = typename P::Acc;
@@ -242,8 +242,8 @@ struct Features {
       }
   }
 
-  // Calls f(row, v, t', x) for each element; without the student x is 0. channels_last takes four channels of
-  // all rows at a time: to keep the moments of V channels would take too many registers.
+  // Calls f(row, v, t', x) for each element; without the student x is 0. For channels_last it computes four channels of
+  // all rows at a time, as keeping the moments of V channels would take too many registers.
   template <class F>
   __device__ __forceinline__ void each(const F& f) const {
     constexpr int kStep = P::kChannelsLast && V > 4 ? 4 : V;
@@ -268,8 +268,8 @@ struct Features {
 
 // ---- the last block of several ----
 
-// True in the one block that is the last of `count` to call this: it then sees, past the L1 cache, all that the others
-// wrote before. One thread's fence is enough, as the barrier before it orders the whole block's writes.
+// True in the last of `count` blocks that call this; that block sees, past the L1 cache, everything that the others
+// wrote before. The fence of one thread is enough, as the barrier before it orders the writes of the whole block.
 __device__ __forceinline__ bool comes_last(unsigned* done, unsigned count) {
   __shared__ bool last;
   __syncthreads();
@@ -282,7 +282,7 @@ __device__ __forceinline__ bool comes_last(unsigned* done, unsigned count) {
   return last;
 }
 
-// Combines one value of each thread, in one order; every thread gets the result.
+// Combines one value per thread in a fixed order; every thread gets the result.
 template <class F>
 __device__ __forceinline__ double combine(double x, double* shared, const F& f) {
   __syncthreads();
@@ -295,7 +295,7 @@ __device__ __forceinline__ double combine(double x, double* shared, const F& f) 
   return shared[0];
 }
 
-// The sum over a warp, in one order; every lane gets it.
+// The sum over a warp in a fixed order; every lane gets it.
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll

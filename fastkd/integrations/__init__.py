@@ -1,1 +1,1 @@
-"""Distillation inside the trainers that people already have; each module needs the trainer that it is named after."""
+"""Distillation in the trainers of other libraries; each module needs the library that it is named after."""

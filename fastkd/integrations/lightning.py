@@ -1,4 +1,4 @@
-"""``DistillationCallback``: distillation in a Lightning trainer, around a LightningModule that knows nothing of it."""
+"""``DistillationCallback`` adds distillation to a Lightning trainer, without changes to the LightningModule."""
 
 from __future__ import annotations
 
@@ -25,46 +25,46 @@ else:
 
 
 def _first(batch: Any) -> Any:
-    """Images of a batch: itself, or the first entry of a tuple or list."""
+    """Return the images of a batch: the batch itself, or the first entry of a tuple or list."""
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if isinstance(images, Mapping):
         raise TypeError(
-            f"images: expected batches that are images or begin with them, got a {type(images).__name__} of "
-            f"{', '.join(map(repr, images))}; say where the images are: images=lambda batch: batch[KEY]"
+            f"images: expected batches that are images or begin with images, got a {type(images).__name__} with "
+            f"{', '.join(map(repr, images))}; pass a function that returns the images: images=lambda batch: batch[KEY]"
         )
     return images
 
 
 class DistillationCallback(Callback):
-    """Adds the distillation loss to what ``training_step`` returns::
+    """Adds the distillation loss to the loss that ``training_step`` returns::
 
         distillation = DistillationCallback(teacher, student="detector", backbone=[("layer4", "layer6")], neck=[...])
         Trainer(callbacks=[distillation, ...]).fit(module, loader)
 
-    The module stays as it is, and its ``state_dict`` has the student alone. Adapters and the teacher's statistics are
-    in the callback's part of Lightning's checkpoint, so ``fit(ckpt_path=...)`` goes on where it stopped. Adapters train
-    with the first parameter group's options of the module's optimiser. Logged are ``distill_loss``, weighted as it
-    stands in the sum, and for each level ``distill_loss/NAME``, unweighted, by the student's module name
-    (and the teacher's, where a module of the student has several).
+    The module is unchanged, and its ``state_dict`` contains only the student. Adapters and the teacher's statistics are
+    in the callback's part of Lightning's checkpoint, so ``fit(ckpt_path=...)`` resumes distillation too. The adapters
+    join the parameter groups of the student's optimiser. Two values are logged: ``distill_loss``, weighted as in the
+    sum, and for each level ``distill_loss/NAME``, unweighted, where NAME is the student's module (followed by the
+    teacher's, if a module of the student has several partners).
 
-    For one process, or several under the ``ddp`` strategies, in any precision and with accumulated gradients (with
-    these, ``weight="auto"`` and schedules count batches, not optimiser steps).
+    It works in one process or under the ``ddp`` strategies, in any precision, and with accumulated gradients (where
+    ``weight="auto"`` and schedules count batches, not optimiser steps).
 
     Args:
-        teacher: trained; moved to the trainer's device.
-        student: attribute of the module that is the student: a name as in ``named_modules()``; "" is the module itself.
-        images: takes a batch of the loader, gives what teacher and student see; by default the first entry of a tuple
-            or list, else the batch itself.
-        **options: of ``fastkd.Distiller``: ``backbone``, ``neck``, ``prior``, ... and of ``DistillLoss``. ``weight`` is
-            ``"auto"`` where nothing is given.
+        teacher: the trained teacher; it is moved to the trainer's device.
+        student: name of the submodule that is the student, as in ``named_modules()``; "" is the module itself.
+        images: a function of a batch of the loader that returns the input of teacher and student; by default the first
+            entry of a tuple or list, else the batch itself.
+        **options: arguments of ``fastkd.Distiller`` (``backbone``, ``neck``, ``prior``, ...) and of ``DistillLoss``.
+            ``weight`` is ``"auto"`` by default.
 
     Attributes:
-        distiller: the ``Distiller``, from the first training batch on.
+        distiller: the ``Distiller``; None before training starts.
 
     Raises:
-        TypeError: the module optimises by hand, or its ``training_step`` returns something without a loss; batches that
-            are dictionaries, without ``images``.
-        ValueError: a strategy that shards the model; ``reduction="none"``; or as ``fastkd.Distiller``.
+        TypeError: a module with manual optimisation; a ``training_step`` that returns no loss; batches that are
+            dictionaries, without ``images``.
+        ValueError: a strategy that shards the model; ``reduction="none"``; the errors of ``fastkd.Distiller``.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class DistillationCallback(Callback):
         require_scalar(options)
         self.options = {"weight": "auto", **options}
         self.distiller: Distiller | None = None
-        self._call: nn.Module | None = None  # the distiller, within DDP where there are several processes
-        self._ready = False  # the adapters have their widths
+        self._call: nn.Module | None = None  # the distiller, wrapped in DDP if there are several processes
+        self._ready = False  # whether the adapters have their numbers of channels
         self._saved: dict[str, Any] | None = None
         self._restore: Callable[[], None] | None = None  # the module's own training_step
 
@@ -92,13 +92,13 @@ class DistillationCallback(Callback):
         if not pl_module.automatic_optimization:
             raise TypeError(
                 "DistillationCallback: expected automatic optimisation, as it adds to the loss that training_step "
-                f"returns, got a {type(pl_module).__name__} that optimises by hand; there keep a fastkd.Distiller of "
-                "your own, and add distiller.loss(images) before manual_backward"
+                f"returns, got a {type(pl_module).__name__} with manual optimisation; make a fastkd.Distiller in the "
+                "module instead, and add distiller.loss(images) before manual_backward"
             )
         whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if not whole or isinstance(trainer.strategy, DeepSpeedStrategy):  # which is a DDPStrategy by descent
+        if not whole or isinstance(trainer.strategy, DeepSpeedStrategy):  # a subclass of DDPStrategy that shards
             raise ValueError(
-                "DistillationCallback: expected one device or a ddp strategy, which leave modules whole, got "
+                "DistillationCallback: expected one device or a ddp strategy, which do not shard the model, got "
                 f"{type(trainer.strategy).__name__}"
             )
 
@@ -114,7 +114,7 @@ class DistillationCallback(Callback):
         if self._saved is not None:
             self.distiller.load_state_dict(self._saved)
             self._saved, self._ready = None, True
-        if self._ready:  # now, so that the state of the optimiser, which is restored next, fits
+        if self._ready:  # before Lightning restores the state of the optimiser, which includes the adapters
             self._train_adapters(trainer)
         self._call = None
 
@@ -125,8 +125,8 @@ class DistillationCallback(Callback):
         def distilled(batch: Any, *args: Any, **kwargs: Any) -> Any:
             return self._add_loss(trainer, pl_module, batch, step(batch, *args, **kwargs))
 
-        # for this instance, and only while it trains; within DDP's forward and autocast, as the module's own
-        before = {name: x for name, x in pl_module.__dict__.items() if name == "training_step"}  # a compiled one, say
+        # on this instance and during training only; it runs inside DDP's forward and autocast, like the original
+        before = {name: x for name, x in pl_module.__dict__.items() if name == "training_step"}  # e.g. a compiled one
         pl_module.training_step = distilled  # type: ignore[method-assign]
 
         def restore() -> None:
@@ -156,10 +156,10 @@ class DistillationCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
 
-    # ---- what they share
+    # ---- helpers
 
     def _train_adapters(self, trainer: Trainer) -> None:
-        """Join the groups that the optimiser has: schedulers know these, as they would not know a new one."""
+        """Add the adapters to existing parameter groups, as schedulers would not know a new group."""
         assert self.distiller is not None
         weights = {id(p) for p in self.distiller.student.parameters()}
         held = [{id(p) for group in x.param_groups for p in group["params"]} for x in trainer.optimizers]
@@ -167,7 +167,7 @@ class DistillationCallback(Callback):
         self.distiller.add_to((of_student or trainer.optimizers)[0])
 
     def _add_loss(self, trainer: Trainer, pl_module: LightningModule, batch: Any, output: Any) -> Any:
-        """What ``training_step`` returned, with the distillation loss in it."""
+        """Return the output of ``training_step`` with the distillation loss added to its loss."""
         if output is None:  # the step is skipped
             return None
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -178,7 +178,7 @@ class DistillationCallback(Callback):
             )
         assert self.distiller is not None
         assert self._call is not None
-        if isinstance(self._call, DistributedDataParallel):  # gradients that accumulate are averaged at the last batch
+        if isinstance(self._call, DistributedDataParallel):  # accumulated gradients are averaged at the last batch
             model = cast(DistributedDataParallel, trainer.strategy.model)
             self._call.require_backward_grad_sync = model.require_backward_grad_sync
         distill = self._call(self.images(batch), task_loss=loss)

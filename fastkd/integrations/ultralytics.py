@@ -1,4 +1,4 @@
-"""Distillation inside Ultralytics' own trainer, for its detection models (8.4 or newer)::
+"""Distillation in Ultralytics' own trainer, for its detection models (Ultralytics 8.4 or newer)::
 
     from ultralytics import YOLO
     from fastkd.integrations.ultralytics import DistillationTrainer
@@ -7,8 +7,8 @@
 
 or ``python -m fastkd.integrations.ultralytics --teacher yolov3.pt --student yolov3-tiny.yaml --data coco8.yaml``.
 
-Ultralytics is under the AGPL-3.0 and no dependency of fastkd: install it yourself (``pip install ultralytics``). Its
-``.pt`` files are pickles, which can run code when they are loaded: take teachers from people whom you trust.
+Ultralytics is under the AGPL-3.0 and not a dependency of fastkd: install it yourself (``pip install ultralytics``). Its
+``.pt`` files are pickles, which can run code when they are loaded: use only teachers from sources that you trust.
 """
 
 from __future__ import annotations
@@ -54,31 +54,31 @@ if tuple(map(int, ultralytics.__version__.split(".")[:2])) < (8, 4):
     )
 
 COLUMN = "distill_loss"  # of the progress table and of results.csv
-PROBE = 256  # pixels of the image that levels are found with: whole cells up to stride 64
-FINEST = 8  # backbone levels below this stride are left out, but where a detection head starts there
-HANDOVER = "FASTKD_ULTRALYTICS_DISTILLATION"  # names the file with the options, for the processes of a DDP run
-STATES = "distillation"  # folder beside the checkpoints
+PROBE = 256  # height and width of the image that levels are found with: a multiple of all strides up to 256
+FINEST = 8  # backbone levels below this stride are left out, unless a detection head starts at a finer stride
+HANDOVER = "FASTKD_ULTRALYTICS_DISTILLATION"  # environment variable: file with the options, for processes of a DDP run
+STATES = "distillation"  # folder next to the checkpoints
 
 
 class DistillationTrainer:
-    """What ``model.train(trainer=...)`` takes: makes a ``Trainer`` that distils ``teacher`` into the model.
+    """The value for ``model.train(trainer=...)``: it makes a ``Trainer`` that distils ``teacher`` into the model.
 
-    Levels are found in the models' graphs: the neck's are the inputs of the detection head; the backbone's the last
-    layers of each stride from 8 up (from 4, where a head starts there). Both are matched by stride, so heads of unequal
-    length are fine, and what only one of the models has is left out.
+    Levels are found in the graphs of the models. Neck levels are the inputs of the detection head; backbone levels are
+    the last layers of each stride >= 8 (>= 4, if a head starts there). Both are matched by stride, so the models may
+    have different numbers of levels; a level of only one model is left out.
 
     Args:
         teacher: path or name of a ``.pt``, a ``YOLO`` or any module, which is frozen in place. Its classes may differ.
-        backbone, neck: ``"auto"``; None for none; or as ``fastkd.Distiller`` takes them, ``[(student, teacher), ...]``
-            or ``([student, ...], [teacher, ...])``, of layer indices, module names or modules.
-        weight: ``"auto"`` holds the distillation loss at ``share`` times the detection loss; else a factor, beside the
-            detection terms as Ultralytics shows them (it multiplies all terms by the batch size).
+        backbone, neck: ``"auto"``; None for no levels; or as in ``fastkd.Distiller``: ``[(student, teacher), ...]`` or
+            ``([student, ...], [teacher, ...])``, of layer indices, module names or modules.
+        weight: ``"auto"`` keeps the distillation loss at ``share`` times the detection loss; a number is the factor
+            relative to the detection terms as Ultralytics shows them (it multiplies all terms by the batch size).
         **options: ``share`` and all other options of ``fastkd.Distiller`` and ``fastkd.DistillLoss``: ``info_map``,
             ``warmup_steps``, ``stop_step``, ``prior``, ... For several GPUs they must be picklable.
 
     Raises:
-        TypeError: ``teacher`` is none of these.
-        ValueError: ``reduction="none"``, where a trainer wants one number.
+        TypeError: ``teacher`` is of another type.
+        ValueError: ``reduction="none"``, as a trainer needs a scalar.
     """
 
     def __init__(
@@ -102,15 +102,15 @@ class DistillationTrainer:
 
     @property
     def name(self) -> str:
-        """The teacher, for messages."""
+        """The description of the teacher, for messages."""
         return f"a {type(self.teacher).__name__}" if isinstance(self.teacher, nn.Module) else str(self.teacher)
 
     def load_teacher(self) -> nn.Module:
-        """The teacher: the module given, or from the file.
+        """Return the teacher: the given module, or the model of the file.
 
         Raises:
             FileNotFoundError: no such file, and none that Ultralytics could download.
-            ValueError: a file that is no ``.pt``.
+            ValueError: not a ``.pt`` file.
         """
         if isinstance(self.teacher, nn.Module):
             return self.teacher
@@ -120,10 +120,14 @@ class DistillationTrainer:
         return model
 
     def distiller(self, student: nn.Module, teacher: nn.Module, images: Tensor) -> Distiller:
-        """A distiller that is ready to use: levels matched, adapters of their widths.
+        """Return a distiller with matched levels and adapters, on the device of the images.
+
+        Args:
+            student, teacher: the models.
+            images: (N, C, H, W) batch to find the strides with.
 
         Raises:
-            ValueError: a level cannot be found; the models have no stride in common (lists both).
+            ValueError: a level cannot be found; the models have no stride in common (the message lists both).
         """
         auto = [group for group, levels in self.levels.items() if isinstance(levels, str) and levels == "auto"]
         named = {group: _named(levels) for group, levels in self.levels.items() if levels is not None}
@@ -135,21 +139,21 @@ class DistillationTrainer:
 
 
 def find_levels(role: str, model: nn.Module, images: Tensor) -> dict[str, list[str]]:
-    """Names of the layers to distil of an Ultralytics detection model: ``{"backbone": [...], "neck": [...]}``.
+    """Return the names of the layers of an Ultralytics detection model to distil, under "backbone" and "neck".
 
     Args:
         role: "student" or "teacher", for messages.
-        model: its graph says where the backbone ends and which layers the detection head takes.
-        images: (N, C, H, W), to see each layer's stride with.
+        model: an Ultralytics model; its graph defines the backbone and the inputs of the detection head.
+        images: (N, C, H, W) batch that the stride of each layer is measured with.
 
     Raises:
-        ValueError: the model is none of Ultralytics', or does not end in one of its detection heads.
+        ValueError: not an Ultralytics model, or one that does not end in a detection head.
     """
     layers = getattr(model, "model", None)
     if not isinstance(layers, nn.Sequential) or not isinstance(layers[-1], Detect):
         raise ValueError(
             f"{role}: expected an Ultralytics model that ends in a detection head, to find its levels, got a "
-            f"{type(model).__name__}; name them: backbone=, neck="
+            f"{type(model).__name__}; name the levels: backbone=, neck="
         )
     strides = _strides(model, layers, images)
     head = layers[-1]
@@ -166,17 +170,17 @@ def find_levels(role: str, model: nn.Module, images: Tensor) -> dict[str, list[s
 
 @torch.no_grad()
 def _strides(model: nn.Module, layers: nn.Sequential, images: Tensor) -> dict[int, float]:
-    """Image height over output height of each layer whose output is one feature map."""
+    """Return image height over output height of each layer whose output is one feature map."""
     found: dict[int, float] = {}
 
-    def look(i: int) -> RemovableHandle:
+    def measure(i: int) -> RemovableHandle:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.ndim == 4:
                 found[i] = images.shape[2] / output.shape[2]
 
         return layers[i].register_forward_hook(hook)
 
-    handles = [look(i) for i in range(len(layers))]
+    handles = [measure(i) for i in range(len(layers))]
     mode = model.training
     try:
         model.eval()(images)
@@ -188,34 +192,34 @@ def _strides(model: nn.Module, layers: nn.Sequential, images: Tensor) -> dict[in
 
 
 def _named(levels: Any) -> Any:
-    """The same levels, with names for layer indices."""
+    """Return the levels with layer indices replaced by module names."""
     if isinstance(levels, int):
         return f"model.{levels}"
     return type(levels)(map(_named, levels)) if isinstance(levels, (list, tuple)) else levels
 
 
 class Criterion:
-    """A model's own criterion and the distillation loss: what the model's ``loss`` calls, compiled or not.
+    """The criterion of a model with the distillation loss added; the model's ``loss`` calls it, compiled or not.
 
-    A copy is one of the model's own criterion, as a copy of the model is not listened to.
+    A copy is a copy of the original criterion, because a copy of the model has no hooks.
     """
 
     def __init__(self, criterion: Any, distiller: Distiller) -> None:
         self.criterion, self.distiller = criterion, distiller
 
     def __call__(self, preds: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-        """The terms to be summed, and detached what is shown of them; ours come last."""
+        """Return the terms to be summed, and the detached terms to be shown, each with the distillation loss last."""
         terms, shown = self.criterion(preds, batch)
-        count = len(batch["img"])  # the terms are multiplied by it, what is shown is not
-        # validation halves model and images by itself until 8.4.1xx, but not the teacher
+        count = len(batch["img"])  # the terms are multiplied by the batch size, the shown terms are not
+        # until 8.4.1xx, validation converts model and images to float16, but not the teacher
         images = batch["img"].to(next(self.distiller.teacher.parameters()).dtype)
         loss = self.distiller.loss(images, task_loss=terms.sum() / count)
         each = loss.detach()
-        old = isinstance(shown, Tensor)  # what is shown has names since 8.4.1xx
+        old = isinstance(shown, Tensor)  # the shown terms have names since 8.4.1xx
         shown = torch.cat([shown, each.reshape(1)]) if old else {**shown, COLUMN: each}
         return torch.cat([terms.reshape(-1), count * loss.reshape(1)]), shown
 
-    def __getattr__(self, name: str) -> Any:  # schedules of their own, which the trainer calls
+    def __getattr__(self, name: str) -> Any:  # for schedules of the original criterion, which the trainer calls
         return getattr(self.__dict__["criterion"], name)
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -223,10 +227,10 @@ class Criterion:
 
 
 class Student(nn.Module):
-    """The student, and beside it what is trained along: one module for DDP, gradient clipping and ``torch.compile``.
+    """The student and the distiller in one module, for DDP, gradient clipping and ``torch.compile``.
 
-    A wrapper as ``DataParallel`` is one, which Ultralytics looks through wherever it wants the model itself: for EMA,
-    checkpoints, criterion and parameter groups. A copy or pickle is the student's alone.
+    Like ``DataParallel`` it has the model in ``module``, which Ultralytics unwraps for EMA, checkpoints, criterion and
+    parameter groups. A copy or pickle contains only the student.
     """
 
     def __init__(self, module: nn.Module, distiller: Distiller) -> None:
@@ -250,16 +254,16 @@ class Student(nn.Module):
 
 
 class Trainer(DetectionTrainer):  # type: ignore[misc]
-    """Ultralytics' detection trainer, with a teacher. ``DistillationTrainer`` makes it; subclass it to change more.
+    """Ultralytics' detection trainer with a teacher. ``DistillationTrainer`` makes it; subclass it to change more.
 
-    Beside each checkpoint, in ``weights/distillation/``, lies what ``resume=True`` needs of the distillation, of the
-    same epoch: adapters, their optimiser state, the teacher's statistics, the loss's weight. The checkpoints themselves
-    are those of a plain run.
+    The folder ``weights/distillation/`` has, for the epoch of each checkpoint, the state of the distillation that
+    ``resume=True`` needs: adapters, their optimiser state, the teacher's statistics and the state of the loss weight.
+    The checkpoints themselves are those of a run without teacher.
 
     Raises:
-        ValueError: another task than detection; ``distill_model`` or ``quantize=8`` as well; a teacher without levels
-            in common with the student; resumed with another teacher (names both) or other levels.
-        FileNotFoundError: no such teacher; resumed from a checkpoint without the state of its distillation.
+        ValueError: another task than detection; ``distill_model`` or ``quantize=8``; a teacher that has no stride in
+            common with the student; a run resumed with another teacher (the message names both) or other levels.
+        FileNotFoundError: no such teacher; a run resumed from a checkpoint without its distillation state.
     """
 
     model: Any  # nn.Module
@@ -275,25 +279,25 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
     ) -> None:
         self.distillation = _handed_over() if distillation is None else distillation
         self.teacher = self.distillation.load_teacher()
-        self._listening: list[Distiller | RemovableHandle] = []  # to be removed when all is done
+        self._distillers: list[Distiller] = []  # whose hooks are removed after training
         super().__init__(cfg, overrides, _callbacks)
         if self.args.task != "detect":
             raise ValueError(
-                f"task: expected 'detect', the only one that can be distilled here, got {self.args.task!r}"
+                f"task: expected 'detect', the only task that this trainer supports, got {self.args.task!r}"
             )
         if getattr(self.args, "distill_model", None) is not None:
-            raise ValueError("distill_model: expected none, as the trainer has a teacher already")
+            raise ValueError("distill_model: expected None, as this trainer has a teacher already")
         if getattr(self.args, "quantize", None) == 8:
             raise ValueError("quantize: expected no quantisation-aware training; distil first, then quantise")
 
     def train(self) -> None:
-        """Train; where Ultralytics starts other processes for it, the options follow through a file."""
+        """Train; where Ultralytics starts other processes, they get the options through a temporary file."""
         if not self.ddp:
             try:
                 super().train()
             finally:
-                while self._listening:
-                    self._listening.pop().remove()
+                while self._distillers:
+                    self._distillers.pop().remove()
             return
         with tempfile.TemporaryDirectory() as folder:
             os.environ[HANDOVER] = os.path.join(folder, "distillation.pt")
@@ -306,17 +310,17 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
     # ---- set-up
 
     def set_model_attributes(self) -> None:
-        """The model has its weights and its device: listen to it, before it gets compiled and wrapped."""
+        """Make the distiller when the model has its weights and device, before it is compiled and wrapped."""
         super().set_model_attributes()
         _place(self.teacher, self.device, self.model)
         images = torch.zeros(1, self.data["channels"], PROBE, PROBE, device=self.device)
         self.distiller = self.distillation.distiller(self.model, self.teacher, images)
-        self._listening += [self.distiller]
+        self._distillers.append(self.distiller)
         self.teacher_fingerprint = fingerprint(self.teacher)
         self.model = Student(self.model, self.distiller)
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Ultralytics' groups, and last the adapters': at the same learning rate, without weight decay."""
+        """Return Ultralytics' optimiser with a last group for the adapters, of equal rate and without weight decay."""
         optimizer: torch.optim.Optimizer = super().build_optimizer(model, *args, **kwargs)
         groups = [group for group in optimizer.param_groups if not group["weight_decay"]]
         alike = min(groups, key=lambda x: (x.get("use_muon", False), x["lr"], x.get("param_group") == "bias"))
@@ -325,16 +329,16 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
 
     def get_validator(self) -> Any:
         validator = super().get_validator()
-        if self.loss_names:  # until 8.4.1xx they are known beforehand, later they follow from the first batch
+        if self.loss_names:  # known here until 8.4.1xx; newer versions take them from the first batch
             self.loss_names = (*self.loss_names, COLUMN)
         return validator
 
     def progress_string(self) -> str:
         header: str = super().progress_string()
-        return header.replace(COLUMN, f"{'distill':>11}")  # its columns are 11 wide, one too few
+        return header.replace(COLUMN, f"{'distill':>11}")  # columns are 11 wide, one too few for the name
 
     def resume_training(self, ckpt: Any) -> None:
-        """The last step of the set-up."""
+        """Run Ultralytics' last step of the set-up, then add the distillation loss to the criterion and report."""
         super().resume_training(ckpt)
         student: Any = self.distiller.student
         own = getattr(student, "criterion", None) or student.init_criterion()
@@ -343,9 +347,9 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
             self._report(own)
 
     def _report(self, criterion: Any) -> None:
-        """Is distillation really on? On a few validation images, which differ in size between batches only."""
+        """Log ``Distiller.check`` on a few validation images, all of which have one size within a batch."""
         data = self.test_loader.dataset
-        state = random.getstate()  # reading images draws, and a run should draw what it does without a teacher
+        state = random.getstate()  # reading images uses the random state, which the run must have as without teacher
         batch = data.collate_fn([data[i] for i in range(min(4, self.test_loader.batch_size, len(data)))])
         random.setstate(state)
         batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -362,10 +366,10 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
     # ---- validation
 
     def validate(self) -> Any:
-        """Ultralytics' validation of the EMA, which is listened to for its own distillation loss meanwhile."""
+        """Run Ultralytics' validation of the EMA, with a distiller on the EMA for its own distillation loss."""
         ema, distiller = self.ema.ema, self.distiller
         student_to_map, teacher_to_map = distiller.to_maps
-        ears = Distiller(
+        of_ema = Distiller(
             ema,
             distiller.teacher,
             backbone=distiller.levels,
@@ -375,37 +379,37 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
             preprocess=distiller.preprocess,
             student_to_map=student_to_map,
             teacher_to_map=teacher_to_map,
-            fold_teacher=False,  # for these few batches a copy is too much
+            fold_teacher=False,  # a copy does not pay for these few batches
         )
-        distiller.eval()  # count and calibrate nothing
-        ema.criterion = Criterion(ema.init_criterion(), ears)
+        distiller.eval()  # neither count nor calibrate
+        ema.criterion = Criterion(ema.init_criterion(), of_ema)
         try:
             return super().validate()
         finally:
             ema.criterion = None
-            ears.remove()
+            of_ema.remove()
             distiller.train()
 
     # ---- checkpoints
 
     def save_model(self) -> Any:
-        """Ultralytics' checkpoint, of the student alone; before it, so that a kill between them is harmless, ours."""
+        """Write the distillation state, then Ultralytics' checkpoint; in this order, a kill in between is harmless."""
         with replacing(self._state_file(self.epoch)) as part:
             torch.save(self._state(), part)
         with self._student_alone():
             saved = super().save_model()
-        if saved is not False:  # it is where weights are not finite
+        if saved is not False:  # False: weights are not finite
             self._drop_states(keep=self.epoch)
         return saved
 
     def final_eval(self) -> None:
-        """Ultralytics makes its last checkpoints final here: they can no more be resumed."""
+        """Finish the last checkpoints, which can then no longer be resumed, and remove their distillation states."""
         super().final_eval()
         if RANK in {-1, 0}:
             self._drop_states()
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
-        """Go back to a checkpoint, on resume or after a loss that was not finite."""
+        """Restore a checkpoint, on resume or after a loss that is not finite."""
         with self._student_alone():
             super()._load_checkpoint_state(ckpt)
         self._restore(ckpt["epoch"])
@@ -420,23 +424,23 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
         }
 
     def _restore(self, epoch: int) -> None:
-        folders = (self.wdir, Path(str(self.args.model)).parent)  # this run's, or that of the checkpoint, moved here
+        folders = (self.wdir, Path(str(self.args.model)).parent)  # this run's, or that of a checkpoint that was moved
         files = [self._state_file(epoch, folder) for folder in folders]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise FileNotFoundError(
-                f"resume: expected the distillation state of epoch {epoch + 1} in {files[-1]}, which is not there; "
-                "resume from last.pt of a distilled run, with the folder beside it"
+                f"resume: expected the distillation state of epoch {epoch + 1} in {files[-1]}, which does not exist; "
+                f"resume from last.pt of a distilled run, with the folder {STATES!r} next to it"
             )
         state = torch.load(file, map_location=self.device, weights_only=True)
-        name, print_ = state["teacher"]
-        if print_ != self.teacher_fingerprint:
+        name, saved_fingerprint = state["teacher"]
+        if saved_fingerprint != self.teacher_fingerprint:
             raise ValueError(
-                f"teacher: this run has learnt from {name} (fingerprint {print_}), got {self.distillation.name} "
-                f"({self.teacher_fingerprint}); resume with the same weights"
+                f"teacher: expected the teacher of this run, {name} (fingerprint {saved_fingerprint}), got "
+                f"{self.distillation.name} ({self.teacher_fingerprint}); resume with the same weights"
             )
         if state["levels"] != self.distiller.levels:
-            raise ValueError(f"levels: this run distils {state['levels']}, got {self.distiller.levels}")
+            raise ValueError(f"levels: expected those of this run, {state['levels']}, got {self.distiller.levels}")
         self.distiller.load_state_dict(state["distiller"])
         whole = self.optimizer.state_dict()
         adapters = zip(whole["param_groups"][-1]["params"], state["optimizer"], strict=True)
@@ -445,7 +449,7 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
 
     @contextmanager
     def _student_alone(self) -> Iterator[None]:
-        """The optimiser as Ultralytics made it, so that checkpoints are those of a plain run."""
+        """Return a context in which the optimiser has no adapters, as in a run without teacher."""
         group = self.optimizer.param_groups.pop()
         state = {p: self.optimizer.state.pop(p) for p in group["params"] if p in self.optimizer.state}
         try:
@@ -458,23 +462,24 @@ class Trainer(DetectionTrainer):  # type: ignore[misc]
         return (folder or self.wdir) / STATES / f"epoch{epoch}.pt"
 
     def _drop_states(self, keep: int | None = None) -> None:
-        """States that no checkpoint goes with any more."""
+        """Remove distillation states whose checkpoint no longer exists, except that of the epoch ``keep``."""
         for file in (self.wdir / STATES).glob("epoch*.pt"):
             if file.name != f"epoch{keep}.pt" and not (self.wdir / file.name).exists():
                 file.unlink()
         with suppress(OSError):
-            (self.wdir / STATES).rmdir()  # where nothing is left
+            (self.wdir / STATES).rmdir()  # if it is empty
 
 
 def _handed_over() -> DistillationTrainer:
     if HANDOVER not in os.environ:
-        raise TypeError("Trainer: expected to be made by DistillationTrainer(teacher); pass that as trainer=")
-    handed: DistillationTrainer = torch.load(os.environ[HANDOVER], map_location="cpu", weights_only=False)  # our own
+        raise TypeError("Trainer: expected a call by DistillationTrainer(teacher); pass that as trainer=")
+    # a pickle, but one that the parent process wrote
+    handed: DistillationTrainer = torch.load(os.environ[HANDOVER], map_location="cpu", weights_only=False)
     return handed
 
 
 def _place(teacher: Any, device: torch.device, student: nn.Module) -> None:
-    """Where the student is, and in its memory format, so that features lie alike."""
+    """Move the teacher to the device, in the student's memory format, so that their features have one layout."""
     weights = [p for p in student.parameters() if p.ndim == 4 and not p.is_contiguous()]
     if any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
         teacher.to(memory_format=torch.channels_last)
@@ -482,20 +487,22 @@ def _place(teacher: Any, device: torch.device, student: nn.Module) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Distil a student from the command line; ``--help`` says how."""
+    """Distil a student from the command line; ``--help`` lists the arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m fastkd.integrations.ultralytics",
         description="Distil a teacher into an Ultralytics detection model, in Ultralytics' own trainer.",
-        epilog="All other arguments are Ultralytics' own, as --epochs 100, --epochs=100 or epochs=100.",
+        epilog="All other arguments are passed to Ultralytics: --epochs 100, --epochs=100 or epochs=100.",
     )
-    parser.add_argument("--teacher", required=True, help="trained weights, a .pt file (a pickle: from whom you trust)")
+    parser.add_argument("--teacher", required=True, help="trained weights, a .pt file (a pickle: trusted files only)")
     parser.add_argument("--student", required=True, help="a .yaml, or a .pt to start from; with resume=True a last.pt")
-    parser.add_argument("--data", help="the data set's .yaml; not needed to resume")
-    parser.add_argument("--info-map", default="self_information", help="fastkd.PRESETS (default: %(default)s)")
+    parser.add_argument("--data", help="the .yaml of the data set; not needed to resume")
+    parser.add_argument("--info-map", default="self_information", help="one of fastkd.PRESETS (default: %(default)s)")
     parser.add_argument(
         "--weight", default="auto", type=weight_of, help='factor of the distillation loss, or "auto" (default)'
     )
-    parser.add_argument("--share", type=float, default=1.0, help="of the detection loss, with auto (default: 1)")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="distillation loss / detection loss, with --weight auto (default: 1)"
+    )
     args, rest = parser.parse_known_args(argv)
     settings = _settings(parser, rest)
     if args.data is not None:
@@ -505,7 +512,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _settings(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
-    """Ultralytics' arguments, of ``--key value``, ``--key=value`` and ``key=value``."""
+    """Return Ultralytics' arguments from ``--key value``, ``--key=value`` and ``key=value``."""
     found: dict[str, Any] = {}
     queue = list(words)
     while queue:
@@ -520,7 +527,7 @@ def _settings(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str
 
 
 def _value(text: str) -> Any:
-    """A number, a list, True, False or None where it reads as one, else the text."""
+    """Return the Python literal (number, list, True, False, None) that the text is, else the text."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -528,6 +535,6 @@ def _value(text: str) -> Any:
 
 
 if __name__ == "__main__":
-    from fastkd.integrations import ultralytics as importable  # what the processes of a DDP run can import
+    from fastkd.integrations import ultralytics as importable  # the module name that processes of a DDP run can import
 
     importable.main()

@@ -1,1 +1,1 @@
-"""The loss below its public functions: options and tensors of a call, ops, backends and the reference."""
+"""The implementation of the loss: options and tensors of a call, ops, backends and the reference."""

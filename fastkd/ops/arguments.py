@@ -1,4 +1,4 @@
-"""Checks of single arguments, whose errors name the argument, what was expected, what came, and the way out."""
+"""Checks of single arguments; each error names the argument, the expected and the actual value, and the remedy."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def require_known(name: str, value: object, known: Sequence[str | None]) -> None
 
 
 def require_number(name: str, value: float, expected: str, least: float = -LARGEST, most: float = LARGEST) -> float:
-    """The value as a float.
+    """Return the value as a float.
 
     Raises:
-        ValueError: unless it is a number from ``least`` to ``most``, both included; ``expected`` says it in words.
+        ValueError: not a number in [least, most]; ``expected`` describes the range in words.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
@@ -31,12 +31,12 @@ def require_number(name: str, value: float, expected: str, least: float = -LARGE
 
 
 def require_positive(name: str, value: float) -> float:
-    """The value as a float; ``ValueError`` unless it is a finite number above zero that float32 can hold."""
+    """Return the value as a float; raise ``ValueError`` unless it is finite and above zero in float32."""
     return require_number(name, value, "a finite number > 0 that float32 can hold", SMALLEST)
 
 
 def require_int(name: str, value: int, least: int) -> int:
-    """The value as an int; ``ValueError`` unless it is an integer from ``least`` on."""
+    """Return the value as an int; raise ``ValueError`` unless it is an integer >= ``least`` that 64 bits can hold."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
     if value >= 2**63:
@@ -45,9 +45,11 @@ def require_int(name: str, value: int, least: int) -> int:
 
 
 def require_bool(name: str, value: Any, *others: str) -> bool:
-    """The value; ``TypeError`` unless it is True or False, as text such as "False" would be taken for True.
+    """Return the value as a bool; raise ``TypeError`` unless it is True or False: the text "False" would be true.
 
-    What else the argument may be, ``others``, stands in the message.
+    Args:
+        name, value: the argument.
+        others: other values that the argument may have, for the message.
     """
     of_numpy = getattr(value, "ndim", None) == 0 and str(getattr(value, "dtype", "")) == "bool"
     if not isinstance(value, bool) and not of_numpy:
@@ -57,7 +59,7 @@ def require_bool(name: str, value: Any, *others: str) -> bool:
 
 
 def require_sequence(name: str, value: Any, of: str = "tensors", per: str = "level") -> list[Any]:
-    """The entries of an argument that has one per level."""
+    """Return the entries of an argument with one entry per level as a list; raise ``TypeError`` for other types."""
     if isinstance(value, (str, bytes, Tensor)) or not isinstance(value, Sequence):
         hint = "" if value is None else "; wrap it: [x]"
         if isinstance(value, Iterable) and not isinstance(value, (str, Tensor)):
@@ -67,10 +69,15 @@ def require_sequence(name: str, value: Any, of: str = "tensors", per: str = "lev
 
 
 def require_weights(weights: Any, count: int | None = None) -> tuple[float, ...]:
-    """The finite numbers of a list that has one per level: ``count``, where that is known.
+    """Return a list with one finite number per level as a tuple.
+
+    Args:
+        weights: the list.
+        count: its expected length; None where it is not known.
 
     Raises:
-        TypeError, ValueError: not a list; another length; a number that is not finite in float32.
+        TypeError: not a list.
+        ValueError: another length; a number that is not finite in float32.
     """
     values = require_sequence("weights", weights, "numbers")
     if count is not None and len(values) != count:
@@ -80,7 +87,7 @@ def require_weights(weights: Any, count: int | None = None) -> tuple[float, ...]
 
 
 def require_dense(name: str, x: Tensor) -> None:
-    """Raise ``TypeError`` unless the elements of a tensor are there, and lie in memory by strides."""
+    """Raise ``TypeError`` unless a tensor is strided and has values: not nested, sparse, quantised or on meta."""
     if x.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a nested tensor; pad it: x.to_padded_tensor(0)")
     if x.layout != torch.strided:
@@ -92,23 +99,24 @@ def require_dense(name: str, x: Tensor) -> None:
 
 
 def require_floating(name: str, x: Tensor) -> None:
-    """Raise ``TypeError`` unless a tensor is of a dtype that the kernels read."""
+    """Raise ``TypeError`` unless a tensor has a dtype that the kernels read."""
     if x.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}; convert it: x.float()")
 
 
 def require_state(name: str, state: Any, *keys: str) -> tuple[Any, ...]:
-    """The entries of what a module saved beside its tensors; ``ValueError`` where it is not of this version."""
+    """Return the entries of a module's extra state; raise ``ValueError`` where another version saved it."""
     if not isinstance(state, dict) or set(state) != set(keys):
-        came = sorted(state) if isinstance(state, dict) else kind_of(state)
+        got = sorted(state) if isinstance(state, dict) else kind_of(state)
         raise ValueError(
-            f"{name}: expected a state with {', '.join(keys)}, got {came}: another version of fastkd saved it; load it "
-            "with that version, or begin anew without it"
+            f"{name}: expected a state with {', '.join(keys)}, got {got}: another version of fastkd saved it; load it "
+            "with that version, or start again without it"
         )
     return tuple(state[key] for key in keys)
 
 
 def kind_of(value: Any) -> str:
+    """Return a short description of a value's type, for messages."""
     if isinstance(value, Tensor):
         return "one nested tensor" if value.is_nested else f"one tensor of shape {tuple(value.shape)}"
     return "None" if value is None else f"a {type(value).__name__}"

@@ -1,12 +1,12 @@
-"""Eager autograd of the compiled backends: ``autograd.Function``s around their ops.
+"""``autograd.Function``s around the ops of the compiled backends, for eager mode.
 
-``OnePass``: everything that the loss is multiplied with is known before the forward, so the forward writes the final
-gradients, and the backward hands them on. Where another upstream gradient than 1 arrives (a loss divided for
-accumulation, a GradScaler) it scales them in place; on a GPU that is decided on the device. PyTorch's rules for custom
-ops (no output is an input, backward formulas are functional) leave no room for that; ``torch.compile`` and other
-tracers see the two-pass ops and their autograd rule (``fastkd.ops.schema``).
+``OnePass``: all factors of the loss are known before the forward, so the forward writes the final gradients, and the
+backward returns them. If the upstream gradient is not 1 (a loss divided for gradient accumulation, a GradScaler), the
+backward scales them in place; on a GPU the device itself checks that. PyTorch's rules for custom ops (no output may be
+an input, backward formulas are functional) do not allow this. ``torch.compile`` and other tracers therefore see the
+two-pass ops and their autograd rule (``fastkd.ops.schema``).
 
-``TwoPasses``: the same two functional ops, for what cannot be written before its upstream gradient is known.
+``TwoPasses``: the same two functional ops, for gradients that cannot be written before the upstream gradient is known.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Z_OF_MAP = DIVISORS.index("map")
 
 @cache
 def op(backend: str, suffix: str = "") -> Any:
-    """The overload of a backend's op; faster to call than its packet."""
+    """Return the default overload of a backend's op, which is faster to call than its packet."""
     return getattr(torch.ops.fastkd, f"distill_{backend}{suffix}").default
 
 
 class OnePass(torch.autograd.Function):
-    """(factor * sum of the levels' losses, the levels' losses): the gradients are kept until a backward takes them.
+    """Returns factor * the sum of the level losses, and the level losses; keeps their gradients for the backward.
 
-    The second output is for the caller to detach: it only ties what a graph of the backward computes to this node.
+    The caller detaches the second output. It exists to connect a graph of the backward (``create_graph``) to this node.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class OnePass(torch.autograd.Function):
         plan = levels.plan
         count = len(plan.weights)
         wanted = ctx.needs_input_grad[4:]
-        gradient = _room(levels, wanted[:count])
+        gradient = _gradient_buffers(levels, wanted[:count])
         bias_gradient = [
             torch.empty_like(b) if needs else plan.absent for b, needs in zip(levels.bias, wanted[count:], strict=False)
         ]
@@ -61,7 +61,7 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        (connection,) = ctx.saved_tensors  # PyTorch's own error where the graph is gone
+        (connection,) = ctx.saved_tensors  # raises PyTorch's own error where the graph was freed
         wanted = ctx.needs_input_grad[4:]
         if upstream is None:
             return (None,) * (4 + len(wanted))
@@ -75,7 +75,7 @@ class OnePass(torch.autograd.Function):
 
 
 class TwoPasses(torch.autograd.Function):
-    """(losses, masses of the maps), both (L,): the backward reads student and teacher again."""
+    """Returns losses and sums of the maps, both (L,); the backward reads student and teacher again."""
 
     @staticmethod
     def forward(ctx: Any, levels: LevelTensors, *differentiable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,8 +113,8 @@ class TwoPasses(torch.autograd.Function):
         return (None, *_result(connection, found, wanted))
 
 
-def _room(levels: LevelTensors, wanted: tuple[bool, ...]) -> list[Tensor]:
-    """Where the gradient of each level goes; empty where none is wanted."""
+def _gradient_buffers(levels: LevelTensors, wanted: tuple[bool, ...]) -> list[Tensor]:
+    """Return the tensor to write each level's gradient into, which may be a donated teacher feature; empty for none."""
     donated = levels.donated or [False] * len(wanted)
     return [
         levels.plan.absent if not needs else t.detach() if gift else torch.empty_like(s)
@@ -123,8 +123,8 @@ def _room(levels: LevelTensors, wanted: tuple[bool, ...]) -> list[Tensor]:
 
 
 def _scale(backend: str, upstream: Tensor, gradient: list[Tensor]) -> None:
-    """Multiply the gradients by their upstream gradient: a scalar, or one per level."""
-    if not upstream.is_cpu:  # decided on the device
+    """Multiply the gradients in place by their upstream gradient: a scalar, or one per level."""
+    if not upstream.is_cpu:  # the device checks whether it is 1
         op(backend, "_rescale")(upstream.detach(), gradient)
         return
     values = upstream.tolist() if upstream.ndim else [upstream.item()]
@@ -132,14 +132,14 @@ def _scale(backend: str, upstream: Tensor, gradient: list[Tensor]) -> None:
         return
     with torch.no_grad():
         factors = values * (len(gradient) // len(values))
-        there = [(g, factor) for g, factor in zip(gradient, factors, strict=True) if g.numel()]
-        if there:
-            torch._foreach_mul_([g for g, _ in there], [factor for _, factor in there])
+        present = [(g, factor) for g, factor in zip(gradient, factors, strict=True) if g.numel()]
+        if present:
+            torch._foreach_mul_([g for g, _ in present], [factor for _, factor in present])
 
 
 def _result(connection: Tensor, gradient: list[Tensor], wanted: tuple[bool, ...]) -> list[Tensor | None]:
-    """The gradients that are wanted; where a graph of the backward is made, tied to an error by name."""
-    if torch.is_grad_enabled():  # of create_graph
+    """Return the wanted gradients, None for others; with ``create_graph``, a backward through them raises."""
+    if torch.is_grad_enabled():  # only with create_graph
         gradient = list(_Undifferentiable.apply(connection, *gradient))  # type: ignore[no-untyped-call]
     if all(wanted):
         return gradient  # type: ignore[return-value]
@@ -147,12 +147,12 @@ def _result(connection: Tensor, gradient: list[Tensor], wanted: tuple[bool, ...]
 
 
 def _graph_is_kept() -> bool:
-    """Whether this backward is one of ``retain_graph``. Where PyTorch does not say: it may be."""
+    """Whether this backward runs with ``retain_graph``; True where PyTorch cannot tell."""
     return _keeps_graph is None or bool(_keeps_graph())
 
 
 def saved_tensors_are_packed() -> bool:
-    """Whether hooks pack what a forward saves, as in activation checkpointing, which may run this forward twice."""
+    """Whether hooks pack the saved tensors, as in activation checkpointing, which may run this forward twice."""
     return _top_hooks is not None and _top_hooks(True) is not None
 
 
@@ -161,11 +161,11 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 
 
 class _Undifferentiable(torch.autograd.Function):
-    """Gradients as they are, tied to the node that they come from, so that a double backward ends here by name."""
+    """Returns gradients unchanged, connected to the node that computed them; a double backward raises an error here."""
 
     @staticmethod
     def forward(ctx: Any, connection: Tensor, *gradient: Tensor) -> tuple[Tensor, ...]:
-        ctx.mark_dirty(*gradient)  # returned as they are, not as views, which could not be changed in place
+        ctx.mark_dirty(*gradient)  # else the outputs would be views, which could not be changed in place
         return gradient
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The choice of a backend: which are there, which of them can take a call's tensors, and which suits best."""
+"""The choice of a backend: which backends exist, which can compute on the tensors of a call, and which is preferred."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastkd.ops.schema import formulas, library
 
 
 def _load_cpp() -> str | None:
-    """Load the extension, which registers its kernels; the reason why not, or None."""
+    """Load the extension, which registers its kernels; return the reason why it does not load, or None."""
     build = "build it: pip install --force-reinstall --no-deps . (needs a C++ compiler, and FASTKD_CPP not 0)"
     try:
         from fastkd import _C
@@ -26,7 +26,7 @@ def _load_cpp() -> str | None:
 
 
 def _load_triton() -> str | None:
-    """Register the Triton kernels; the reason why not, or None. Only where they can run: the import takes time."""
+    """Register the Triton kernels, if they can run, as the import is slow; return why they cannot run, or None."""
     if not (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return "this torch is built without CUDA (TRITON_INTERPRET=1 interprets the kernels on the CPU, for tests)"
     try:
@@ -40,22 +40,22 @@ def _load_triton() -> str | None:
     return None
 
 
-_cuda_archs: list[int] = []  # compute capabilities, times 10, that the extension has CUDA kernels for, ascending
+_cuda_archs: list[int] = []  # compute capability * 10 of the extension's CUDA kernels, ascending
 _devices = {"cpp": ("cpu", "cuda"), "triton": ("cuda",)}
 _unavailable = {"cpp": _load_cpp(), "triton": _load_triton(), "reference": None}
-# By device, what suits most first. On an H200 Triton's kernels take 3 to 25 % less of the device, 7 to 129 us a step,
-# but 0.7 to 1.0 ms more of the host, and have to be compiled when first met (benchmarks/results/nvidia-h200.md).
+# By device, the preferred backend first. On an H200 Triton's kernels take 3 to 25 % less device time (7 to 129 us per
+# step), but 0.7 to 1.0 ms more host time, and must be compiled on first use (benchmarks/results/nvidia-h200.md).
 _preferred = {"cpu": ("cpp",), "cuda": ("cpp", "triton")}
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
-    """Every backend by name: None where it works here, else the reason why it does not.
+    """Return which backends work on a device: for each name None, or the reason why the backend does not work.
 
     Args:
-        device: what its tensors are on; by default the current GPU where torch finds one, else the CPU.
+        device: the device of the tensors; by default the current GPU if torch finds one, else the CPU.
 
     Returns:
-        One entry for ``"cpp"``, ``"triton"`` and ``"reference"`` each, for features of up to 32 bits.
+        A dict with the keys ``"cpp"``, ``"triton"`` and ``"reference"``, valid for features of at most 32 bits.
     """
     has_gpu = torch.cuda.is_available()
     device = torch.device(device or ("cuda" if has_gpu else "cpu"))
@@ -70,14 +70,17 @@ def require_backend(name: str) -> None:
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The named backend, or the first of the preferred ones that can take these tensors.
+    """Return the named backend, or for None the first preferred one that can compute on these tensors.
 
     Args:
-        dtype: that of the sums.
+        backend: a name, or None.
+        device: of the tensors.
+        dtype: of the sums.
 
     Raises:
-        ValueError: unknown name (lists the known ones).
-        RuntimeError: a backend that is not built, or has no kernels for this device or dtype (hint to get it).
+        ValueError: an unknown name; the message lists the known ones.
+        RuntimeError: a backend that is not built, or has no kernels for this device or dtype; the message tells how to
+            get it.
     """
     if backend is None:
         works = (x for x in _preferred.get(device.type, ()) if _refusal(x, device, dtype) is None)
@@ -90,7 +93,7 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
 
 
 def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the backend cannot take these tensors, and the way out; None if it can."""
+    """Return why the backend cannot compute on these tensors, and the remedy; None if it can."""
     if backend == "reference" or _unavailable[backend] is not None:
         return _unavailable[backend]
     if device.type not in _devices[backend]:
@@ -102,7 +105,10 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 def _cuda_refusal(device: torch.device) -> str | None:
-    """Of the extension: machine code runs on cards of its major version and no smaller minor, PTX on any newer one."""
+    """Return why the extension's CUDA kernels cannot run on this card; None if they can.
+
+    Machine code runs on cards of its major version and the same or a higher minor version, PTX on any newer card.
+    """
     hint = "build it where nvcc is found: {}pip install --force-reinstall --no-deps . (or use backend=None)"
     if not _cuda_archs:
         return "is built without its CUDA kernels; " + hint.format("")
@@ -114,7 +120,7 @@ def _cuda_refusal(device: torch.device) -> str | None:
 
 
 def small_op(name: str, device: torch.device) -> Any:
-    """An op of priors or of the factor; on a card that the extension has no code for, its formula in PyTorch."""
+    """Return an op of the priors or the factor, or its PyTorch formula on a card that the extension has no code for."""
     if device.type == "cuda" and _cuda_archs and _cuda_refusal(device) is not None:
         return formulas[name]
     return getattr(torch.ops.fastkd, name).default
@@ -123,8 +129,8 @@ def small_op(name: str, device: torch.device) -> Any:
 def has_one_pass(backend: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> bool:
     """Whether the backend can compute loss and gradient of these levels in one pass.
 
-    A gradient in float16 is not written before its upstream gradient is known: what a GradScaler would lift into the
-    range of float16 may underflow before. On GPUs features have to lie densely, student and teacher alike.
+    A gradient in float16 must not be written before its upstream gradient is known: it may underflow before a
+    GradScaler lifts it into the range of float16. On GPUs student and teacher must be dense and have the same layout.
     """
     features = (*student, *teacher)
     if backend == "reference" or any(x.dtype == torch.float16 for x in features):
@@ -137,7 +143,7 @@ def has_one_pass(backend: str, student: Sequence[Tensor], teacher: Sequence[Tens
 
 
 def is_dense_like(s: Tensor, t: Tensor) -> bool:
-    """Whether the elements of both lie in memory without gaps or repetition, in the same order."""
+    """Whether both tensors are dense (no gaps, no repeated elements) and have the same layout."""
     return any(
         s.is_contiguous(memory_format=layout) and t.is_contiguous(memory_format=layout)
         for layout in (torch.contiguous_format, torch.channels_last)

@@ -1,8 +1,8 @@
-"""The tensors of a call: checked, with names and indices, before any kernel runs.
+"""Checks of the tensors of a call, before any kernel runs; errors name the argument and its index.
 
-What depends on shapes, strides, dtypes and options alone is checked once for each of their combinations and kept as a
-``Plan``. Each call still checks what can change between two calls of one plan: tensors that require grad, and the
-values of priors on the CPU.
+Everything that depends only on shapes, strides, dtypes and options is checked once per combination of them, and the
+result is cached as a ``Plan``. Each call checks what can change between two calls of one plan: which tensors require
+grad, and the values of priors on the CPU.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from fastkd.ops.prior_ops import PriorMaps
 from fastkd.ops.reference import accumulator
 
 PLAIN = (Tensor, torch.nn.Parameter)
-MAX_PLANS = 1024  # more are not kept at a time: shapes may change with every batch
+MAX_PLANS = 1024  # largest number of cached plans, as shapes may change with every batch
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the layout of a call's tensors and from its options."""
+    """Everything that follows from the layout of a call's tensors and from its options."""
 
     backend: str
     dtype: torch.dtype  # of sums, maps, priors and moments
     one_pass: bool  # whether eager autograd can compute loss and gradient in one pass
     plain: bool  # whether all student features are plain tensors, no subclasses
     weights: list[float]
-    codes: tuple[int, int, float, int, float, int]  # of the options, as the ops take them
-    cells: list[int]  # of a level, over all images
-    absent: Tensor  # what stands for a prior, or for moments, that a level does not have
-    nothing: list[Tensor]  # the same, for all levels
-    unknown_mass: Tensor  # what stands for a mass that is computed by the op
-    unit_factor: Tensor  # what stands for a factor of 1
-    uniform_mass: Tensor | None  # (L,) float64: the mass of maps that are 1 everywhere
-    identity: list[tuple[Tensor, Tensor]]  # zeros and ones of each level's channels, where something is absent
+    codes: tuple[int, int, float, int, float, int]  # the options as the ops take them
+    cells: list[int]  # number of cells of each level, over all images
+    absent: Tensor  # the empty tensor for a level without prior, or without moments
+    nothing: list[Tensor]  # ``absent`` for all levels
+    unknown_mass: Tensor  # the empty tensor for a mass that the op computes
+    unit_factor: Tensor  # the empty tensor for a factor of 1
+    uniform_mass: Tensor | None  # (L,) float64: the sums of maps that are 1 everywhere
+    identity: list[tuple[Tensor, Tensor]]  # zeros and ones, (C,) each, for levels with only some of the moments
 
 
 @dataclass
 class LevelTensors:
-    """The checked tensors of one call, one entry per level; an absent one is an empty tensor."""
+    """The checked tensors of one call, one entry per level; an absent entry is an empty tensor."""
 
     plan: Plan
     student: list[Tensor]
@@ -69,10 +69,11 @@ def check(
     standardize: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     bias: Sequence[Tensor | None] | None = None,
 ) -> LevelTensors:
-    """Check the tensors of ``fastkd.distill_loss``, and bring the small ones to the dtype of the sums.
+    """Check the tensors of ``fastkd.distill_loss`` and return them, the small ones converted to the dtype of the sums.
 
     Args:
-        bias: (C,) tensors that the student's features still lack, of adapters; checked where they are made.
+        student, teacher, options, prior, standardize: as in ``fastkd.distill_loss``.
+        bias: per level the (C,) bias of the adapter, to be added to the student's feature, or None.
 
     Raises:
         TypeError, ValueError: as documented at ``fastkd.distill_loss``.
@@ -102,9 +103,9 @@ _plans: dict[Any, Plan] = {}
 
 
 def _key(options: LossOptions, student: Any, teacher: Any, prior: Any, standardize: Any, bias: Any) -> Any:
-    """What a plan is found by; None of arguments that cannot be right, which ``_make_plan`` then refuses by name.
+    """Return the key of the cached plan; None for invalid arguments, for which ``_make_plan`` raises.
 
-    Subclasses of tensors have no plan that is kept: what is made of them, as of fake ones, may not outlive the call.
+    Plans for tensor subclasses are not cached, because tensors made from them (fake tensors) must not outlive the call.
     """
     try:
         if any(type(x) not in PLAIN for x in (*student, *teacher)):
@@ -112,7 +113,7 @@ def _key(options: LossOptions, student: Any, teacher: Any, prior: Any, standardi
         lists = [x for x in (prior, standardize, bias) if x is not None]
         lists += [pair for pair in standardize or () if pair is not None]
         if not all(isinstance(x, (list, tuple)) for x in lists):
-            return None  # an iterator must not be used up here, nor a tensor taken for a list
+            return None  # an iterator must not be consumed here, nor a tensor be taken for a list
         features = [(x.shape, x.stride(), x.dtype, x.device) for x in (*student, *teacher)]
         small = [
             None if x is None else (x.shape, x.dtype, x.device, x.layout)
@@ -132,7 +133,7 @@ def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _moments(
     pair: Any, bias: Tensor | None, identity: tuple[Tensor, Tensor], plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, rstd and bias of a level: all absent, or the missing ones those that change nothing."""
+    """Return mean, rstd and bias of a level: all absent, or with zeros and ones for those that are missing."""
     if pair is None and bias is None:
         return plan.absent, plan.absent, plan.absent
     zeros, ones = identity
@@ -141,18 +142,18 @@ def _moments(
 
 
 def _mass(prior: Any, q: list[Tensor], plan: Plan, options: LossOptions) -> Tensor | None:
-    """The sum of each level's prior where it is known or cheap; on the CPU the same pass finds negative weights."""
+    """Return the sum of each level's prior, (L,), where known or cheap; raise for a negative prior on the CPU."""
     if prior is None or all(x is None for x in prior):
         return plan.uniform_mass
     known = prior.sums if isinstance(prior, PriorMaps) else None
-    on_cpu = plan.absent.device.type == "cpu"  # where values may also have been changed through NumPy
+    on_cpu = plan.absent.device.type == "cpu"  # where NumPy may have changed the values without PyTorch noticing
     if is_traced() or (known is not None and not on_cpu):
         return known
     of_map = options.info_map.weights_are_prior and options.divisor in ("map", "map_all_ranks")
     if not on_cpu and not (plan.one_pass and of_map):
         return None
     sums: Tensor = backends.small_op("prior_sums", plan.absent.device)(q, plan.cells)
-    if on_cpu:  # elsewhere values are not looked at: that would wait for the device
+    if on_cpu:  # elsewhere, reading values would wait for the device
         for i, lowest in enumerate(sums[1].tolist()):
             if lowest < 0:
                 raise ValueError(
@@ -162,12 +163,12 @@ def _mass(prior: Any, q: list[Tensor], plan: Plan, options: LossOptions) -> Tens
 
 
 def is_eager(levels: LevelTensors) -> bool:
-    """Whether nobody traces: tensors are what they seem, and autograd runs as it is."""
+    """Whether the call runs eagerly: no tracer, and no tensor subclasses."""
     return levels.plan.plain and not is_traced()
 
 
 def is_traced() -> bool:
-    """Whether a compiler, a tracer or a transform of ``torch.func`` runs, whose tensors are not those of a call."""
+    """Whether a compiler, a tracer or a transform of ``torch.func`` runs, in which tensors have no values."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return True
     if not torch._C._len_torch_dispatch_stack():
@@ -176,15 +177,15 @@ def is_traced() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
 
 
-# ---- what is checked each time
+# ---- checked in each call
 
 
 def _require_constants(teacher: Sequence[Tensor], prior: Any, standardize: Any) -> None:
     for i, t in enumerate(teacher):
         if t.requires_grad:
             raise ValueError(
-                f"teacher_feats[{i}]: expected a frozen teacher, got a tensor that requires grad, and none would flow; "
-                "run the teacher under torch.no_grad() or pass t.detach()"
+                f"teacher_feats[{i}]: expected a frozen teacher, got a tensor that requires grad, which would get no "
+                "gradient; run the teacher under torch.no_grad() or pass t.detach()"
             )
     for i, q in enumerate(prior or ()):
         if q is not None and q.requires_grad:
@@ -196,10 +197,12 @@ def _require_constants(teacher: Sequence[Tensor], prior: Any, standardize: Any) 
 
 
 def _refuse_gradient(name: str) -> None:
-    raise ValueError(f"{name}: expected a constant, got a tensor that requires grad, and none would flow; detach it")
+    raise ValueError(
+        f"{name}: expected a constant, got a tensor that requires grad, which would get no gradient; pass x.detach()"
+    )
 
 
-# ---- what is checked once a plan
+# ---- checked once per plan
 
 
 def _make_plan(
@@ -218,7 +221,7 @@ def _make_plan(
     q = _per_level("prior", prior, count)
     if options.info_map.needs_prior and all(x is None for x in q):
         needs = options.info_map.needs_prior
-        raise ValueError(f"prior: this info_map weights cells by {needs} alone, so it needs one, got None")
+        raise ValueError(f"prior: expected {needs}, which alone weights the cells of this info_map, got None")
     moments = _per_level("standardize", standardize, count)
     for i in range(count):
         if q[i] is not None:
@@ -230,7 +233,7 @@ def _make_plan(
     backend = backends.choose(options.backend, device, dtype)
     cells = [x.shape[0] * x.shape[2] * x.shape[3] for x in s]
     shifted = [m is not None or (bias is not None and bias[i] is not None) for i, m in enumerate(moments)]
-    # a plan made in inference mode, by a validation, has to serve training too
+    # outside inference mode, because a plan made by a validation must work in training too
     with torch.no_grad() if compiling else torch.inference_mode(False), torch.no_grad():
         empty = s[0].new_empty(0, dtype=dtype)
         identity = [
@@ -255,7 +258,7 @@ def _make_plan(
 
 
 def require_features(name: str, value: Any) -> list[Tensor]:
-    """The feature maps of one model, at least one.
+    """Return the feature maps of one model as a list with at least one entry.
 
     Raises:
         TypeError, ValueError: as documented at ``fastkd.distill_loss``.
@@ -305,7 +308,7 @@ def _require_device(name: str, x: Tensor, student: Tensor) -> None:
 
 
 def _require_small(name: str, x: Any, shape: Sequence[int], t: Tensor) -> None:
-    """Check a tensor that accompanies a level's features: floating, of this shape and on this device."""
+    """Check a small tensor of a level: floating, of this shape, and on the device of ``t``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {tuple(shape)}, got {kind_of(x)}")
     require_dense(name, x)
@@ -323,7 +326,7 @@ def _require_moments(name: str, value: Any, t: Tensor) -> None:
 
 
 def warn_if_nothing_learns(student: Sequence[Tensor]) -> None:
-    """Warn, once a process, where gradients are recorded but no student feature requires one."""
+    """Warn once per process if gradients are recorded but no student feature requires grad."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not any(x.requires_grad for x in student):
         _warn_nothing_learns()
 
@@ -331,7 +334,7 @@ def warn_if_nothing_learns(student: Sequence[Tensor]) -> None:
 @cache
 def _warn_nothing_learns() -> None:
     warnings.warn(
-        "student_feats: none requires grad, so distillation would do nothing; was the student run under no_grad, "
-        "frozen or detached? (where only the value is wanted, use torch.no_grad())",
+        "student_feats: none requires grad, so distillation has no effect; was the student run under no_grad, frozen "
+        "or detached? (to compute only the value, use torch.no_grad())",
         stacklevel=4,
     )

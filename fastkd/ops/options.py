@@ -1,4 +1,4 @@
-"""The options of a call: one frozen object, validated where it is made; the twin of ``Options`` in csrc/level.h."""
+"""The options of a call, as one frozen and validated object; csrc/level.h has the same ``Options``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fastkd.ops.presets import CHANNELS, CWD, DIVISORS, MAP_NORMS, PENALTIES, SC
 REDUCTIONS = ("sum", "none")
 
 
-@dataclass(frozen=True, eq=False)  # two are equal only if they are one: what is planned for one is found by identity
+@dataclass(frozen=True, eq=False)  # compared by identity, which is what cached plans are found by
 class LossOptions:
-    """Everything about a loss except its tensors; see ``fastkd.distill_loss`` for each field."""
+    """All arguments of ``fastkd.distill_loss`` except the tensors."""
 
     info_map: InfoMap
     weights: tuple[float, ...] | None  # one per level
@@ -30,7 +30,7 @@ class LossOptions:
 
     @property
     def codes(self) -> tuple[int, int, float, int, float, int]:
-        """Score, map norm, temperature, penalty, beta and divisor as the ops take them."""
+        """Score, map norm, temperature, penalty, beta and divisor, as the ops take them."""
         info = self.info_map
         codes = (0, 0) if self.penalty == CWD else (PENALTIES.index(self.penalty), DIVISORS.index(self.divisor))
         return (
@@ -48,7 +48,7 @@ def make_options(
     reduction: str,
     backend: str | None,
 ) -> LossOptions:
-    """Validate and freeze the options of ``fastkd.distill_loss``.
+    """Return the validated options of ``fastkd.distill_loss``.
 
     Raises:
         ValueError, TypeError: as documented there.
@@ -62,7 +62,7 @@ def make_options(
     if penalty == CWD:
         for name, value, only in (("divisor", divisor, None), ("backend", backend, "reference")):
             if value not in (None, only):
-                raise ValueError(f"{name}: expected None beside penalty='cwd', which has its own, got {value!r}")
+                raise ValueError(f"{name}: expected None with penalty='cwd', which has its own {name}, got {value!r}")
         divisor, backend = CHANNELS, "reference"
     divisor = info.divisor if divisor is None else divisor
     numbers = None if weights is None else require_weights(weights)
@@ -73,12 +73,12 @@ _cached_options = lru_cache(maxsize=256, typed=True)(make_options)
 
 
 def options_of_call(*arguments: Any) -> LossOptions:
-    """``make_options`` of one call of the functional form, remembered: most calls repeat the last one's options."""
+    """Return ``make_options(*arguments)`` from a cache, as most calls of ``distill_loss`` repeat their options."""
     if torch.compiler.is_compiling():
         return make_options(*arguments)
     info_map, weights, *rest = arguments
     numbers = None if weights is None else require_weights(weights)
     try:
         return _cached_options(info_map, numbers, *rest)
-    except TypeError:  # an argument that cannot be hashed, a mistake that is named here
+    except TypeError:  # an argument that cannot be hashed is invalid, and this raises an error that names it
         return make_options(*arguments)

@@ -1,10 +1,10 @@
-"""The priors from boxes and their sums as one op each: schemas, fakes, and the formulas in plain PyTorch.
+"""The ops of the priors from boxes and of their sums: schemas, fakes, and formulas in plain PyTorch.
 
-``csrc/small_ops.cpp`` and ``csrc/cuda/small_ops.cuh`` have the kernels. The plain functions here compute where those
-are not built, and tests hold the kernels against them. ``fastkd/priors.py`` says what each prior is.
+``csrc/small_ops.cpp`` and ``csrc/cuda/small_ops.cuh`` have the kernels. Where those are not built, the plain functions
+here run; tests compare the kernels with them. ``fastkd/priors.py`` defines each prior.
 
-``sizes`` are heights and widths in one row: h0, w0, h1, w1, ...; ``maps`` are all levels' (N, h, w) maps in one row,
-and ``sums`` (L,) has the sum of each level's map, in float64.
+``sizes`` is the flat list h0, w0, h1, w1, ...; ``maps`` has the (N, h, w) float32 maps of all levels one after the
+other, and ``sums`` is (L,) float64, the sum of each level's map.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastkd.ops.schema import define_small
 
-TIE = 1e-9  # relative; far above float64's rounding, far below what float32 boxes can tell apart
-_PIECE = 1 << 20  # numbers of a temporary: boxes x anchors x cells
+TIE = 1e-9  # relative; far above the rounding of float64, far below the resolution of float32 boxes
+_PIECE = 1 << 20  # largest number of elements of a temporary tensor: boxes x anchors x cells
 
 IOU_MASK = """(Tensor boxes, Tensor[] anchors, int[] sizes, int height, int width, int batch, float threshold,
     bool graded) -> (Tensor maps, Tensor sums)"""
@@ -31,25 +31,25 @@ Pair = tuple[Tensor, Tensor]
 
 
 class PriorMaps(list[Tensor]):
-    """One (N, h, w) float32 map per level, and the sums of the maps while those are what the op wrote."""
+    """A list of one (N, h, w) float32 map per level that also has the sums of the maps, until a map is changed."""
 
     def __init__(self, maps: Iterable[Tensor] = (), sums: Tensor | None = None) -> None:
         super().__init__(maps)
-        if any(x.is_inference() for x in self):  # which do not count their changes
+        if any(x.is_inference() for x in self):  # inference tensors do not count their changes
             sums = None
         self._sums = sums
         self._written = tuple((x, x._version) for x in self) if sums is not None else ()
 
     @property
     def sums(self) -> Tensor | None:
-        """(L,) float64; None where a map was changed or replaced since, or may have been."""
+        """The sums, (L,) float64; None if a map was, or may have been, changed or replaced."""
         if self._sums is None or len(self) != len(self._written):
             return None
         same = all(x is y and x._version == version for x, (y, version) in zip(self, self._written, strict=True))
         return self._sums if same else None
 
     def __reduce__(self) -> tuple[type[PriorMaps], tuple[list[Tensor]]]:
-        return PriorMaps, (list(self),)  # copies count their changes anew
+        return PriorMaps, (list(self),)  # without the sums, as copies start a new count of changes
 
 
 def prior_maps(
@@ -61,16 +61,22 @@ def prior_maps(
     batch: int,
     *options: Any,
 ) -> list[Tensor]:
-    """Run an op (``anchors`` is None where it takes none) and cut its maps by level, into ``PriorMaps``.
+    """Run an op and return its maps per level, as ``PriorMaps``.
 
-    A graph of ``torch.compile`` gets a plain list: it cannot know whether its tensors were changed.
+    A graph of ``torch.compile`` gets a plain list, as it cannot know whether its tensors were changed.
+
+    Args:
+        op: ``iou_mask`` or ``box_balance``.
+        boxes, sizes, image_size, batch: as in ``fastkd.priors``.
+        anchors: one (A, 2) tensor per level; None for an op without anchors.
+        options: the other arguments of the op.
     """
     tensors = (boxes,) if anchors is None else (boxes, anchors)
     try:
         flat, sums = op(*tensors, [side for size in sizes for side in size], *image_size, batch, *options)
     except RuntimeError:
         if boxes.device.type == "cpu":
-            require_values(boxes, anchors or [], batch)  # what the kernel refused, said better
+            require_values(boxes, anchors or [], batch)  # raises a better message than the kernel
         raise
     maps, at = [], 0
     for h, w in sizes:
@@ -80,7 +86,7 @@ def prior_maps(
 
 
 def require_values(boxes: Tensor, anchors: list[Tensor], batch: int) -> None:
-    """Raise ``ValueError`` for image indices and anchors that cannot be right. Looks at values: a sync on a GPU."""
+    """Raise ``ValueError`` for invalid image indices and anchors. It reads values, which synchronises a GPU."""
     image = boxes[:, 0]
     wrong = image[image.isfinite() & ~_in_batch(image, batch)]
     if len(wrong):
@@ -97,21 +103,21 @@ def require_values(boxes: Tensor, anchors: list[Tensor], batch: int) -> None:
 
 
 class _Boxes(NamedTuple):
-    """The M boxes, clipped to the image; those to be ignored are empty, so that they overlap nothing."""
+    """The M boxes, clipped to the image; boxes to ignore are empty, so that they overlap nothing."""
 
     image: Tensor  # (M,) int64 in [0, batch)
-    x1: Tensor  # (M,) float64 pixels, as are the others
+    x1: Tensor  # (M,) float64 pixels, as are y1, x2 and y2
     y1: Tensor
     x2: Tensor
     y2: Tensor
 
 
 class _Axis(NamedTuple):
-    """One axis of every box and anchor of a level, in cells, float64."""
+    """One axis of all boxes and anchors of a level, float64, in units of cells."""
 
     box: Tensor  # (M,) lengths
     anchor: Tensor  # (A,) lengths
-    overlap: Tensor  # (M, A, cells) of the box and the anchor at each cell
+    overlap: Tensor  # (M, A, cells): overlap of the box and the anchor centred on each cell
 
 
 @torch.no_grad()
@@ -125,25 +131,25 @@ def plain_iou_mask(
     threshold: float,
     graded: bool,
 ) -> Pair:
-    """``iou_mask`` without a look at values: a box of no image is ignored, an unusable anchor overlaps nothing."""
+    """Compute ``iou_mask`` without checking values: boxes of no image are ignored, invalid anchors overlap nothing."""
     kept = _kept(boxes, height, width, batch)
     maps = []
     for h, w, anchor in zip(sizes[::2], sizes[1::2], anchors, strict=True):
         x, y = _axis(kept.x1, kept.x2, anchor[:, 0], w, width), _axis(kept.y1, kept.y2, anchor[:, 1], h, height)
         areas = (x.box * y.box)[:, None] + x.anchor * y.anchor
-        areas = areas.clamp(min=torch.finfo(areas.dtype).tiny)  # an ignored box and an unusable anchor: 0 / 0
+        areas = areas.clamp(min=torch.finfo(areas.dtype).tiny)  # avoids 0 / 0 for an ignored box and invalid anchor
         value = _grades(x, y, areas) if graded else _marks(x, y, areas, threshold)
         maps.append(_largest(value, kept.image, batch, h * w, len(anchor)))
     return _joined(maps, boxes)
 
 
 def _grades(x: _Axis, y: _Axis, areas: Tensor) -> Callable[[slice], Tensor]:
-    """(m, H, W) for a slice of boxes: IoU / m_k.
+    """Return a function of a slice of m boxes that computes IoU / m_k of each cell, (m, H, W).
 
-    g = overlap / (both areas) grows with the IoU = g / (1 - g), so anchors are compared by g.
+    g = overlap / (sum of both areas) is monotone in the IoU = g / (1 - g), so anchors are compared by g.
     """
     columns, rows = (x.overlap / areas[..., None]).float(), y.overlap.float()
-    best = (columns.amax(2) * rows.amax(2)).amax(1)  # these very products come again below: the best cell is 1
+    best = (columns.amax(2) * rows.amax(2)).amax(1)  # the same products as below, so that the best cell is exactly 1
     best = torch.where(best > 0, best / (1 - best), 1)[:, None, None]
 
     def grade(part: slice) -> Tensor:
@@ -154,10 +160,10 @@ def _grades(x: _Axis, y: _Axis, areas: Tensor) -> Callable[[slice], Tensor]:
 
 
 def _marks(x: _Axis, y: _Axis, areas: Tensor, threshold: float) -> Callable[[slice], Tensor]:
-    """(m, H, W) for a slice of boxes: 1 where an IoU is above threshold * m_k.
+    """Return a function of a slice of m boxes that computes 1 where an IoU is above threshold * m_k, (m, H, W).
 
-    IoU > c is overlap > c / (1 + c) * (both areas). An equal IoU must not pass by rounding, nor any of a box that no
-    anchor overlaps.
+    IoU > c is equivalent to overlap > c / (1 + c) * (sum of both areas). An equal IoU must not pass because of
+    rounding, and no cell may pass for a box that no anchor overlaps.
     """
     most = x.overlap.amax(2) * y.overlap.amax(2)
     bar = threshold * (most / (areas - most)).amax(1)
@@ -174,7 +180,7 @@ def _marks(x: _Axis, y: _Axis, areas: Tensor, threshold: float) -> Callable[[sli
 def plain_box_balance(
     boxes: Tensor, sizes: Sizes, height: int, width: int, batch: int, background: float, inclusive: bool
 ) -> Pair:
-    """``box_balance`` without a look at values: a box of no image is ignored."""
+    """Compute ``box_balance`` without checking values: boxes of no image are ignored."""
     kept = _kept(boxes, height, width, batch)
     maps = []
     for h, w in zip(sizes[::2], sizes[1::2], strict=True):
@@ -193,7 +199,10 @@ def plain_box_balance(
 
 @torch.no_grad()
 def plain_prior_sums(prior: Sequence[Tensor], cells: Sequence[int]) -> Tensor:
-    """Row 0: sums of the priors; row 1: their minima, on the CPU. An absent (empty) one weighs each cell 1."""
+    """Return (2, L) float64: sums of the priors, and their minima on the CPU (elsewhere 0).
+
+    An empty tensor is an absent prior, which is 1 at each cell.
+    """
 
     def minimum(x: Tensor) -> Tensor:
         return x.amin().double() if x.device.type == "cpu" else x.new_zeros((), dtype=torch.float64)
@@ -206,12 +215,12 @@ def plain_prior_sums(prior: Sequence[Tensor], cells: Sequence[int]) -> Tensor:
 
 
 def _kept(boxes: Tensor, height: int, width: int, batch: int) -> _Boxes:
-    boxes = boxes if batch else boxes[:0]  # without images there is no place to write even what is ignored
+    boxes = boxes if batch else boxes[:0]  # without images, index 0 does not exist for ignored boxes
     image = boxes[:, 0]
     x1, x2 = (boxes[:, i].double().clamp(0, width) for i in (1, 3))
     y1, y2 = (boxes[:, i].double().clamp(0, height) for i in (2, 4))
     keep = boxes.isfinite().all(1) & _in_batch(image, batch) & (x1 < x2) & (y1 < y2)
-    # masking by where keeps the shapes, whatever the data; index 0 is a place to write even for what is ignored
+    # masked by where, as shapes must not depend on the data; ignored boxes get index 0 and are empty
     x1, y1, x2, y2 = (torch.where(keep, x, 0) for x in (x1, y1, x2, y2))
     return _Boxes(torch.where(keep, image, 0).long(), x1, y1, x2, y2)
 
@@ -221,20 +230,21 @@ def _in_batch(image: Tensor, batch: int) -> Tensor:
 
 
 def _axis(low: Tensor, high: Tensor, anchor: Tensor, cells: int, pixels: int) -> _Axis:
-    # IoU does not change when an axis is scaled. Multiplied first: whole pixels at a power of two stay exact.
-    usable = anchor.double().nan_to_num(0, 0, 0).clamp(min=0)
-    low, high, anchor = (v * cells / pixels for v in (low, high, usable))
+    # The IoU does not change when an axis is scaled. The product comes first, so that integer pixels are exact at
+    # strides that are powers of two.
+    lengths = anchor.double().nan_to_num(0, 0, 0).clamp(min=0)
+    low, high, anchor = (v * cells / pixels for v in (low, high, lengths))
     box, centre = high - low, (low + high) / 2
     middle = torch.arange(cells, device=low.device, dtype=low.dtype) + 0.5
     distance = (middle - centre[:, None]).abs()[:, None]
-    # an anchor at a distance of r, the half of both lengths, only touches; it overlaps by at most the shorter one
+    # an anchor at a distance of half of both lengths only touches the box; the overlap is at most the shorter length
     touching, shorter = (box[:, None] + anchor) / 2, torch.minimum(box[:, None], anchor)
     overlap = (touching[..., None] - distance).minimum(shorter[..., None]).clamp_(min=0)
     return _Axis(box, anchor, overlap)
 
 
 def _covered(low: Tensor, high: Tensor, cells: int, pixels: int, inclusive: bool) -> Pair:
-    """(M, cells): the cells that each box covers; (M,): how many, of which the last of ``inclusive`` may be outside."""
+    """Return which cells each box covers, (M, cells), and how many, (M,); ``inclusive`` may count one past the edge."""
     first, end = (low * cells / pixels).floor(), (high * cells / pixels).ceil() + inclusive
     cell = torch.arange(cells, device=low.device)
     covered = (first[:, None] <= cell) & (cell < end[:, None]) & (low < high)[:, None]
@@ -242,13 +252,13 @@ def _covered(low: Tensor, high: Tensor, cells: int, pixels: int, inclusive: bool
 
 
 def _largest(value: Callable[[slice], Tensor], image: Tensor, batch: int, cells: int, anchors: int = 1) -> Tensor:
-    """(batch, cells): the largest value of an image's boxes, 0 where it has none."""
+    """Return the largest value over the boxes of each image, (batch, cells); 0 for an image without boxes."""
     largest = torch.zeros(batch, cells, device=image.device)
     size = max(1, _PIECE // (cells * anchors))
     for i in range(0, len(image), size):
         part = slice(i, i + size)
         found = value(part).flatten(1)
-        # a maximum is the same in any order: atomics cost no determinism
+        # a maximum does not depend on the order, so atomics keep the result deterministic
         largest = largest.scatter_reduce_(0, image[part, None].expand_as(found), found, "amax")
     return largest
 

@@ -1,6 +1,11 @@
-"""The whole loss in plain differentiable PyTorch: the definition of truth, and the fallback on any device.
+"""The whole loss in plain differentiable PyTorch: the definition of the loss, and the fallback on any device.
 
-It has no backward of its own, so it checks the hand-written gradients of the kernels independently.
+For each level, over the cells p of all images and the channels c,
+
+    t'_pc = (t_pc - mean_c) * rstd_c,   e_p = score(t'_p),   w_p = prior_p * map_norm(e)_p,
+    D_p = sum_c rho((s_pc + bias_c) - t'_pc),   loss = weight * sum_p w_p * D_p / Z.
+
+It has no hand-written backward, so autograd checks the gradients of the kernels independently.
 """
 
 from __future__ import annotations
@@ -14,43 +19,43 @@ from torch.nn import functional as F
 
 from fastkd.ops.presets import CHANNELS, CWD, InfoMap
 
-EPS = 1e-9  # of min-max and of Z = "map"
-BATCH_EPS, STD_EPS = 1e-12, 1e-6  # of a variance, of a standard deviation
+EPS = 1e-9  # added to the denominators of min-max and of Z = "map"
+BATCH_EPS, STD_EPS = 1e-12, 1e-6  # added to a variance, and to a standard deviation
 TINY = torch.finfo(torch.float32).tiny
 
 
 def accumulator(*features: Tensor) -> torch.dtype:
-    """The dtype of maps, sums and losses: float64 if any feature is float64, else float32."""
+    """Return the dtype of maps, sums and losses: float64 if any feature is float64, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
 
 
 def standardize(teacher: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """t' = (t - mean_c) * rstd_c; empty vectors mean identity."""
+    """Return t' = (t - mean_c) * rstd_c, (N, C, H, W); empty vectors mean identity."""
     return (teacher - mean.view(-1, 1, 1)) * rstd.view(-1, 1, 1) if mean.numel() else teacher
 
 
 def add_bias(student: Tensor, bias: Tensor) -> Tensor:
-    """s + bias_c: the bias of the adapter, whose convolution runs without it; an empty one is absent."""
+    """Return s + bias_c, with the (C,) bias that the adapter's convolution leaves out; an empty bias is absent."""
     return student + bias.view(-1, 1, 1) if bias.numel() else student
 
 
 def score(teacher: Tensor, info: InfoMap) -> Tensor:
-    """e_p, (N, H, W), of a standardised (N, C, H, W) teacher."""
+    """Return the score e_p, (N, H, W), of a standardised (N, C, H, W) teacher."""
     if info.score == "magnitude":
         return teacher.abs().mean(1)
     if info.score == "energy":
         return teacher.square().mean(1)
     if info.score == "entropy":
-        # clamped, so that the term of a channel whose probability underflows is 0 and not inf * 0, whatever T
+        # clamped, so that for any T the term of a channel whose probability underflows is 0 and not inf * 0
         logits = ((teacher - teacher.amax(1, keepdim=True)) / info.temperature).clamp_min(-1000)
         entropy = logits.exp().sum(1).log() - (logits.softmax(1) * logits).sum(1)
-        # clamped, so that of equal channels rounding does not decide the sign of a mean
+        # clamped, so that for equal channels rounding does not decide the sign of the mean score
         return (1 - entropy / max(math.log(teacher.shape[1]), TINY)).clamp_min(0)
     return torch.ones_like(teacher[:, 0])
 
 
-def normalise(e: Tensor, info: InfoMap) -> Tensor:
-    """a_p, (N, H, W), over the cells of each image."""
+def apply_map_norm(e: Tensor, info: InfoMap) -> Tensor:
+    """Return map_norm(e)_p, (N, H, W): the scores normalised over the cells of each image."""
     cells = e.flatten(1)
     if info.map_norm == "mean":
         cells = cells / cells.mean(1, keepdim=True).clamp_min(TINY)
@@ -64,18 +69,18 @@ def normalise(e: Tensor, info: InfoMap) -> Tensor:
 
 
 def information_map(teacher: Tensor, info: InfoMap, prior: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """w_p = q_p * a_p, (N, H, W); an empty prior, mean or rstd is an absent one."""
+    """Return w_p = prior_p * map_norm(e)_p, (N, H, W); an empty prior, mean or rstd is absent."""
     if teacher.numel() == 0:
         return teacher.new_ones(teacher.shape[0], *teacher.shape[2:])
-    w = normalise(score(standardize(teacher.to(accumulator(teacher)), mean, rstd), info), info)
+    w = apply_map_norm(score(standardize(teacher.to(accumulator(teacher)), mean, rstd), info), info)
     return w * prior if prior.numel() else w
 
 
 def by_own_batch(x: Tensor) -> Tensor:
-    """(x - mean_c) / (std_c + 1e-6) of an (N, C, H, W) batch, differentiable, as in PKD's published code.
+    """Return (x - mean_c) / (std_c + 1e-6) of an (N, C, H, W) batch, differentiable, as in PKD's published code.
 
-    std is that of N H W - 1; of a single cell there is none, and the result is 0. The gradient takes std + 1e-6 for a
-    multiple of std, which makes it wrong by 1e-6 / std.
+    std is the unbiased standard deviation (divisor N H W - 1); for a single cell it is undefined, and the result is 0.
+    The gradient treats std + 1e-6 as a multiple of std, which causes a relative error of 1e-6 / std.
     """
     if x.numel() < 2 * x.shape[1]:
         return x - x
@@ -86,7 +91,7 @@ def by_own_batch(x: Tensor) -> Tensor:
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, rstd), two (C,) vectors, with which ``standardize`` does what ``by_own_batch`` does."""
+    """Return (mean, rstd), two (C,) vectors, with which ``standardize`` equals ``by_own_batch``."""
     if x.numel() < 2 * x.shape[1]:
         return tuple(x.new_zeros(2, x.shape[1], dtype=accumulator(x)))
     std, mean = torch.std_mean(x.to(accumulator(x)), (0, 2, 3), correction=0)
@@ -94,17 +99,17 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unbiased(x: Tensor) -> float:
-    """What makes a standard deviation over all cells of a channel that of their number less one."""
+    """Return the factor from the biased to the unbiased standard deviation over the cells of a channel."""
     cells = x.numel() // x.shape[1]
     return math.sqrt(cells / (cells - 1))
 
 
 def penalty_sum(student: Tensor, teacher: Tensor, penalty: str, beta: float) -> Tensor:
-    """D_p, (N, H, W): the penalty of s - t' summed over channels.
+    """Return D_p, (N, H, W): the penalty of s - t' summed over channels.
 
-    ``"cwd"``: beta^2 times the cell's part of KL(P || Q), P and Q being the softmax over cells of a channel of
-    t' / beta and s / beta (CWD, Shu et al., 2021): P log(P / Q) - P + Q, which is never below 0; over a channel's cells
-    - P + Q sums to 0.
+    ``"cwd"`` (CWD, Shu et al., 2021): beta^2 times the cell's part of KL(P || Q), where P and Q are the softmax over
+    the cells of a channel of t' / beta and s / beta. The part of a cell is P log(P / Q) - P + Q, which is never below
+    0; -P + Q sums to 0 over the cells.
     """
     if penalty == CWD:
         q, p = (x.flatten(2).div(beta).log_softmax(2).view_as(x) for x in (student, teacher))
@@ -119,7 +124,7 @@ def penalty_sum(student: Tensor, teacher: Tensor, penalty: str, beta: float) -> 
 
 
 def z_of(student: Tensor, mass: Tensor, divisor: str) -> Tensor | float:
-    """Z of one level; 1 where the caller divides by itself (``map_all_ranks``)."""
+    """Return Z of one level, given the sum of its map; 1 for ``map_all_ranks``, where the caller divides."""
     n, c, h, w = student.shape
     if divisor == "elements":
         return max(n * c * h * w, 1)
@@ -143,7 +148,7 @@ def level_losses(
     beta: float,
     divisor: str,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and map mass (sum of w_p) of each level, both (L,); the arguments are those of the kernels' ops."""
+    """Return loss and mass (sum of w_p) of each level, both (L,); the arguments are those of the ops of the kernels."""
     dtype = accumulator(*student, *teacher)
     losses, masses = [], []
     for s, t, q, mu, r, b, weight in zip(student, teacher, prior, mean, rstd, bias, weights, strict=True):

@@ -1,4 +1,4 @@
-"""The loss of checked levels by the backend and the way that their plan names."""
+"""Computes the loss of checked levels with the backend of their plan, in one pass or two."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from fastkd.ranks import sum_over_ranks
 def run(
     levels: LevelTensors, options: LossOptions, factor: Tensor | None = None, *, one_pass: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The loss, times ``factor``, and the levels' losses without it.
+    """Return the loss times ``factor``, and the level losses without it.
 
     Args:
+        levels: the checked tensors.
+        options: the options of the loss.
         factor: float32 scalar without gradient, known before the forward; None: 1.
-        one_pass: False to leave the gradient to the backward, which then may be one of the levels' losses.
+        one_pass: whether the forward may write the gradient already; False if the caller multiplies the loss.
 
     Returns:
-        A scalar, or (L,) with ``reduction="none"``; and (L,) losses, detached.
+        The loss, a scalar or (L,) with ``reduction="none"``; and the (L,) level losses, detached.
     """
     by_level = options.reduction == "none"
     if one_pass and _takes_one_pass(levels, options):
@@ -33,23 +35,23 @@ def run(
         loss, losses = OnePass.apply(levels, mass, scale, by_level, *levels.student, *bias)  # type: ignore[no-untyped-call]
         return loss, losses.detach()
     losses = level_losses(levels, options)
-    # a copy, because the factor is that of the next step before this one's backward
+    # a copy, because the factor is updated for the next step before the backward of this one
     scaled = losses if factor is None else losses * factor.to(losses.dtype, copy=True)
     return scaled if by_level else scaled.sum(), losses.detach()
 
 
 def _takes_one_pass(levels: LevelTensors, options: LossOptions) -> bool:
-    """Whether eager autograd wants a gradient that can be written in the forward."""
+    """Whether eager autograd needs a gradient, and the forward can write it."""
     if not (levels.plan.one_pass and is_eager(levels) and torch.is_grad_enabled()) or saved_tensors_are_packed():
         return False
     if options.divisor == "map_all_ranks" and not (options.info_map.weights_are_prior and levels.mass is not None):
-        return False  # Z is known only after all maps
+        return False  # Z is known only after the maps of all ranks
     _refuse_forward_mode(levels.student)
     return any(x.requires_grad for x in (*levels.student, *levels.bias))
 
 
 def _mass_for_one_pass(levels: LevelTensors, options: LossOptions) -> Tensor:
-    """(L,) float64: the maps' masses that Z is made of, where they are known before; else an empty tensor."""
+    """Return the sums of the maps, (L,) float64, if Z needs them and they are known; else an empty tensor."""
     if not options.info_map.weights_are_prior or options.divisor not in ("map", "map_all_ranks"):
         return levels.plan.unknown_mass
     assert levels.mass is not None
@@ -60,7 +62,7 @@ def _mass_for_one_pass(levels: LevelTensors, options: LossOptions) -> Tensor:
 
 
 def level_losses(levels: LevelTensors, options: LossOptions) -> Tensor:
-    """Loss of each level, (L,), differentiable; in two passes, or by the reference."""
+    """Return the differentiable loss of each level, (L,), in two passes or by the reference."""
     plan = levels.plan
     tensors = (levels.student, levels.teacher, levels.prior, levels.mean, levels.rstd, levels.bias)
     if plan.backend == "reference":
@@ -79,16 +81,16 @@ def level_losses(levels: LevelTensors, options: LossOptions) -> Tensor:
 
 
 def _mean_over_ranks(mass: Tensor, student: list[Tensor]) -> Tensor:
-    """Z of ``map_all_ranks``: C times the map's mass, averaged over the ranks of the default process group."""
-    sums = mass.detach().to(torch.float64, copy=True)  # as in one pass, which another rank may take
+    """Return Z of ``map_all_ranks``: C times the sum of the map, averaged over the ranks of the process group."""
+    sums = mass.detach().to(torch.float64, copy=True)  # float64 as in one pass, which another rank may run
     ranks = sum_over_ranks(sums)
     channels = torch.tensor([x.shape[1] for x in student], dtype=sums.dtype).to(sums.device, non_blocking=True)
     return (channels * sums / ranks + reference.EPS).to(mass.dtype)
 
 
 def _refuse_forward_mode(student: list[Tensor]) -> None:
-    """A custom op has no forward derivative, and PyTorch would take it for 0."""
-    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:  # no tangent exists anywhere
+    """Raise for forward-mode derivatives, which a custom op lacks and PyTorch would take as 0."""
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:  # no tangent exists
         return
     tangents = [forward_ad.unpack_dual(x).tangent for x in student]  # type: ignore[no-untyped-call]
     if any(x is not None for x in tangents):

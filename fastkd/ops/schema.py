@@ -1,19 +1,19 @@
-"""Schemas, fakes and the autograd rule of the compiled backends' ops, written once.
+"""Schemas, fakes and the autograd rule of the ops of the compiled backends.
 
-A backend's binary only registers an implementation below these schemas, so the ops exist, and trace, before any binary
-does. ``{backend}`` is ``cpp`` or ``triton``; each is its own op, so that all can be compared in one process.
+A backend's binary only registers an implementation of these schemas, so the ops can be traced even without a binary.
+``{backend}`` is ``cpp`` or ``triton``; each backend has its own ops, so that one process can compare them.
 
 ====================================  =============================================================================
-``distill_{backend}``                 the two passes that ``torch.compile`` and other tracers see: losses, masses
-                                      and maps; functional, with an autograd rule
-``distill_{backend}_backward``        its backward: the student's gradients
-``distill_{backend}_one_pass``        loss and gradients in one call, for eager autograd (``fastkd.ops.autograd``)
-``distill_{backend}_rescale``         multiplies gradients by an upstream gradient that is not 1
+``distill_{backend}``                 losses, masses (sums of the maps) and maps; functional, with an autograd rule,
+                                      for ``torch.compile`` and other tracers
+``distill_{backend}_backward``        the student's gradients for ``distill_{backend}``
+``distill_{backend}_one_pass``        losses and gradients in one call, for eager autograd (``fastkd.ops.autograd``)
+``distill_{backend}_rescale``         multiplies gradients in place by an upstream gradient, if that is not 1
 ====================================  =============================================================================
 
-Entries of ``prior``, ``mean``, ``rstd`` and ``bias`` are empty tensors where a level has none, and the lists are empty
-where no level has any; of a level, ``mean``, ``rstd`` and ``bias`` are all there or all empty. ``csrc/op.h`` says what
-each argument of ``one_pass`` is.
+An entry of ``prior``, ``mean``, ``rstd`` or ``bias`` is an empty tensor for a level without it, and a list is empty if
+no level has an entry. A level has all of ``mean``, ``rstd`` and ``bias`` or none. ``csrc/op.h`` documents the arguments
+of ``one_pass``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def define(name: str, schema: str, fake: Any) -> None:
 
 
 def define_small(name: str, schema: str, fake: Any, formula: Any) -> None:
-    """Define an op without gradient that has kernels in the extension alone, and ``formula`` in PyTorch elsewhere."""
+    """Define an op without gradient whose kernels only the extension has; ``formula`` in PyTorch is the fallback."""
     define(name, schema, fake)
     formulas[name] = formula
     library.impl(name, formula, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -91,7 +91,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def bias_gradients(gradient: list[Tensor], bias: list[Tensor]) -> list[Tensor | None]:
-    """The gradient summed over images and cells, (C,), of each level that has a bias."""
+    """Return the gradient summed over images and cells, (C,), for each level with a bias; None for the others."""
     return [g.sum((0, 2, 3), dtype=b.dtype) if b.numel() else None for g, b in zip(gradient, bias, strict=False)]
 
 
