@@ -179,9 +179,11 @@ def _write_yolo(sets: Mapping[str, Annotations], folder: Path) -> None:
 
 
 def _key_of(name: str, names: Collection[str]) -> str:
-    """That of a data.yaml: of val2017, val; of a set that was never split, train."""
-    key = name.rstrip("0123456789") if len(names) > 1 else "train"
-    return name if name in KEYS or key not in KEYS or key in names else key
+    """That of a data.yaml: of val2017, val, unless two sets would have it; of a set that was never split, train."""
+    key = name.rstrip("0123456789")
+    if key not in KEYS:
+        return "train" if len(names) == 1 else name
+    return key if name == key or sum(x.rstrip("0123456789") == key for x in names) == 1 else name
 
 
 def _write_labels(annotations: Annotations, folder: Path) -> None:

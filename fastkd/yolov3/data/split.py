@@ -25,8 +25,9 @@ def split(annotations: Annotations, shares: Mapping[str, float], *, seed: int = 
     """Divide a set at random, so that each part has its share of every class.
 
     An image counts as one of the rarest class that it has a box of, and an image without a box as one of a class of
-    its own; of the images of each such class every part gets its share, rounded up or down. Images that show the same
-    scene, as the frames of a video do, should be in one part: split such sets by hand.
+    its own; of the images of each such class every part gets its share, rounded up or down. The only image of a class
+    stays in ``train`` if enough others have boxes. Images that show the same scene, as the frames of a video do, should
+    be in one part: split such sets by hand.
 
     Args:
         annotations: of P images.
@@ -38,18 +39,24 @@ def split(annotations: Annotations, shares: Mapping[str, float], *, seed: int = 
         ``train``, which has the rest, and the parts by name; the images of each in their order.
 
     Raises:
-        ValueError: shares that are none (names them), or too few images.
+        ValueError: shares that are none (names them), a negative seed, or too few images.
     """
+    if seed < 0:
+        raise ValueError(f"seed: expected 0 or more, got {seed}")
     if not shares or not all(0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise ValueError(f"shares: expected numbers above 0 that are less than 1 together, got {dict(shares)}")
     free = np.ones(len(annotations), dtype=bool)
     order = _by_class(annotations, seed)
+    boxed, alone = np.isin(np.arange(len(annotations)), annotations.rows), _show_a_class_alone(annotations)
     chosen = {}
     for name, share in shares.items():
         count = max(1, int(share * len(annotations) + 1e-9))
         left = order[free[order]]
         if count >= len(left):
             raise ValueError(f"{annotations.source}: too few images to split: {len(annotations)}")
+        others = left[~alone[left]]
+        if len(others) >= count and np.count_nonzero(boxed[others]) > len(others) // (2 * count):  # the first drawn is
+            left = others
         places = ((np.arange(count) + 0.5) * len(left) / count).astype(np.int64)
         chosen[name] = np.isin(np.arange(len(annotations)), left[places])
         free &= ~chosen[name]
@@ -58,13 +65,26 @@ def split(annotations: Annotations, shares: Mapping[str, float], *, seed: int = 
 
 def _by_class(annotations: Annotations, seed: int) -> Array:
     """(P,) rows of the images, those of the rarest class first, each class in random order."""
-    boxes = np.unique(np.column_stack([annotations.rows, annotations.classes]), axis=0)
-    images = np.bincount(boxes[:, 1], minlength=len(annotations.class_names))  # of each class
+    boxes, images = _images_of_classes(annotations)
     rank = np.argsort(np.argsort(images, kind="stable"))
     group = np.full(len(annotations), len(rank))
     np.minimum.at(group, boxes[:, 0], rank[boxes[:, 1]])
     order: Array = np.lexsort([np.random.default_rng(seed).random(len(annotations)), group])
     return order
+
+
+def _show_a_class_alone(annotations: Annotations) -> Array:
+    """(P,) bool: images with a class that no other image shows."""
+    boxes, images = _images_of_classes(annotations)
+    alone = np.zeros(len(annotations), dtype=bool)
+    alone[boxes[images[boxes[:, 1]] == 1, 0]] = True
+    return alone
+
+
+def _images_of_classes(annotations: Annotations) -> tuple[Array, Array]:
+    """(K, 2) image's row and class, each pair once; and how many images each class has."""
+    boxes = np.unique(np.column_stack([annotations.rows, annotations.classes]), axis=0)
+    return boxes, np.bincount(boxes[:, 1], minlength=len(annotations.class_names))
 
 
 def set_to_split(folder: str | os.PathLike[str], name: str = "train") -> str:

@@ -137,9 +137,11 @@ def _classes(content: dict[str, Any], path: Path) -> dict[int, str]:
 
 
 def sets_of_yaml(path: Path) -> list[str]:
-    """The sets of a data.yaml."""
+    """The sets of a data.yaml: train, val and test, and those of other names that ``convert`` wrote."""
     content = read_yaml(path)
-    return [name for name in ("train", "val", "test") if _entry_of(content, path, name)]
+    known = [name for name in ("train", "val", "test") if _entry_of(content, path, name)]
+    named = {alias for aliases in ALIASES.values() for alias in aliases} | {"train", "test"}
+    return known + [key for key, value in content.items() if key not in named and value == f"images/{key}"]
 
 
 def _entry_of(content: dict[str, Any], path: Path, name: str) -> Any:
