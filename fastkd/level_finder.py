@@ -85,9 +85,11 @@ def find_levels(model: nn.Module, images: Any) -> FoundLevels:
     *Heads* end in the last convolutions before the model's output. *Neck* levels are the inputs of the heads, one per
     stride: a head is the largest module that computes each of its outputs from one map of the same stride. *Backbone*
     levels are the last map of each stride >= 8 (or finer, if a head starts there) before a map becomes larger again; at
-    the coarsest stride, the last map before the number of channels becomes smaller. The input of a head is a neck
-    level; neither it nor any map computed from it belongs to the backbone. Levels that are neither the only output nor
-    the only input of a module are left out of the lists, but appear in the table.
+    the coarsest stride, the last map before the number of channels becomes smaller after the last residual sum. The
+    input of a head is a neck level; neither it nor any map computed from it belongs to the backbone, and neither do
+    patches, which one convolution computes from the images. A model that returns the maps of a backbone and nothing
+    else, such as timm's ``features_only``, has these as backbone levels and no neck. Levels that are neither the only
+    output nor the only input of a module are left out of the lists, but appear in the table.
 
     Args:
         model: a detector; it may be wrapped in ``DistributedDataParallel`` or ``torch.compile``.
@@ -100,8 +102,9 @@ def find_levels(model: nn.Module, images: Any) -> FoundLevels:
 
     Raises:
         TypeError: ``model`` is not a module, or ``images`` is not a batch.
-        ValueError: no images; no head was found, or heads of one stride with unrelated inputs (the message shows the
-            table, from which to name the levels). Errors that the model itself raises are passed on.
+        ValueError: no images; no head was found, as in a classifier or a model whose first convolution is followed by
+            tokens; or heads of one stride with unrelated inputs. The message shows the table and the likely names.
+            Errors that the model itself raises are passed on.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {kind_of(model)}")
@@ -112,6 +115,7 @@ def find_levels(model: nn.Module, images: Any) -> FoundLevels:
     with (
         eval_mode(root),
         same_random_state(device),
+        torch.inference_mode(False),  # there convolutions and sums are dispatched under other names, or not at all
         torch.no_grad(),
         torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext(),
         flow.recording(root),
@@ -181,6 +185,7 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[_Value] = []
         self.calls: list[_Call] = []
+        self.convolved: set[int] = set()  # inputs of convolutions, which are (N, C, H, W)
         self.image: tuple[int, int] | None = None  # height and width
         self.batch = 0
         self._known: dict[int, dict[Key, int | None]] = {}  # by memory; None: not computed from the images
@@ -200,6 +205,8 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.image = inputs[0].shape[2], inputs[0].shape[3]  # most models resize a list of images
         if "convolution" in op and not self.batch:
             self.batch = len(inputs[0])
+        if "convolution" in op:
+            self.convolved.update(self.of(inputs[0]))
         if func._schema.is_mutable:
             for x in _written(func, args, kwargs):
                 self._write(op, parents, x)
@@ -287,9 +294,12 @@ class _Finder:
         self.height, self.width = flow.image or (0, 0)
         self.maps: set[int] = set()
         self.padded: set[int] = set()  # maps that were padded, as part of the operation that follows
+        self.convolved = flow.convolved
         self._find_maps()
-        ends = {i for x in _tensors(output) for i in flow.of(x)}
-        self.used = self._ancestors(ends)
+        self.depth = self._find_depth()
+        self.ends = {i for x in _tensors(output) for i in flow.of(x)}
+        self.used = self._ancestors(self.ends)
+        self.coarsest = max((self._octave(i) for i in self.maps & self.used), default=0)
         names = [call.name for call in self.calls]
         self.once = [call for call in self.calls if call.outer is not None and names.count(call.name) == 1]
         self.neck: dict[int, int] = {}  # values by octave of their stride, finest first
@@ -297,6 +307,8 @@ class _Finder:
         self.scope = 0  # the call whose parts make up the backbone
 
     def found(self) -> FoundLevels:
+        if self._returns_backbone():
+            return FoundLevels(self._names(self.backbone), [], self._candidates())
         heads = self._heads()
         if not heads:
             raise self._undecided(
@@ -304,6 +316,12 @@ class _Finder:
                 "map after it"
             )
         self._find_neck(heads)
+        if any(not self.depth[i] for i in self.neck.values()):
+            self.neck = {}
+            raise self._undecided(
+                "the last convolution gets the images themselves, as a transformer's patch embedding does, and what "
+                "follows are tokens or maps whose channels come last"
+            )
         self._find_backbone()
         backbone, neck = (self._names(x) for x in (self.backbone, self.neck))
         if not neck:
@@ -313,11 +331,32 @@ class _Finder:
     def _undecided(self, why: str) -> ValueError:
         if not self.backbone:
             self._find_backbone()
-        table = _table(self._candidates())
+        lists = {"backbone": self._names(self.backbone), "neck": self._names(self.neck)}
+        likely = " and ".join(f"{group}={names}" for group, names in lists.items() if names)
+        shown = self._candidates()
         return ValueError(
             f"find_levels: {why}. Name the levels yourself: Distiller(student, teacher, backbone=([student, ...], "
-            f"[teacher, ...]), neck=([student, ...], [teacher, ...])), with names from this table:\n{table}"
+            "[teacher, ...]), neck=([student, ...], [teacher, ...])), with student_to_map= and teacher_to_map= where a "
+            "module returns tokens, channels that come last, or a tuple."
+            + f" Likely here: {likely}." * bool(likely)
+            + f" What was found:\n{_table(shown)}" * bool(shown)
         )
+
+    def _returns_backbone(self) -> bool:
+        """Take the output as the backbone's levels if it is nothing else: maps, each computed from the next finer one.
+
+        timm's ``features_only`` returns such an output. A detector returns no map that it uses further.
+        """
+        ends = sorted(self.ends)
+        octaves = [self._octave(i) for i in ends if i in self.maps]
+        if len(octaves) < max(2, len(ends)) or octaves != sorted(set(octaves)):
+            return False
+        made_of_finer = all(i in self._ancestors([j]) for i, j in itertools.pairwise(ends))
+        levels = {octave: i for octave, i in zip(octaves, ends, strict=True) if octave >= FINEST}
+        if not made_of_finer or not levels or any(self._name(i) == NAMELESS for i in levels.values()):
+            return False
+        self.backbone = levels
+        return True
 
     def _find_maps(self) -> None:
         """Find the values that are feature maps (N, C, H, W) of the whole image.
@@ -330,10 +369,17 @@ class _Finder:
         for i, value in enumerate(self.values):
             before = set().union(*(sizes[p] for p in value.parents))
             near = any(p in self.maps or p in self.padded for p in value.parents) and value.op not in _LAYOUTS
-            near = near or value.op in _STARTS or value.shape[2:] in before
+            near = near or value.op in _STARTS or value.shape[2:] in before or i in self.convolved
             if near and self._has_proportions(value):
                 (self.padded if "pad" in value.op else self.maps).add(i)
             sizes.append({value.shape[2:]} if i in self.maps else before)
+
+    def _find_depth(self) -> list[int]:
+        """How many convolutions each value is behind."""
+        depth: list[int] = []
+        for i, value in enumerate(self.values):
+            depth.append(max((depth[p] for p in value.parents), default=0) + self._is_conv(i))
+        return depth
 
     def _has_proportions(self, value: _Value) -> bool:
         if not self.height or len(value.shape) != 4 or value.pooled or value.shape[0] != self.batch:
@@ -400,7 +446,7 @@ class _Finder:
 
     def _find_backbone(self) -> None:
         finest = min([FINEST, *self.neck])
-        maps = [i for i in self._bottom_up() if self._octave(i) >= finest]
+        maps = [i for i in self._bottom_up() if self._octave(i) >= finest and self.depth[i] > 1]  # no mere patches
         self.scope = self._find_scope(maps)
         visible = self._seen_in(self.scope)
         taken = set() if self._has_top_down() else {x for x, i in self.neck.items() if i in visible}
@@ -412,7 +458,7 @@ class _Finder:
         for octave, coarser in itertools.zip_longest(octaves, octaves[1:]):
             of_stride = [i for i in seen if self._octave(i) == octave]
             if coarser is None:
-                self.backbone[octave] = self._last_of_widest(of_stride)
+                self.backbone[octave] = self._end_of_widest(of_stride)
             else:  # a side branch to the neck is left out
                 onward = self._ancestors(i for i in maps if self._octave(i) == coarser)
                 self.backbone[octave] = max((i for i in of_stride if i in onward), default=of_stride[-1])
@@ -422,12 +468,21 @@ class _Finder:
         before = {i: [self._octave(p) for p in self._ancestors([i]) & self.maps] for i in self.neck.values()}
         return any(max(octaves) > self._octave(i) for i, octaves in before.items())
 
-    def _last_of_widest(self, of_stride: list[int]) -> int:
-        widths = [self.values[i].shape[1] for i in of_stride]
-        last = widths.index(max(widths))
-        while last + 1 < len(widths) and widths[last + 1] == widths[last]:
-            last += 1
-        return of_stride[last]
+    def _end_of_widest(self, of_stride: list[int]) -> int:
+        """Return the last of the widest maps in a row, counted from the last residual sum among them.
+
+        In a flat network narrow bottlenecks lie between such sums, and a head's first layers may be as wide again.
+        """
+        widest = max(self.values[i].shape[1] for i in of_stride)
+        wide = [k for k, i in enumerate(of_stride) if self.values[i].shape[1] == widest]
+        start = max((k for k in wide if self._is_residual(of_stride[k])), default=wide[0])
+        return list(itertools.takewhile(lambda i: self.values[i].shape[1] == widest, of_stride[start:]))[-1]
+
+    def _is_residual(self, i: int) -> bool:
+        """Return whether a value is the sum of a map and another that was computed from it."""
+        parents = [p for p in self.values[i].parents if p in self.maps]
+        one_of_other = len(parents) == 2 and parents[0] in self._ancestors(parents[1:])
+        return self.values[i].op in ("add", "add_") and one_of_other
 
     def _bottom_up(self) -> list[int]:
         """Return the maps that are computed from no coarser map and from no input of a head."""
@@ -446,9 +501,12 @@ class _Finder:
         return found
 
     def _pools_in_place(self, i: int, before: int) -> bool:
-        """Whether a map was padded and then pooled to its former size, as in Darknet's tiny networks."""
+        """Whether a map of the coarsest stride was padded and then pooled to its size, as in Darknet's tiny networks.
+
+        What follows it belongs to the head. A stem that does so, such as HGNet's, is followed by coarser maps.
+        """
         after_pad = not self.padded.isdisjoint(self.values[i].parents)
-        return after_pad and "pool" in self.values[i].op and self._octave(i) == before
+        return after_pad and "pool" in self.values[i].op and self._octave(i) == before == self.coarsest
 
     def _find_scope(self, maps: list[int]) -> int:
         """Return the innermost call in which at least two strides begin: the backbone, or the whole model."""

@@ -116,6 +116,40 @@ def test_yolo_names_its_sets_as_trainers_do(tmp_path: Path) -> None:
     content = yaml.safe_load((tmp_path / "out/data.yaml").read_text(encoding="utf-8"))
     places = {"train": "images/train2017", "val": "images/val2017", "extra": "images/extra"}
     assert content == places | {"nc": 2, "names": NAMES}
+    assert sets_in(tmp_path / "out") == ["train", "val", "extra"]
+    assert len(read_set(*find_set(tmp_path / "out", "extra"))) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (["all"], ["train"]),
+        (["val2017"], ["val"]),
+        (["train", "val2014", "val2017"], ["train", "val2014", "val2017"]),
+        (["train", "trainval", "val"], ["train", "val", "trainval"]),
+    ],
+)
+def test_no_set_of_a_yaml_takes_the_name_of_another(names: list[str], keys: list[str], tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    found = read_set(*find_set(tmp_path, "train"))
+    write_sets(dict.fromkeys(names, found), tmp_path / "out", "yolo")
+    assert sets_in(tmp_path / "out") == keys
+
+
+def test_images_of_one_name_in_two_folders_stay_two(tmp_path: Path) -> None:
+    images = [{"id": k, "file_name": f"{x}/a b.png", "width": 20, "height": 20} for k, x in enumerate(("ä", "ß"), 1)]
+    boxes = [{"id": k, "image_id": k, "category_id": 1, "bbox": [k, 1, 2, 3]} for k in (1, 2)]
+    for image in images:
+        make_image(tmp_path / "in/images" / str(image["file_name"]), 20, 20)
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "c"}]}
+    (tmp_path / "in/annotations").mkdir()
+    (tmp_path / "in/annotations/train.json").write_text(json.dumps(content), encoding="utf-8")
+    convert(tmp_path / "in", tmp_path / "yolo", "yolo")
+    found = convert(tmp_path / "yolo", tmp_path / "coco", "coco")["train"]
+    assert {name: found.boxes[found.of(row)][0, 0] for row, name in enumerate(found.file_names)} == {
+        "ä/a b.png": pytest.approx(1),
+        "ß/a b.png": pytest.approx(2),
+    }
 
 
 # ---- splits
@@ -146,6 +180,18 @@ def test_every_part_has_its_share_of_every_class() -> None:
 def test_shares_that_are_none_are_refused(shares: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"shares: expected numbers above 0 that are less than 1 together"):
         split(many({0: 9}), shares)
+
+
+def test_the_only_image_of_a_class_stays_in_train() -> None:
+    for seed in range(9):
+        parts = split(many({0: 30, 1: 1, 2: 1}), {"val": 0.1, "test": 0.1}, seed=seed)
+        assert {1, 2} <= set(parts["train"].classes.tolist())
+    assert len(split(many({0: 1, 1: 1, 2: 1}), {"val": 0.3})["val"]) == 1
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed: expected 0 or more, got -1"):
+        split(many({0: 9}), {"val": 0.1}, seed=-1)
 
 
 def test_a_set_of_one_image_cannot_be_split() -> None:

@@ -182,6 +182,75 @@ class Apart(nn.Module):
         return self.scores(self.left(x)), self.boxes(self.right(x))
 
 
+class FlatDarknet(nn.Module):
+    """Darknet in one list: sums that no module returns, bottlenecks between them, first layers of a head as wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [(3, 8), (8, 16), (16, 8), (8, 16), (16, 32), (32, 16), (16, 32), (32, 16), (16, 32)]
+        strides, kernels = (8, 2, 1, 1, 2, 1, 1, 1, 1), (9, 3, 1, 3, 3, 1, 3, 1, 3)
+        parts = [conv(*w, s, k) for w, s, k in zip(widths, strides, kernels, strict=True)]
+        self.layers = nn.ModuleList([*parts, conv(32, 16, 1, 1), conv(16, 32)])
+        self.side, self.out = conv(32, 16, 1, 1), conv(32, 16)
+        self.heads = nn.ModuleList([nn.Conv2d(32, 5, 1), nn.Conv2d(16, 5, 1)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
+        for k, layer in enumerate(self.layers):
+            x = layer(x) + kept[k - 2] if k in (3, 6, 8) else layer(x)
+            kept.append(x)
+        fine = torch.cat([kept[3], F.interpolate(self.side(x), scale_factor=2.0)], 1)
+        return self.heads[0](x), self.heads[1](self.out(fine))
+
+
+class PaddedStem(nn.Module):
+    """A stem that pads and pools without a stride, as HGNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 8, 2), conv(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        out: Tensor = self.b(torch.cat([x, F.max_pool2d(F.pad(x, [0, 1, 0, 1]), 2, 1)], 1))
+        return out
+
+
+class Tokens(nn.Module):
+    """Patches, of which a transformer makes tokens; ``maps``: they become maps again, of three strides, with heads."""
+
+    def __init__(self, *, maps: bool) -> None:
+        super().__init__()
+        self.patches, self.mix, self.maps = nn.Conv2d(3, 16, 16, 16), nn.Linear(16, 16), maps
+        self.up, self.down = nn.ConvTranspose2d(16, 16, 2, 2), nn.MaxPool2d(2)
+        self.heads = nn.ModuleList(nn.Conv2d(16, 5, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.patches(x)
+        size = x.shape[2:]
+        x = x + 0  # else a head's map would be that of the patches
+        tokens = self.mix(x.flatten(2).transpose(1, 2))
+        if not self.maps:
+            return tokens
+        x = tokens.transpose(1, 2).unflatten(2, size)
+        return [f(y) for f, y in zip(self.heads, (self.up(x), x, self.down(x)), strict=True)]
+
+
+class ChannelsLast(nn.Module):
+    """Merges patches in NHWC, as Swin does, and permutes for its heads alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.merge = nn.Conv2d(3, 16, 8, 8), nn.Linear(64, 32)
+        self.fine, self.coarse = nn.Conv2d(16, 5, 1), nn.Conv2d(32, 5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.layer_norm(self.patches(x).permute(0, 2, 3, 1), (16,))
+        parts = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        coarse = self.merge(torch.cat(parts, -1))
+        return self.fine(x.permute(0, 3, 1, 2)), self.coarse(coarse.permute(0, 3, 1, 2))
+
+
 RESNET = ["backbone.layer2", "backbone.layer3", "backbone.layer4"]
 
 
@@ -219,6 +288,42 @@ def test_what_no_module_returns_is_the_input_of_one() -> None:
     assert (found.backbone, found.neck) == (["input:down", "input:side"], ["input:head"])
 
 
+def test_a_flat_backbone_ends_with_its_last_sum() -> None:
+    found = fastkd.find_levels(FlatDarknet(), IMAGES)
+    assert (found.backbone, found.neck) == (["input:layers.4", "input:layers.9"], ["out", "layers.10"])
+
+
+def test_a_stem_that_pads_and_pools_does_not_end_the_backbone() -> None:
+    model = RetinaNet()
+    model.backbone.stem = PaddedStem()
+    assert fastkd.find_levels(model, IMAGES).backbone == RESNET
+
+
+def test_maps_that_come_from_tokens_or_channels_last_are_found_where_a_convolution_gets_them() -> None:
+    assert fastkd.find_levels(ChannelsLast(), IMAGES).neck == ["input:fine", "input:coarse"]
+    found = fastkd.find_levels(Tokens(maps=True), IMAGES)
+    assert (found.backbone, found.neck) == ([], ["up", "input:up", "down"])  # patches alone are no level
+
+
+def test_tokens_alone_are_refused_with_what_takes_them() -> None:
+    with pytest.raises(ValueError, match=r"last convolution gets the images themselves.*tokens.*student_to_map="):
+        fastkd.find_levels(Tokens(maps=False), IMAGES)
+
+
+def test_the_output_of_a_backbone_alone_is_its_levels() -> None:
+    found = fastkd.find_levels(ResNet(8), IMAGES)
+    assert (found.backbone, found.neck) == (["layer2", "layer3", "layer4"], [])
+    distiller = fastkd.Distiller(ResNet(4), ResNet(8), images=IMAGES)
+    assert distiller.levels == [(name, name) for name in found.backbone]
+
+
+def test_inference_mode_hides_nothing() -> None:
+    model = RetinaNet()
+    with torch.inference_mode():
+        inside = fastkd.find_levels(model, IMAGES)
+    assert inside == fastkd.find_levels(model, IMAGES)
+
+
 def test_the_table_says_of_each_map_what_it_is() -> None:
     found = fastkd.find_levels(RetinaNet(), IMAGES)
     rows = str(found).splitlines()
@@ -254,9 +359,10 @@ def test_nothing_of_the_model_or_the_random_state_changes() -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_a_model_without_heads_is_refused_with_the_table() -> None:
-    with pytest.raises(ValueError, match=r"(?s)no head was found.*neck=\(\[student.*backbone.layer4 +32 +64"):
+def test_a_model_without_heads_is_refused_with_the_names_to_pass() -> None:
+    with pytest.raises(ValueError, match=r"(?s)no head was found.*neck=\(\[student.*backbone.layer4 +32 +64") as error:
         fastkd.find_levels(Classifier(), IMAGES)
+    assert f"backbone={RESNET}" in str(error.value)
 
 
 def test_two_maps_of_one_stride_that_heads_get_are_no_guess() -> None:
@@ -380,6 +486,7 @@ assert found.neck == [f"backbone.fpn.{{name}}" for name in blocks], found
 def test_levels_of_networks_of_ultralytics_and_torchvision(tmp_path: Path) -> None:
     models = [
         ("v3/yolov3-tiny", [6, 8, 10], [19, 15]),
+        ("26/yolo26n", [4, 6, 10], [16, 19, 22]),
         ("v8/yolov8n", [4, 6, 9], [15, 18, 21]),
         ("v8/yolov8n-p2", [2, 4, 6, 9], [18, 21, 24, 27]),
         ("11/yolo11n", [4, 6, 10], [16, 19, 22]),

@@ -183,9 +183,14 @@ def _write_yolo(sets: Mapping[str, Annotations], folder: Path) -> None:
 
 
 def _key_of(name: str, names: Collection[str]) -> str:
-    """Return the key of a set in a data.yaml: ``val`` for ``val2017``, and ``train`` for the only set of a folder."""
-    key = name.rstrip("0123456789") if len(names) > 1 else "train"
-    return name if name in KEYS or key not in KEYS or key in names else key
+    """Return the key of a set in a data.yaml: ``val`` for ``val2017`` unless two sets would have it.
+
+    A set that was never split is ``train``.
+    """
+    key = name.rstrip("0123456789")
+    if key not in KEYS:
+        return "train" if len(names) == 1 else name
+    return key if name == key or sum(x.rstrip("0123456789") == key for x in names) == 1 else name
 
 
 def _write_labels(annotations: Annotations, folder: Path) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -127,7 +128,9 @@ def _listed_set(root: Path, name: str) -> Pair | None:
     files = [root / "annotations" / f"{prefix}{name}.json" for prefix in ("", "instances_")]
     images = [root / "images" / name, root / name, root / "images" / name.split("_")[0]]
     found_file = next((x for x in files if x.is_file()), None)
-    found_images = next((x for x in images if x.is_dir()), root / "images" if has_images(root / "images") else None)
+    found_images = next((x for x in images if x.is_dir()), None)
+    if found_images is None and (has_images(root / "images") or _has_first(found_file, root / "images")):
+        found_images = root / "images"
     if found_file is not None and found_images is not None:
         return found_file, found_images
     if (root / "ImageSets" / "Main" / f"{name}.txt").is_file():
@@ -175,9 +178,16 @@ def _start_of(file: Path) -> str:
 
 def _images_beside(file: Path) -> Path:
     """Return the image folder of a COCO file, ``images``, ``data`` or its own folder: the one with its first image."""
-    first = re.search(r'"file_name"\s*:\s*"([^"]+)"', _start_of(file))
     folders = [file.parent / "images", file.parent / "data", file.parent]
-    return next((x for x in folders if first and (x / first[1]).is_file()), folders[-1])
+    return next((x for x in folders if _has_first(file, x)), folders[-1])
+
+
+def _has_first(file: Path | None, folder: Path) -> bool:
+    """Return whether a folder has the first image that a COCO file names; the name may begin with a subfolder."""
+    first = None if file is None else re.search(r'"file_name"\s*:\s*("(?:[^"\\]|\\.)+")', _start_of(file))
+    with contextlib.suppress(ValueError, OSError):  # no JSON, or no path
+        return first is not None and (folder / json.loads(first[1])).is_file()
+    return False
 
 
 def _unlisted(root: Path) -> Pair | None:

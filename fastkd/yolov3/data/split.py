@@ -25,8 +25,9 @@ def split(annotations: Annotations, shares: Mapping[str, float], *, seed: int = 
     """Divide a set at random, so that each part has its share of every class.
 
     Images are grouped by the rarest class among their boxes, with a further group for images without boxes. Every part
-    gets its share of each group, rounded up or down. Images that show the same scene, such as the frames of a video,
-    should be in one part: split such sets by hand.
+    gets its share of each group, rounded up or down. The only image of a class stays in ``train`` if enough other
+    images have boxes. Images that show the same scene, such as the frames of a video, should be in one part: split
+    such sets by hand.
 
     Args:
         annotations: the set, of P images.
@@ -38,18 +39,25 @@ def split(annotations: Annotations, shares: Mapping[str, float], *, seed: int = 
         The parts by name, and the remaining images as ``train``; images are in their original order.
 
     Raises:
-        ValueError: the shares are out of range, or there are too few images.
+        ValueError: the shares are out of range, the seed is negative, or there are too few images.
     """
+    if seed < 0:
+        raise ValueError(f"seed: expected 0 or more, got {seed}")
     if not shares or not all(0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise ValueError(f"shares: expected numbers above 0 that are less than 1 together, got {dict(shares)}")
     free = np.ones(len(annotations), dtype=bool)
     order = _by_class(annotations, seed)
+    boxed, alone = np.isin(np.arange(len(annotations)), annotations.rows), _show_a_class_alone(annotations)
     chosen = {}
     for name, share in shares.items():
         count = max(1, int(share * len(annotations) + 1e-9))
         left = order[free[order]]
         if count >= len(left):
             raise ValueError(f"{annotations.source}: expected enough images for every part, got {len(annotations)}")
+        others = left[~alone[left]]
+        # images with boxes come first in the order: enough of them, and the part has at least one
+        if len(others) >= count and np.count_nonzero(boxed[others]) > len(others) // (2 * count):
+            left = others
         places = ((np.arange(count) + 0.5) * len(left) / count).astype(np.int64)
         chosen[name] = np.isin(np.arange(len(annotations)), left[places])
         free &= ~chosen[name]
@@ -58,13 +66,26 @@ def split(annotations: Annotations, shares: Mapping[str, float], *, seed: int = 
 
 def _by_class(annotations: Annotations, seed: int) -> Array:
     """Return (P,) indices of the images: those of the rarest class first, each class in random order."""
-    boxes = np.unique(np.column_stack([annotations.rows, annotations.classes]), axis=0)
-    images = np.bincount(boxes[:, 1], minlength=len(annotations.class_names))  # number of images of each class
+    boxes, images = _images_of_classes(annotations)
     rank = np.argsort(np.argsort(images, kind="stable"))
     group = np.full(len(annotations), len(rank))
     np.minimum.at(group, boxes[:, 0], rank[boxes[:, 1]])
     order: Array = np.lexsort([np.random.default_rng(seed).random(len(annotations)), group])
     return order
+
+
+def _show_a_class_alone(annotations: Annotations) -> Array:
+    """Return (P,) bool: whether an image has a class that no other image has."""
+    boxes, images = _images_of_classes(annotations)
+    alone = np.zeros(len(annotations), dtype=bool)
+    alone[boxes[images[boxes[:, 1]] == 1, 0]] = True
+    return alone
+
+
+def _images_of_classes(annotations: Annotations) -> tuple[Array, Array]:
+    """Return (K, 2) pairs of image and class, each pair once, and the number of images of each class."""
+    boxes = np.unique(np.column_stack([annotations.rows, annotations.classes]), axis=0)
+    return boxes, np.bincount(boxes[:, 1], minlength=len(annotations.class_names))
 
 
 def set_to_split(folder: str | os.PathLike[str], name: str = "train") -> str:

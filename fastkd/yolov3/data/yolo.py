@@ -145,9 +145,11 @@ def _classes(content: dict[str, Any], path: Path) -> dict[int, str]:
 
 
 def sets_of_yaml(path: Path) -> list[str]:
-    """Return the names of the sets of a data.yaml."""
+    """Return the names of the sets of a data.yaml: train, val, test and others that ``convert`` has written."""
     content = read_yaml(path)
-    return [name for name in ("train", "val", "test") if _entry_of(content, path, name)]
+    known = [name for name in ("train", "val", "test") if _entry_of(content, path, name)]
+    named = {alias for aliases in ALIASES.values() for alias in aliases} | {"train", "test"}
+    return known + [key for key, value in content.items() if key not in named and value == f"images/{key}"]
 
 
 def _entry_of(content: dict[str, Any], path: Path, name: str) -> Any:
