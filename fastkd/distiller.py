@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import sys
 import weakref
@@ -39,7 +38,7 @@ from fastkd.modes import eval_mode
 from fastkd.ops.arguments import kind_of, require_bool, require_weights
 from fastkd.ops.levels import warn_if_nothing_learns
 from fastkd.passes import ALL, Passes
-from fastkd.ranks import world_size
+from fastkd.ranks import is_first_rank, world_size
 from fastkd.teacher import Teacher
 
 # a function of the teacher's output and the (height, width) of each level, or of the sizes alone
@@ -69,8 +68,8 @@ class Distiller(nn.Module):
             ``module.`` or ``_orig_mod.`` prefix; ``"input:name"`` is the input of the module, for example a sum that no
             module returns. Levels are numbered backbone first. Without either, ``images`` finds both.
         images: a batch that both models take; ``prepare`` is called with it. Without ``backbone`` and ``neck`` the
-            levels are those that ``find_levels`` finds in both models at strides that they share; ``levels`` and
-            ``check()`` name them, and so does the logger ``"fastkd"`` at level INFO.
+            levels are those that ``find_levels`` finds in both models at strides that they share; they are printed
+            (by the first rank), and ``levels`` and ``check()`` name them.
         student_to_map, teacher_to_map: for outputs that are not (N, C, H, W) tensors: a function that turns the output
             of a level into one, ``"NHWC"`` where channels come last, or a dict from the names of levels to these.
         align: ``"interpolate"``: where height or width differ, the student's feature is resized to the teacher's by
@@ -195,8 +194,8 @@ class Distiller(nn.Module):
         except BaseException:
             self.remove()
             raise
-        if self._found:
-            logging.getLogger("fastkd").info("levels found: %s", self._names_of_levels())
+        if self._found and is_first_rank():
+            print(f"fastkd: levels found: {self._names_of_levels()}", flush=True)
 
     def _names_of_levels(self) -> str:
         pairs = self._pairs or []

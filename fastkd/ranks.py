@@ -13,6 +13,11 @@ def world_size() -> int:
     return torch.distributed.get_world_size()
 
 
+def is_first_rank() -> bool:
+    """Return whether this is rank 0 of the default process group, or there is no group."""
+    return world_size() == 1 or torch.distributed.get_rank() == 0
+
+
 def sum_over_ranks(values: Tensor) -> int:
     """Replace ``values`` by their sum over the ranks of the default process group; return the number of ranks."""
     ranks = world_size()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import subprocess
 import sys
 import textwrap
@@ -397,10 +396,9 @@ def test_a_model_of_another_kind_is_refused() -> None:
 # ---- Distiller(images=)
 
 
-def test_a_distiller_finds_its_levels_and_is_ready(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_distiller_finds_its_levels_prints_them_and_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
     student, teacher = YOLOv3Tiny(3, 1 / 8), YOLOv3(3, 1 / 8)
-    with caplog.at_level(logging.INFO, "fastkd"):
-        distiller = fastkd.Distiller(student, teacher, images=IMAGES, info_map="uniform")
+    distiller = fastkd.Distiller(student, teacher, images=IMAGES, info_map="uniform")
     pairs = [
         ("conv8", "backbone.stage8"),
         ("conv16", "backbone.stage16"),
@@ -409,8 +407,9 @@ def test_a_distiller_finds_its_levels_and_is_ready(caplog: pytest.LogCaptureFixt
         ("neck32", "neck32"),
     ]
     assert distiller.levels == pairs
-    (record,) = caplog.records
-    assert all(f"{s} <- {t}" in record.getMessage() for s, t in pairs)
+    printed = capsys.readouterr().out
+    assert printed.startswith("fastkd: levels found: backbone ")
+    assert all(f"{s} <- {t}" in printed for s, t in pairs)
     distiller.add_to(torch.optim.SGD(student.parameters(), 0.1))
     student.train()(IMAGES)
     distiller.loss(IMAGES).backward()
