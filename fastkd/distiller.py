@@ -48,10 +48,11 @@ Prior: TypeAlias = Callable[..., Sequence[Tensor | None]]
 class Distiller(nn.Module):
     """Distils a frozen ``teacher`` into ``student``, with feature maps that forward hooks record::
 
-        distiller = fastkd.Distiller(student, teacher, backbone=[("layer4", "layer6")], neck=[("fpn.2", "fpn.3")])
+        levels = {"backbone": [("layer4", "layer6")], "neck": [("fpn.2", "fpn.3")]}
+        distiller = fastkd.Distiller(student, teacher, **levels, weight="auto")
         distiller.prepare(images).add_to(optimizer)  # the 1x1 adapters
-        out = student(images)
-        loss = task_loss(out, targets) + distiller.loss(images)
+        loss = task_loss(student(images), targets)
+        loss = loss + distiller.loss(images, task_loss=loss)
 
     The teacher is frozen and put in eval mode here and before each use, even if ``.train()`` was called on it. The two
     models are not submodules: ``parameters()`` and ``state_dict()`` contain only the adapters, the teacher's statistics
@@ -61,7 +62,7 @@ class Distiller(nn.Module):
 
     Args:
         student, teacher: modules that take a batch of images; they may be wrapped in ``DistributedDataParallel`` or
-            ``torch.compile`` (compile the student after the distiller is made, or at least run it only afterwards).
+            ``torch.compile`` (a compiled student must not have run before the distiller is made).
         backbone, neck: the modules whose outputs are distilled, as names or modules, in one of two forms: a *list of
             pairs* ``[(student, teacher), ...]``, or a *tuple of two lists* ``([student, ...], [teacher, ...])`` of any
             lengths, which ``prepare(images)`` pairs by stride; levels without a partner are dropped. A name needs no
@@ -80,8 +81,8 @@ class Distiller(nn.Module):
             alone (a prior from boxes) needs no output of the teacher, see ``fold_teacher``.
         preprocess: a function of the images whose result the teacher gets, where it needs another normalisation, range
             or crop than the student. Image sizes may differ as long as the features have the same sizes.
-        last_forward: whether to use the student's last forward if it ran more than once with gradients since the last
-            loss, and last on other images than those given; False: this is an error.
+        last_forward: what to do if the student ran more than once with gradients since the last loss, and its last
+            images are not those given. False: an error. True: the features of that last forward are used.
         fold_teacher: run a copy of the teacher with its batch norms folded into its convolutions, and stop its forward
             after the last level where nothing needs its output. For teachers whose weights do not change and whose
             forward has no side effects. In the first forward, features and output must agree within 1e-4 of their

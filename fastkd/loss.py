@@ -43,7 +43,7 @@ def distill_loss(
     For each level, with w the information map (see ``InfoMap``), s the student's feature, t' the teacher's feature
     (standardised where asked), p the cells of all images and c the channels::
 
-        loss = weight * sum_p w_p * sum_c rho(s_pc - t'_pc) / Z
+        loss = weights[level] * sum_p w_p * sum_c rho(s_pc - t'_pc) / Z
 
     Only the student gets a gradient; the teacher, the map and the prior are constants. With the defaults, the map is
     the energy of the teacher over its mean, and Z is the number of elements. The method is that of Li et al. (2022,
@@ -56,10 +56,11 @@ def distill_loss(
         teacher_feats: the teacher's features, of the same shapes and without gradient; the dtype may differ.
         info_map: the name of a preset (``fastkd.PRESETS``) or an ``InfoMap``.
         prior: per level an (N, H, W) floating tensor q >= 0 that multiplies the map, or None.
-        standardize: per level (mean, rstd), two (C,) vectors: t' = (t - mean) * rstd. False or None: t' = t. Maps of
-            the standardised teacher (``self_information``, ``graded_iou``, ``uniform_standardized``) need these
-            vectors, which ``DistillLoss`` calibrates. ``"batch"``, the default of the map ``pkd``: student and teacher
-            are each standardised by the mean and standard deviation of their own batch, with the gradient through both.
+        standardize: per level (mean, rstd), two (C,) vectors, where rstd is 1 / standard deviation: t' = (t - mean) *
+            rstd. False or None: t' = t. Maps of the standardised teacher (``self_information``, ``graded_iou``,
+            ``uniform_standardized``) need these vectors, which ``DistillLoss`` calibrates. ``"batch"``, the default of
+            the map ``pkd``: student and teacher are each standardised by the mean and standard deviation of their own
+            batch, with the gradient through both.
         weights: one finite number per level; all 1 by default.
         penalty: rho: ``"l2"`` x^2; ``"l1"`` abs(x); ``"smooth_l1"`` as ``torch.nn.SmoothL1Loss``. Or ``"cwd"``, the
             channel-wise distillation of Shu et al. (2021, arXiv:2011.13256), which PyTorch's own operations compute:
@@ -119,7 +120,7 @@ def standardized(
 class DistillLoss(nn.Module):
     """``distill_loss`` as a module with 1x1 adapters, the teacher's channel statistics, a loss weight and its schedule.
 
-    The loss adds the bias of an adapter: the output of the adapter itself, in a hook or when called, lacks the bias.
+    Calling an adapter returns its output without its bias, because the loss adds the bias in its kernel.
     Adapters keep their dtype: outside autocast, student features of another dtype are converted. Statistics stay
     float32.
 
@@ -131,9 +132,9 @@ class DistillLoss(nn.Module):
             for no adapter.
         standardize: whether the target is the teacher standardised per channel; ``"batch"``: student and teacher are
             each standardised by the moments of their own batch (adapters then have no bias); None: as ``info_map``.
-        calibration_batches: number of first training batches (each of all ranks together) from which the teacher's
-            statistics are computed; they are constant afterwards. A batch with values that are not finite is left out.
-            In eval mode before the first training batch, the teacher is not standardised.
+        calibration_batches: number of first training batches (a batch of all ranks counts as one) from which the
+            teacher's statistics are computed; they are constant afterwards. A batch with values that are not finite is
+            left out. In eval mode before the first training batch, the teacher is not standardised.
         weight: factor of the loss; or ``"auto"``: each training step uses the factor that brings the moving average of
             the distillation loss to ``share`` times that of the task loss. The averages are over about 50 steps and all
             ranks, and are part of the module's state. They are of absolute values, as a task loss may be negative (a

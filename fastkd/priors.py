@@ -29,8 +29,8 @@ def score(
 ) -> list[Tensor]:
     """Return the teacher's score of each cell: the maximum over anchors and classes in the head of the same level.
 
-    q = max sigmoid(class), as in FRS (Du et al., 2021) and in Ultralytics' distillation, without a floor; for heads
-    with objectness q = max sigmoid(objectness) * sigmoid(class).
+    q = max sigmoid(class), as in FRS (Du et al., 2021) and in Ultralytics' distillation; for heads with objectness
+    q = max sigmoid(objectness) * sigmoid(class). Unlike ``confidence``, it is 0 where the teacher detects nothing.
 
     Args:
         class_logits: one (N, A, K, H, W) floating tensor of logits per level; A is 1 where the head has no anchors.
@@ -141,10 +141,10 @@ def iou_mask(
     """Return a mask of the cells near objects: those with an anchor whose IoU is near the largest IoU of a box.
 
     The imitation region of FGFI (Wang et al., 2019, arXiv:1906.03609). Let m_k be the largest IoU of box k over all
-    cells and anchors of the level. A cell is 1 if any of its anchors has an IoU above psi * m_k with any box k of its
-    image, else 0. An IoU within 1e-9 (relative) of psi * m_k counts as equal, and thus not as above. ``graded``, a
-    variant of ours, returns the largest IoU / m_k over anchors and boxes instead: 1 where a box fits best, 0 where no
-    anchor overlaps a box.
+    cells and anchors of the level. A cell is 1 if any of its anchors has an IoU above psi * m_k (psi is ``threshold``)
+    with any box k of its image, else 0. An IoU within 1e-9 (relative) of psi * m_k counts as equal, and thus not as
+    above. ``graded``, a variant of ours, returns the largest IoU / m_k over anchors and boxes instead: 1 where a box
+    fits best, 0 where no anchor overlaps a box.
 
     m_k is computed for each level on its own, while FGFI has one level only: so every box marks cells on every level,
     even where no anchor fits it well. Anchors are centred on cells and not clipped. Boxes are clipped to the image. A

@@ -2,8 +2,10 @@
 //
 //   x = (s + bias_c) - t',  t' = (t - mean_c) rstd_c,  e_p = score(t'_p),  w_p = prior_p map_norm(e)_p
 //   D_p = sum_c rho(x_pc),  L = weight / Z sum_p w_p D_p,  ds = slope w_p rho'(x),  dbias_c = sum of ds over cells
+//   slope = factor weight / Z in one pass, and upstream gradient times weight / Z in two
 //
-// Bytes to move are in units (one unit is the bytes of all student features), operations per element for l2 and energy.
+// Bytes to move are in units (one unit is the bytes of all student features). Operations are per element, for l2 and
+// energy, where a fused multiply-add counts as one.
 #pragma once
 
 #include "../level.h"

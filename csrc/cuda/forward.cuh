@@ -6,9 +6,8 @@
 // It must move 2 b bytes per element of b bytes, student and teacher, which are 2 units (one unit is the bytes of all
 // student features), and per cell 36 bytes of e, D (written and read back from L2) and w: under 2 % of the total from
 // 512 channels of bfloat16 on. It does 6 operations per element (l2, energy: bias, difference, 2 multiply-adds, 2 to
-// standardise; 2 more choose the score) and 2 conversions; for entropy about 25. The floor is 2 units / bandwidth: an
-// SM of an H200 can do 24 operations per lane and pair of bfloat16 elements in the time in which memory delivers the
-// pair.
+// standardise; 2 more choose the score) and 2 conversions; for entropy about 25. The floor is 2 units / bandwidth: in
+// the time in which the memory of an H200 delivers a pair of bfloat16 elements, its lanes can do about 24 operations.
 //
 // Every block computes score e and penalty sum D of the cells of its tile, in one read of student and teacher. The last
 // block of an image, determined by an integer ticket, computes the weights w of the image and sums w D and w; the last
