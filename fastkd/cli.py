@@ -13,7 +13,9 @@ import platform
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +62,15 @@ Train a detector; with --teacher, it also learns from that teacher (knowledge di
 
   fastkd data digits --out runs/digits
   fastkd train --data runs/digits --out runs/teacher --model yolov3 --width 0.25 --size 96 --steps 1200 \\
-               --lr 1.6e-2 --match-threshold 0.3 --cache
+               --lr 1.6e-2 --match-threshold 0.3 --flip 0 --multi-scale 0 --cache
   fastkd train --data runs/digits --train train_100 --out runs/student --width 0.25 --size 96 --steps 1280 \\
-               --lr 0.128 --weight-decay 0.05 --distill-share 4 --cache --teacher runs/teacher/model.pt
+               --lr 0.128 --weight-decay 0.05 --distill-share 4 --flip 0 --multi-scale 0 --cache \\
+               --teacher runs/teacher/model.pt
 
 The folder of --out gets model.pt (the detector alone), model.weights (Darknet's format), checkpoint.pt (from which
---resume continues), metrics.jsonl and TensorBoard curves (tensorboard --logdir runs).
+--resume continues), results.csv, metrics.jsonl, plots (docs/what_you_see.md lists them) and TensorBoard curves
+(tensorboard --logdir runs). The default of --out is runs/DATA-MODEL, with a teacher runs/DATA-MODEL-distilled, and
+with -2, -3, ... added if that folder exists; --resume then continues the last of these runs with the same options.
 With few images of your own, start from trained weights: --init yolov3-tiny.weights; their classes may be others.
 With several GPUs: torchrun --nproc-per-node 4 -m fastkd train ...
 """
@@ -159,9 +164,11 @@ def _add_train(commands: Any) -> None:
     add(data, "--workers", "number of processes that load images (default: 0)", type=int)
     add(data, "--strict", "stop at an image that can't be read, instead of leaving it out", action="store_true")
     add(data, "--cache", "keep decoded images in memory: faster, if they fit", action="store_true")
-    flip = "probability of mirroring an image; keep 0 if mirroring changes the class (default: 0)"
+    flip = "probability of mirroring an image; use 0 if mirroring changes the class (default: 0.5)"
     add(data, "--flip", flip, type=float)
     add(data, "--mosaic", "probability of joining an image with three others (default: 0)", type=float)
+    scales = "largest change of the input size, as a share of --size, 0 for one size (default: 0.25)"
+    add(data, "--multi-scale", scales, type=float)
 
     model = parser.add_argument_group("model")
     names = ("yolov3", "yolov3-tiny")
@@ -215,10 +222,11 @@ def _add_train(commands: Any) -> None:
     add(how, "--cpu", "do not use a GPU", action="store_true")
 
     run = parser.add_argument_group("run")
-    add(run, "--out", "folder of the run", required=True, metavar="DIR")
-    add(run, "--resume", "continue from the checkpoint in --out, if there is one", action="store_true")
+    add(run, "--out", "folder of the run (default: runs/DATA-MODEL, see above)", metavar="DIR", default=None)
+    add(run, "--resume", "continue from the checkpoint of the run, if there is one", action="store_true")
     add(run, "--eval-every", "epochs between evaluations, 0 for one at the end (default: 10)", type=int)
     add(run, "--save-every", "epochs between checkpoints (default: 1)", type=int)
+    add(run, "--no-plots", "draw no plots; results.csv is still written", action="store_false", dest="plots")
 
 
 def _add_model(parser: argparse.ArgumentParser, kinds: str) -> None:
@@ -298,6 +306,8 @@ Score a detector with COCO's metrics.
         metavar="FILE",
         help="file to write the detections to, as COCO's server takes them: JSON with the set's image and category ids",
     )
+    plots = "folder for plots: precision over recall, confusion matrix, average precision, predictions"
+    parser.add_argument("--plots", metavar="DIR", help=plots)
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
 
 
@@ -477,20 +487,44 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _train_config(arguments: argparse.Namespace, config_type: type[TrainConfig]) -> TrainConfig:
-    from fastkd.yolov3.data.augment import Augmentation
-    from fastkd.yolov3.data.split import sets_of_run
+    """The run's configuration; prints the folder if it was chosen here, and a note about the sets."""
+    out, main = arguments.out, int(os.environ.get("RANK", 0)) == 0
+    if out is None:
+        out = _default_out(arguments, config_type)
+        if main:
+            print(f"run: {out}", flush=True)
+    config, note = _config_in(out, arguments, config_type)
+    if note and main:
+        print(note, flush=True)
+    return config
 
-    options = {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback", "data", "train", "val")}
+
+def _default_out(arguments: argparse.Namespace, config_type: type[TrainConfig]) -> str:
+    from fastkd.yolov3.train.run_folder import agreed, choose_folder, run_name
+
+    options = vars(arguments)
+    model = options.get("model", config_type.model)
+    name = run_name(arguments.data, model, distilled=options.get("teacher") is not None)
+    resume, cpu = options.get("resume", False), options.get("cpu", False)
+    configure = partial(_config_in, arguments=arguments, config_type=config_type)
+    return agreed(lambda: choose_folder(name, lambda out: configure(out)[0], resume=resume), cpu=cpu)
+
+
+def _config_in(out: str, arguments: argparse.Namespace, config_type: type[TrainConfig]) -> tuple[TrainConfig, str]:
+    """The configuration of a run in this folder, and a note about its sets for the user."""
+    from fastkd.yolov3.data.split import sets_of_run
+    from fastkd.yolov3.train.config import USUAL
+
+    left_out = ("command", "traceback", "data", "train", "val", "out")
+    options = {k: v for k, v in vars(arguments).items() if k not in left_out}
     changes = {name: options.pop(name) for name in ("flip", "mosaic") if name in options}
     val = None if arguments.val == "none" else arguments.val
-    sets = sets_of_run(arguments.data, arguments.out, train=arguments.train, val=val)
-    if sets.note and int(os.environ.get("RANK", 0)) == 0:
-        print(sets.note, flush=True)
-    options |= {"annotations": str(sets.train[0]), "images": str(sets.train[1])}
+    sets = sets_of_run(arguments.data, out, train=arguments.train, val=val)
+    options |= {"out": out, "annotations": str(sets.train[0]), "images": str(sets.train[1])}
     if sets.val is not None:
         options |= {"val_annotations": str(sets.val[0]), "val_images": str(sets.val[1])}
-    options["augmentation"] = Augmentation(**changes)
-    return config_type(**options)
+    options["augmentation"] = replace(USUAL, **changes)
+    return config_type(**options), sets.note
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Trained | Exported, int]:
@@ -536,10 +570,15 @@ def _eval(arguments: argparse.Namespace) -> int:
     from fastkd.yolov3.data.dataset import DetectionDataset
     from fastkd.yolov3.data.formats import find_set
     from fastkd.yolov3.data.split import split_of_run
-    from fastkd.yolov3.train.evaluate import evaluate
+    from fastkd.yolov3.train.evaluate import coco_evaluation, detect_all, metrics_of, write_detections
     from fastkd.yolov3.train.run import require_classes
 
     require_new(**{"--json": arguments.json, "--detections": arguments.detections})
+    if arguments.plots:
+        from fastkd.yolov3.train.plots import OF_EVALUATION, evaluation_plots
+
+        for name in OF_EVALUATION:
+            require_new(**{"--plots": Path(arguments.plots) / name})
     found, size = _load(arguments)
     held_back = split_of_run(Path(arguments.model).parent, arguments.data, arguments.set)
     if held_back:
@@ -547,14 +586,11 @@ def _eval(arguments: argparse.Namespace) -> int:
     pair = held_back or find_set(arguments.data, arguments.set)
     data = DetectionDataset(*pair, size, strict=arguments.strict)
     require_classes("MODEL", found, data)
-    metrics = evaluate(
-        found.model,
-        data,
-        batch_size=arguments.batch,
-        workers=arguments.workers,
-        progress=True,
-        detections_file=arguments.detections,
-    )
+    detections = detect_all(found.model, data, batch_size=arguments.batch, workers=arguments.workers, progress=True)
+    if arguments.detections:
+        write_detections(detections, arguments.detections)
+    evaluation = coco_evaluation(detections, data)
+    metrics = metrics_of(evaluation, data.class_names)
     for name, value in metrics.as_dict().items():
         if name != "per_class":
             print(f"{name:<10} {'-' if value is None else f'{100 * value:5.1f}'}")
@@ -562,6 +598,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.json:
         with replacing(arguments.json) as part:
             part.write_text(json.dumps(metrics.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if arguments.plots:
+        evaluation_plots(detections, evaluation, data, Path(arguments.plots))
+        print(f"drawn: {', '.join(str(Path(arguments.plots) / name) for name in OF_EVALUATION)}")
     return 0
 
 

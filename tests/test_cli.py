@@ -54,7 +54,7 @@ def student(tmp_path_factory):
 
 def train_arguments(digits, out, *more):
     small = ["--width", "0.125", "--size", "64", "--batch", "4", "--steps", "2", "--cpu", "--eval-every", "0"]
-    return ["train", "--data", str(digits), "--out", str(out), *small, *more]
+    return ["train", "--data", str(digits), "--out", str(out), "--no-plots", *small, *more]
 
 
 # ---- help
@@ -108,6 +108,9 @@ def test_defaults_in_the_help_of_train_are_those_of_the_configuration():
         assert stated[1] in in_words.get(str(default), {str(default)}), action.dest
         compared += 1
     assert compared >= 20
+    texts = {action.dest: action.help for action in parser._actions}
+    for name in ("flip", "mosaic"):  # which are in the augmentation of the configuration
+        assert f"(default: {getattr(TrainConfig.augmentation, name):g})" in texts[name]
 
 
 # ---- commands

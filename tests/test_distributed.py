@@ -50,6 +50,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, teacher: 
     def run(name: str) -> list[str]:
         # the divisor of this map is its mass, so ranks need each other's; weight="auto" needs other ranks too
         options = ["--teacher", str(teacher), "--info-map", "score", "--steps", "4", "--freeze-batchnorm"]
+        options += ["--multi-scale", "0.5"]
         return arguments(digits, tmp_path / name, *options)
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

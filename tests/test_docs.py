@@ -64,12 +64,12 @@ ONLY_PARSED = {
 SMALLER_CODE = {"416": "64", "num_classes=3": "num_classes=3, width=0.125", "max_epochs=100": "max_epochs=1"}
 SMALLER_CODE["\n...\n"] = "\nmodel(imgs)\n"  # up to the loss of the reader's own loop
 SMALLER_OPTIONS = {
-    "train": "--steps 2 --batch 4 --size 64 --width 0.125 --eval-every 0 --cpu",
+    "train": "--steps 2 --batch 4 --size 64 --width 0.125 --eval-every 0 --no-plots --cpu",
     "digits": "--train 8 --val 40 --test 40",
 }
 SMALLER_ULTRALYTICS = {"imgsz": 96, "epochs": 2, "device": "cpu", "plots": False, "workers": 0}
 # names in inline code that belong to other programs or to the reader
-FOREIGN_FILES = {"train.py"}
+FOREIGN_FILES = {"train.py", "metrics.jsonl"}
 FOREIGN_OPTIONS = {"--max-restarts", "--epochs=100"}
 FOREIGN_ARGUMENTS = {"batch", "ckpt_path", "compile", "device", "dis", "distill_model", "epochs", "loss_weight"}
 FOREIGN_ARGUMENTS |= {"quantize", "strict", "throw_on_early_termination", "timeout", "weights_only"}

@@ -68,6 +68,7 @@ def config(digits, tmp_path):
         log_every=2,
         eval_every=0,
         tensorboard=False,
+        plots=False,
         cpu=True,
     )
 
@@ -100,7 +101,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # ---- resumption
 
 
-@pytest.mark.parametrize("passes", [{}, {"teacher_every": 2, "teacher_images": 0.5}])
+@pytest.mark.parametrize("passes", [{}, {"teacher_every": 2, "teacher_images": 0.5}, {"multi_scale": 0.5}])
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(config, teacher, tmp_path, monkeypatch, passes):
     config = replace(config, teacher=str(teacher), distill_warmup=4, **passes)
     whole = train(replace(config, out=str(tmp_path / "whole")))
@@ -544,6 +545,7 @@ def test_a_teacher_of_other_classes_is_refused(config, tmp_path):
         ({"batch": 0}, "batch: expected a number >= 1, got 0"),
         ({"lr": -1.0}, "lr: expected a finite number > 0"),
         ({"ema": 1.0}, r"ema: expected a number in \[0, 1\)"),
+        ({"multi_scale": 1.0}, r"multi_scale: expected a number in \[0, 1\), got 1.0"),
         ({"distill_stop": 0}, "distill_stop: expected None or an epoch >= 1"),
         ({"teacher_every": 0}, "teacher_every: expected an integer >= 1, got 0"),
         ({"teacher_images": 0.7}, "teacher_images: expected 1 or 1 divided by a whole number"),

@@ -42,6 +42,17 @@ from study.scenes import scene_files, set_files
 SCORES = ("mAP", "AP50", "AP75")
 MEMO = "memo"  # folder of the teachers' stored outputs, by fingerprint
 SAVE_STEPS = 200  # approximate number of steps between checkpoints
+# fixed here, because the trainer's defaults have changed since the study began
+AUGMENTATION: dict[str, Any] = {
+    "flip": 0.0,
+    "zoom": (0.75, 1.33),
+    "translate": 0.1,
+    "hue": 0.02,
+    "saturation": 0.5,
+    "value": 0.4,
+}
+AUGMENTATION |= {"mosaic": 0.0, "min_visible": 0.3}
+FIXED = {"multi_scale": 0.0, "plots": False}
 ORPHAN_CHECK = 2.0  # seconds between two checks whether the study still runs
 
 
@@ -247,12 +258,12 @@ def train_config(run: Run, root: Path) -> TrainConfig:
     changes = {name: values.pop(name) for name in ("zoom", "flip", "mosaic") if name in values}
     if "zoom" in changes:
         changes["zoom"] = tuple(changes["zoom"])
-    values["augmentation"] = Augmentation(**changes)
+    values["augmentation"] = Augmentation(**AUGMENTATION | changes)
     if run.teacher is not None:
         values["teacher"] = str(model_file(root, run.teacher[0]))
     config = TrainConfig(
         out=str(root / "runs" / run.key), seed=run.seed, cache=True, tensorboard=False, eval_every=0, resume=True,
-        **{"cpu": True} | values,
+        **FIXED | {"cpu": True} | values,
     )  # fmt: skip
     epoch = epoch_steps(config, training_set(config))
     return replace(config, save_every=max(1, round(SAVE_STEPS / epoch)))

@@ -219,10 +219,12 @@ def _data(root: Path, annotations: str, images: str) -> dict[str, Any]:
     return {
         "annotations": str(root / f"digits/annotations/{annotations}.json"),
         "images": str(root / f"digits/images/{images}"),
-        "augmentation": Augmentation(flip=0.0),
+        "augmentation": Augmentation(flip=0.0, mosaic=0.0),
+        "multi_scale": 0.0,
         "cache": True,
         "save_every": 50,
         "tensorboard": False,
+        "plots": False,
         "cpu": True,
     }
 

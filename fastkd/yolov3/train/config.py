@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ OPTIMIZERS = ("adamw", "sgd")
 # what a resumed run may change, because it does not influence the weights
 FREE_TO_CHANGE = {
     *("out", "resume", "workers", "cache", "eval_every", "save_every", "log_every", "tensorboard", "cpu"),
-    *("val_annotations", "val_images", "strict"),
+    *("val_annotations", "val_images", "strict", "plots"),
 }
 OF_DISTILLATION = {  # without a teacher these have no effect
     *("teacher_model", "distill_weight", "distill_share", "info_map", "prior", "penalty", "level_weights"),
     *("distill_warmup", "distill_stop", "distill_decay", "teacher_every", "teacher_images"),
 }
+# the behaviour of runs whose configuration is older than these options
+EARLIER = {"multi_scale": 0.0, "plots": True}
+USUAL = Augmentation(flip=0.5)  # of photographs; digits, which must not be mirrored, want flip=0
 PATHS = {"annotations", "images", "teacher", "init", "unlabelled"}
 
 
@@ -39,7 +42,7 @@ class TrainConfig:
         annotations, images: training set, as ``fastkd.yolov3.data.formats.read_set`` takes it, for example COCO's JSON
             file and the folder of its images.
         out: folder of the run: ``checkpoint.pt`` to resume from, ``model.pt`` and ``model.weights`` (the detector
-            alone), ``config.json``, ``metrics.jsonl``, ``tensorboard/``.
+            alone), ``config.json``, ``metrics.jsonl``, ``results.csv``, ``tensorboard/`` and the images of ``plots``.
         val_annotations, val_images: validation set, or None for no evaluation.
         model: ``"yolov3-tiny"`` or ``"yolov3"``.
         width: multiplier of the model's channels.
@@ -80,6 +83,8 @@ class TrainConfig:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
         seed: seed of initial weights, order and augmentation.
         augmentation: options of the augmentation; None: no augmentation.
+        multi_scale: largest change of the input size as a share of ``size``, in [0, 1). Each batch is resized to a
+            multiple of 32 in this range, drawn by seed and step. 0: every batch has ``size``, as evaluation always has.
         limit: use only this many training images, the first ones; None: all.
         workers: number of processes that load images; 0 is best for small sets with ``cache``.
         cache: keep decoded images in memory.
@@ -87,6 +92,9 @@ class TrainConfig:
         eval_every: epochs between evaluations (and exports); 0: at the end only.
         save_every: epochs between checkpoints.
         log_every: steps between two lines of the log.
+        tensorboard: also write curves for TensorBoard.
+        plots: also draw curves, precision and recall, the confusion matrix, average precision, training batches and
+            predictions, see ``fastkd.yolov3.train.plots``.
         cpu: do not use an accelerator.
         resume: continue from the checkpoint in ``out``, if there is one.
 
@@ -134,7 +142,8 @@ class TrainConfig:
     ema: float = 0.999
     mixed_precision: str = "no"
     seed: int = 0
-    augmentation: Augmentation | None = field(default_factory=Augmentation)
+    augmentation: Augmentation | None = USUAL
+    multi_scale: float = 0.25
     limit: int | None = None
     workers: int = 0
     cache: bool = False
@@ -143,6 +152,7 @@ class TrainConfig:
     save_every: int = 1
     log_every: int = 20
     tensorboard: bool = True
+    plots: bool = True
     cpu: bool = False
     resume: bool = False
 
@@ -183,6 +193,7 @@ class TrainConfig:
         self._require("lr", 0 < self.lr < math.inf, "a finite number > 0")
         for name in ("weight_decay", "clip", "warmup", "distill_warmup", "final_lr"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
+        self._require("multi_scale", 0 <= self.multi_scale < 1, "a number in [0, 1)")
         self._require("ema", 0 <= self.ema < 1, "a number in [0, 1)")
         both = (self.val_annotations is None) == (self.val_images is None)
         self._require("val_images", both, "val_annotations and val_images together, or neither")
@@ -208,7 +219,7 @@ def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no run of fastkd train there (config.json is missing)")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = EARLIER | json.loads(file.read_text(encoding="utf-8"))
         if values["augmentation"] is not None:
             values["augmentation"]["zoom"] = tuple(values["augmentation"]["zoom"])
             values["augmentation"] = Augmentation(**values["augmentation"])
@@ -227,6 +238,7 @@ def require_same_run(saved: dict[str, Any], asked: dict[str, Any], step: int) ->
     Raises:
         ValueError: the configurations differ (the message names the values).
     """
+    saved = EARLIER | saved
     free = FREE_TO_CHANGE if saved.get("teacher") or asked["teacher"] else FREE_TO_CHANGE | OF_DISTILLATION
     differ = [k for k in asked if k not in free and _plain(k, saved.get(k)) != _plain(k, asked[k])]
     if differ:

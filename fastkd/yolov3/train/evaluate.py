@@ -155,6 +155,11 @@ def score(detections: list[Detection], dataset: DetectionDataset) -> Metrics:
     Raises:
         ValueError: no readable image has a box to find.
     """
+    return metrics_of(coco_evaluation(detections, dataset), dataset.class_names)
+
+
+def coco_evaluation(detections: list[Detection], dataset: DetectionDataset) -> COCOeval:
+    """pycocotools' evaluation of COCO results, accumulated and summed up. Arguments and errors as of ``score``."""
     annotations = dataset.truth
     if annotations.crowd.all():
         raise ValueError("dataset: expected boxes to find, got none, so there is nothing to score")
@@ -167,6 +172,11 @@ def score(detections: list[Detection], dataset: DetectionDataset) -> Metrics:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def metrics_of(evaluation: COCOeval, class_names: Sequence[str]) -> Metrics:
+    """The metrics of pycocotools' evaluation of a set with these classes."""
     # precision: (IoU thresholds, recalls, classes, areas, detection limits); -1 for a class without boxes
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     ap, ap50, ap75, small, medium, large, _, _, recall = evaluation.stats[:9].tolist()
@@ -178,7 +188,7 @@ def score(detections: list[Detection], dataset: DetectionDataset) -> Metrics:
         AP_medium=_defined(medium),
         AP_large=_defined(large),
         AR100=recall,
-        per_class={name: _defined(float(precision[:, :, i].mean())) for i, name in enumerate(dataset.class_names)},
+        per_class={name: _defined(float(precision[:, :, i].mean())) for i, name in enumerate(class_names)},
     )
 
 

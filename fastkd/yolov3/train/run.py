@@ -35,10 +35,12 @@ from fastkd.yolov3.data.dataset import Batch, DetectionDataset, Sample, collate,
 from fastkd.yolov3.model import MODELS, Detector, build_detector
 from fastkd.yolov3.onnx_detector import Exported
 from fastkd.yolov3.train.config import TrainConfig, read_config, require_same_run
-from fastkd.yolov3.train.evaluate import Metrics, evaluate
+from fastkd.yolov3.train.evaluate import Metrics, coco_evaluation, detect_all, evaluate, metrics_of
 from fastkd.yolov3.train.figures import map_figures
 from fastkd.yolov3.train.log import RunLog, read_log
 from fastkd.yolov3.train.objective import Objective
+from fastkd.yolov3.train.plots import PLOT_FILES, RunPlots
+from fastkd.yolov3.train.scales import at_size, input_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -251,6 +253,8 @@ class _Run:
         if saved is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.log = self._open_log()
+        main = self.accelerator.is_main_process
+        self.plots = RunPlots(self.out, self.data.class_names, enabled=config.plots) if main else None
         rank = self.accelerator.process_index
         self.batches = batches(self.data, config, self.step, self.steps, rank=rank, ranks=ranks)
         self.unlabelled = unlabelled_images(unlabelled, config, self.step, self.steps, rank=rank, ranks=ranks)
@@ -279,18 +283,18 @@ class _Run:
         if saves:  # before the evaluation, which may fail at a fault of the validation set
             self._save()
         if evaluates:
-            self._evaluate()
-            if self.metrics is not None:
-                self.log.metrics(self.step, self.metrics.as_dict(), str(self.metrics))
+            self._evaluate(logged=True)
 
     def _train_step(self, batch: Batch) -> None:
         lr = float(self.scheduler.get_last_lr()[0])
         unlabelled = next(self.unlabelled)
-        loss, terms = self.objective(
-            self._moved(batch.images),
-            batch.targets.to(self.accelerator.device, non_blocking=True),
-            None if unlabelled is None else self._moved(unlabelled),
-        )
+        size = input_size(self.config.size, self.config.multi_scale, self.config.seed, self.step)
+        targets = batch.targets.to(self.accelerator.device, non_blocking=True)
+        images, targets = at_size(self._moved(batch.images), targets, size)
+        if self.plots is not None:
+            self.plots.batch(self.step, images, targets)
+        more = None if unlabelled is None else at_size(self._moved(unlabelled), targets[:0], size)[0]
+        loss, terms = self.objective(images, targets, more)
         self.accelerator.backward(loss)
         if self.config.clip:
             self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
@@ -310,7 +314,7 @@ class _Run:
     def result(self) -> TrainResult:
         """Return the result of a finished run; evaluate first if a resumed run had no step left."""
         if not self.evaluated:
-            self._evaluate()
+            self._evaluate(logged=False)  # the finished run has logged it already
         model = self.average.eval()
         return TrainResult(
             model, tuple(self.data.class_names), self.metrics, self.step, self.seconds, self.out / "model.pt"
@@ -330,17 +334,23 @@ class _Run:
         if self.distiller is not None:
             self.distiller.remove()
 
-    def _evaluate(self) -> None:
-        """Evaluate and export the averaged weights, on the main process."""
+    def _evaluate(self, *, logged: bool) -> None:
+        """Evaluate, export and plot the averaged weights, on the main process."""
         self.evaluated = True
-        if self.accelerator.is_main_process:
+        if self.plots is not None:
+            detections = evaluation = None
             if self.val is not None:
-                workers = self.config.workers
-                self.metrics = evaluate(self.average, self.val, batch_size=self.config.batch, workers=workers)
+                config = self.config
+                detections = detect_all(self.average, self.val, batch_size=config.batch, workers=config.workers)
+                evaluation = coco_evaluation(detections, self.val)
+                self.metrics = metrics_of(evaluation, self.val.class_names)
+                if logged:
+                    self.log.metrics(self.step, self.metrics.as_dict(), str(self.metrics))
             for name in ("model.pt", "model.weights"):
                 save_detector(self.average, self.out / name, self.data.class_names, self.config.size)
             if self.distiller is not None:  # on this process only: maps need no collective operation
                 self.log.figures(self.step, self._figures)
+            self.plots.evaluation(detections, evaluation, self.val, last=self.step == self.steps)
         self.accelerator.wait_for_everyone()
 
     def _figures(self) -> dict[str, Figure]:
@@ -386,7 +396,7 @@ class _Run:
         refused: list[Exception | None] = [None]
         if self.accelerator.is_main_process:
             try:
-                held.enter_context(alone_in(self.out, RUN_FILES))
+                held.enter_context(alone_in(self.out, (*RUN_FILES, *PLOT_FILES)))
             except OSError as error:
                 refused = [error]
         broadcast_object_list(refused)  # in place
@@ -462,7 +472,7 @@ def _explain(error: RuntimeError | OSError | EOFError | FloatingPointError, run:
     if isinstance(error, (OSError, FloatingPointError)):
         raise type(error)(f"{error}; {run.how_to_continue()}") from error
     if isinstance(error, torch.OutOfMemoryError):
-        hint = "take a smaller --batch or --size, or --mixed-precision bf16"
+        hint = "take a smaller --batch, --size or --multi-scale, or --mixed-precision bf16"
         raise MemoryError(f"{first} {hint}; {run.how_to_continue()}") from error
     # gloo raises plain RuntimeErrors
     if run.accelerator.num_processes > 1 and (
