@@ -289,6 +289,7 @@ def test_the_python_of_a_page_runs_in_order(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (80, 60)).save("dog.jpg")
     run_python(page, capsys)
 
 
