@@ -4,8 +4,11 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt tests/ultralytics-requirements.txt $(shell find csrc -type f)
 CSRC := $(shell find csrc -type f)
 RESULTS := benchmarks/results
+MUTANTS := build/mutants
+SAMPLE ?= 300
+SECONDS ?= 20
 
-.PHONY: setup demo study test lint docs format bench kernels-report gpu-check gpu-train wheel clean
+.PHONY: setup demo study test mutants lint docs format bench kernels-report gpu-check gpu-train wheel clean
 
 setup: $(VENV)/installed
 
@@ -27,6 +30,36 @@ study: setup
 # passive: the threads of the two workers share two cores, so idle threads must sleep and not spin
 test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
+
+# the tests that mutants meet: those of the core that take seconds, without Triton's kernels in their interpreter
+MEETING := api distiller find_levels info_map logits loss loss_weight one_pass ops parity passes peers priors ranks \
+	small_ops teacher viz
+IN_COPY = cd $(MUTANTS)/tree && export PATH=$(abspath $(BIN)):$(abspath $(VENV)/mutants/bin):$$PATH \
+	PYTHONPATH=$(abspath $(MUTANTS)/tree):$(abspath $(VENV)/mutants) OMP_NUM_THREADS=1 TRITON_INTERPRET=0 &&
+MUTANTS_CONFIG := tests/mutants/cosmic-ray.toml
+
+# small wrong changes of the core that no test notices: an hour or two of one core, see docs/mutants.md. Stopped, it goes
+# on where it was; after a change of tests it tries again what lived, after one of fastkd/ everything
+mutants: setup $(MUTANTS)/session.sqlite
+	cp -r $(MUTANTS)/original/. $(MUTANTS)/tree/fastkd
+	cp -r tests $(MUTANTS)/tree
+	$(IN_COPY) python -m pytest -q -p no:xdist --cov=fastkd --cov-context=test --cov-report= --junitxml=../tests.xml \
+		$(MEETING:%=tests/test_%.py) && mv .coverage ../coverage
+	$(IN_COPY) python tests/mutants/run.py choose $(SAMPLE)
+	$(IN_COPY) python tests/mutants/run.py execute $(SECONDS)
+	$(IN_COPY) python tests/mutants/run.py report $(abspath docs/mutants.md)
+
+$(MUTANTS)/session.sqlite: $(wildcard fastkd/*.py fastkd/ops/*.py) $(MUTANTS_CONFIG) | $(VENV)/mutants/installed
+	rm -rf $(MUTANTS) && mkdir -p $(MUTANTS)/tree
+	cp -r fastkd kernels csrc tests benchmarks setup.py pyproject.toml $(MUTANTS)/tree
+	cp -r fastkd $(MUTANTS)/original
+	$(IN_COPY) cosmic-ray init $(MUTANTS_CONFIG) ../new.sqlite
+	$(IN_COPY) cr-filter-operators ../new.sqlite $(MUTANTS_CONFIG)
+	mv $(MUTANTS)/new.sqlite $@
+
+$(VENV)/mutants/installed: tests/mutants/requirements.txt | setup
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt --target $(VENV)/mutants --requirement $<
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check
