@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -71,6 +72,27 @@ class TestPublishedFormulas:
         constant = (std.log() + 0.5 * math.log(2 * math.pi)).sum()
         (score,) = fastkd.info_map([t], InfoMap("energy", "none"), standardize=[(mean, 1 / std)])
         torch.testing.assert_close(score, (nats - constant) * 2 / 6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_maps_of_the_standardised_teacher_need_its_moments_and_no_others(name: str) -> None:
+    (s,), (t,) = features()
+    needs = name in ("self_information", "graded_iou", "uniform_standardized")
+    refused = pytest.raises(ValueError, match=r"standardize: expected \(mean, rstd\)") if needs else nullcontext()
+    with refused:
+        assert distill_loss([s], [t], info_map=name, prior=[torch.ones(2, 4, 5)]) > 0
+    assert fastkd.DistillLoss(levels=1, info_map=name).calibrated is not needs
+
+
+@pytest.mark.parametrize("name", ["score", "fgfi", "graded_iou"])
+def test_a_mask_of_boxes_or_scores_is_divided_by_its_mass(name: str) -> None:
+    (s,), (t,) = features()
+    mask = torch.rand(2, 4, 5)
+    loss, twice = (
+        distill_loss([s], [t], info_map=name, prior=[q], standardize=[(torch.zeros(6), torch.ones(6))])
+        for q in (mask, 2 * mask)
+    )
+    torch.testing.assert_close(loss, twice)
 
 
 def test_maps_have_the_scale_that_their_normaliser_promises() -> None:
