@@ -397,7 +397,7 @@ def test_a_student_validated_under_inference_mode_trains_on(
     first: bool, student: Net, teacher: Net, images: Tensor
 ) -> None:
     student.eval()  # no batch norm shall count what it sees
-    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK, calibration_batches=1).prepare(images)
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK, calibration_batches=1)
 
     def gradients() -> list[Tensor]:
         student(images)
@@ -1148,6 +1148,13 @@ def test_check_names_a_share_that_drowns_one_of_the_losses(healthy: Healthy, ima
     assert "expected 1% to 99%" in text(report)
 
 
+def test_check_names_a_gradient_that_is_infinite() -> None:
+    student, teacher = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    teacher.bias.data.fill_(math.inf)
+    distiller = Distiller(student, teacher, backbone=[(student, teacher)], adapters=[nn.Identity()], info_map="uniform")
+    assert named(distiller.check(torch.ones(1, 3, 8, 8)))["gradient"] is False
+
+
 def test_check_names_features_that_are_not_finite(student: Net, teacher: Net, images: Tensor) -> None:
     teacher.stages[1][0].weight.data.fill_(float("nan"))
     report = Distiller(student, teacher, backbone=BACKBONE).check(images)
@@ -1227,6 +1234,12 @@ def test_maps_are_those_that_make_the_loss(
         assert not found.products[0][:, 4:].any()
         assert not found.information[0][:, 4:].any()
         assert found.information[0][:, :4].any()
+
+
+def test_maps_of_a_single_channel_make_the_loss_too(images: Tensor) -> None:
+    student, teacher = nn.Conv2d(3, 1, 3), nn.Conv2d(3, 1, 3)
+    (level,) = Distiller(student, teacher, backbone=[(student, teacher)], info_map="energy").maps(images).levels
+    assert level.product.mean().item() == pytest.approx(level.loss)
 
 
 def test_maps_name_their_levels(student: Net, teacher: Net, images: Tensor) -> None:

@@ -100,14 +100,23 @@ def test_moments_follow_each_batch_each_checkpoint_and_what_is_set_from_outside(
             torch.testing.assert_close(rstd, (statistics.square / statistics.count).rsqrt())
 
 
-def test_a_dead_channel_is_not_blown_up() -> None:
+def test_a_dead_channel_counts_as_one_of_a_ten_thousandth_of_the_mean_variance() -> None:
     teacher = feats((4,))
     teacher[0][:, 1] = 7
     criterion = DistillLoss(adapters=[nn.Identity()], calibration_batches=1)
     criterion.calibrate(teacher)
     _, rstd = criterion.statistics[0].moments()
-    assert rstd[1] <= 101 * teacher[0].var((0, 2, 3)).mean().rsqrt()
+    mean_variance = teacher[0].var((0, 2, 3), correction=0).mean()
+    torch.testing.assert_close(rstd[1], 100 * mean_variance.rsqrt())
     criterion.calibrate([torch.zeros_like(teacher[0])])
+
+
+def test_eight_batches_are_the_teachers_statistics_by_default() -> None:
+    criterion = DistillLoss([4], [4])
+    for seed in range(8):
+        assert not criterion.calibrated
+        criterion(feats((4,), seed=9), feats((4,), seed=seed))
+    assert criterion.calibrated
 
 
 def test_evaluation_neither_calibrates_nor_counts() -> None:
@@ -116,6 +125,18 @@ def test_evaluation_neither_calibrates_nor_counts() -> None:
         criterion(feats(seed=1), feats())
     assert criterion.statistics[0].count == 0
     assert criterion.loss_weight.step == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"adapters": [nn.Identity()]}, {"student_channels": [4], "teacher_channels": [4]}, {"levels": 1}]
+)
+def test_a_validation_under_inference_mode_may_come_before_the_first_step(options: dict[str, Any]) -> None:
+    criterion, student = DistillLoss(**options).eval(), feats((4,), seed=1)[0].requires_grad_()
+    with torch.inference_mode():
+        criterion([student], feats((4,)))
+    criterion.train()([student], feats((4,))).backward()
+    assert all(x.grad is not None and x.grad.any() for x in (student, *criterion.parameters()))
+    assert criterion.statistics[0].count > 0
 
 
 def test_a_loss_that_has_stopped_is_zero_whatever_the_features_are() -> None:

@@ -235,11 +235,13 @@ def test_nor_does_rounding_lift_it(corners: tuple[int, ...], anchor: tuple[int, 
 
 
 def test_half_of_the_largest_iou_is_the_threshold_that_fgfi_has() -> None:
-    boxes = random_boxes(0, 9, whole=True)
-    for got, expected in zip(
-        iou_mask(boxes, ANCHORS, SIZES, IMAGE, 4), iou_mask(boxes, ANCHORS, SIZES, IMAGE, 4, threshold=0.5), strict=True
-    ):
-        assert torch.equal(got, expected)
+    boxes = random_boxes(0, 40, whole=False)
+    by_default, half, more = (
+        torch.cat([x.flatten() for x in iou_mask(boxes, ANCHORS, SIZES, IMAGE, 4, **given)])
+        for given in ({}, {"threshold": 0.5}, {"threshold": 0.6})
+    )
+    assert torch.equal(by_default, half)
+    assert not torch.equal(half, more)
 
 
 def test_every_level_has_its_own_largest_iou() -> None:

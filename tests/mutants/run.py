@@ -15,7 +15,7 @@ import random
 import signal
 import sqlite3
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -107,25 +107,24 @@ def choose(size: str) -> None:
 
 def report(page: str) -> None:
     """Write the table and the lists into the page."""
-    reasons = toml.load("tests/mutants/equivalent.toml")
-    counts, lists = Counter(), {"lived": [], "equivalent": []}
+    reasons, ends = toml.load("tests/mutants/equivalent.toml"), ("caught", "lived", "equivalent")
+    counts, lists = defaultdict(Counter), defaultdict(list)
     with use_db(SESSION) as db:
         for item, result in db.completed_work_items:
             if result.test_outcome is None:
                 continue
-            module, end = str(item.mutations[0].module_path), "lived" if result.test_outcome == "survived" else "caught"
-            was, now = ([x[1:].strip() for x in result.diff.split("\n")[3:] if x[:1] == sign] for sign in "-+")
-            reason = reasons.get(module, {}).get(now[0] if now else was[0])
-            if end == "lived":
-                end = "equivalent" if reason else "lived"
-                lists[end].append(f"- `{module}`: `{' '.join(was)}` → `{' '.join(now)}`" + f": {reason}" * bool(reason))
-            counts[module, end] += 1
-    ends = ("caught", "lived", "equivalent")
-    total = {x: [sum(n for (m, e), n in counts.items() if m == x and e == end) for end in ends] for x, _ in counts}
-    rows = [*sorted(total.items()), ("**all**", [sum(x) for x in zip(*total.values(), strict=True)])]
+            module, diff = str(item.mutations[0].module_path), [x for x in result.diff.split("\n")[3:] if x[1:].strip()]
+            was, now = (" ".join(x[1:].partition("  #")[0].strip() for x in diff if x[0] == sign) for sign in "-+")
+            reason = reasons.get(module, {}).get(now or was)
+            end = "caught" if result.is_killed else "equivalent" if reason else "lived"
+            counts[module][end] += 1
+            lists[end].append(f"- `{module}`: `{was}` → `{now or 'nothing'}`" + f": {reason}" * bool(reason))
+    rows = {**dict(sorted(counts.items())), "**all**": sum(counts.values(), Counter())}
     table = ["| module | tried | caught | lived | equivalent |", "|---|---|---|---|---|"]
-    table += [f"| {name} | {sum(n)} | {' | '.join(map(str, n))} |" for name, n in rows]
-    text = "\n".join([*table, *(f"\n{end.capitalize()}:\n\n" + "\n".join(sorted(x)) for end, x in lists.items() if x)])
+    table += [f"| {name} | {n.total()} | {' | '.join(str(n[end]) for end in ends)} |" for name, n in rows.items()]
+    text = "\n".join(
+        [*table, *(f"\n{x.capitalize()}:\n\n" + "\n".join(sorted(lists[x])) for x in ends[1:] if lists[x])]
+    )
     path = Path(page)
     path.write_text(path.read_text().partition(MARK)[0] + MARK + "\n" + text + "\n")
     print(text)
