@@ -63,10 +63,14 @@ def meet(most: float) -> None:
     # what runs at import, such as a default, is covered by the tests of its function, its class or its module
     nodes = [x for x in ast.walk(ast.parse(original.read_text())) if isinstance(x, (ast.FunctionDef, ast.ClassDef))]
     spans = [range(min(y.lineno for y in (x, *x.decorator_list)), x.end_lineno + 1) for x in nodes]
-    parts = [[row], *sorted((x for x in spans if row in x), key=len), tests]
+    parts = [[row], *sorted([x for x in spans if row in x], key=len), tests]
     covering = next((x for part in parts if (x := set().union(*(tests.get(i, ()) for i in part)) - {""})), set())
-    took = {test: seconds for test, seconds in passing_tests().items() if test in covering}
-    functions, order = Counter(), {}
+    took, functions, order = {}, Counter(), {}
+    for case in ElementTree.parse("../tests.xml").iter("testcase"):
+        file, _, group = case.get("classname").partition(".Test")
+        test = f"{file.replace('.', '/')}.py::{f'Test{group}::' * bool(group)}{case.get('name')}"
+        if test in covering and not {x.tag for x in case} & {"failure", "error", "skipped"}:
+            took[test] = float(case.get("time"))
     for test in sorted(took, key=took.get):
         functions[test.partition("[")[0]] += 1
         order[test] = functions[test.partition("[")[0]], took[test]  # of a test's parameters the first, then others
@@ -77,13 +81,6 @@ def meet(most: float) -> None:
     print(f"{mutant}:{row}: {len(chosen)} of {len(covering)} tests, {seconds:.1f} s", flush=True)
     arguments = ["-x", "-q", "--tb=line", "--disable-warnings", "-p", "no:cacheprovider", *chosen]
     sys.exit(pytest.main(arguments) if chosen else 0)
-
-
-def passing_tests() -> dict[str, float]:
-    """Seconds of each test that passes without a mutant."""
-    cases = ElementTree.parse("../tests.xml").iter("testcase")
-    passed = [x for x in cases if not any(x.find(end) is not None for end in ("failure", "error", "skipped"))]
-    return {f"{x.get('classname').replace('.', '/')}.py::{x.get('name')}": float(x.get("time")) for x in passed}
 
 
 def choose(size: str) -> None:
@@ -122,12 +119,9 @@ def report(page: str) -> None:
     rows = {**dict(sorted(counts.items())), "**all**": sum(counts.values(), Counter())}
     table = ["| module | tried | caught | lived | equivalent |", "|---|---|---|---|---|"]
     table += [f"| {name} | {n.total()} | {' | '.join(str(n[end]) for end in ends)} |" for name, n in rows.items()]
-    text = "\n".join(
-        [*table, *(f"\n{x.capitalize()}:\n\n" + "\n".join(sorted(lists[x])) for x in ends[1:] if lists[x])]
-    )
-    path = Path(page)
-    path.write_text(path.read_text().partition(MARK)[0] + MARK + "\n" + text + "\n")
-    print(text)
+    blocks = [f"\n{end.capitalize()}:\n\n" + "\n".join(sorted(lists[end])) for end in ends[1:] if lists[end]]
+    print(text := "\n".join([*table, *blocks]))
+    Path(page).write_text(Path(page).read_text().partition(MARK)[0] + MARK + "\n" + text + "\n")
 
 
 if __name__ == "__main__":
