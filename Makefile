@@ -34,28 +34,33 @@ test: setup
 # the tests that mutants meet: those of the core that take seconds, without Triton's kernels in their interpreter
 MEETING := api distiller find_levels info_map logits loss loss_weight one_pass ops parity passes peers priors ranks \
 	small_ops teacher viz
+MUTANTS_CONFIG := tests/mutants/cosmic-ray.toml
 IN_COPY = cd $(MUTANTS)/tree && export PATH=$(abspath $(BIN)):$(abspath $(VENV)/mutants/bin):$$PATH \
 	PYTHONPATH=$(abspath $(MUTANTS)/tree):$(abspath $(VENV)/mutants) OMP_NUM_THREADS=1 TRITON_INTERPRET=0 &&
-MUTANTS_CONFIG := tests/mutants/cosmic-ray.toml
 
-# small wrong changes of the core that no test notices: an hour or two of one core, see docs/mutants.md. Stopped, it goes
-# on where it was; after a change of tests it tries again what lived, after one of fastkd/ everything
-mutants: setup $(MUTANTS)/session.sqlite
-	cp -r $(MUTANTS)/original/. $(MUTANTS)/tree/fastkd
-	cp -r tests $(MUTANTS)/tree
-	$(IN_COPY) python -m pytest -q -p no:xdist --cov=fastkd --cov-context=test --cov-report= --junitxml=../tests.xml \
-		$(MEETING:%=tests/test_%.py) && mv .coverage ../coverage
+# which small wrong changes of the core no test notices (docs/mutants.md). Stopped, it goes on where it was; after a
+# change of tests it tries again what lived, after one of the core everything
+mutants: setup $(MUTANTS)/coverage
+	cp -rp $(MUTANTS)/original/. $(MUTANTS)/tree/fastkd
+	cp -rp tests/mutants $(MUTANTS)/tree/tests
 	$(IN_COPY) python tests/mutants/run.py choose $(SAMPLE)
 	$(IN_COPY) python tests/mutants/run.py execute $(SECONDS)
 	$(IN_COPY) python tests/mutants/run.py report $(abspath docs/mutants.md)
 
-$(MUTANTS)/session.sqlite: $(wildcard fastkd/*.py fastkd/ops/*.py) $(MUTANTS_CONFIG) | $(VENV)/mutants/installed
+$(MUTANTS)/coverage: $(MUTANTS)/made $(wildcard tests/*.py)
+	cp -rp $(MUTANTS)/original/. $(MUTANTS)/tree/fastkd
+	cp -rp tests $(MUTANTS)/tree
+	$(IN_COPY) python -m pytest -q -p no:xdist --cov=fastkd --cov-context=test --cov-report= --junitxml=../tests.xml \
+		$(MEETING:%=tests/test_%.py)
+	mv $(MUTANTS)/tree/.coverage $@
+
+$(MUTANTS)/made: $(wildcard fastkd/*.py fastkd/ops/*.py) $(MUTANTS_CONFIG) | $(VENV)/mutants/installed
 	rm -rf $(MUTANTS) && mkdir -p $(MUTANTS)/tree
-	cp -r fastkd kernels csrc tests benchmarks setup.py pyproject.toml $(MUTANTS)/tree
-	cp -r fastkd $(MUTANTS)/original
-	$(IN_COPY) cosmic-ray init $(MUTANTS_CONFIG) ../new.sqlite
-	$(IN_COPY) cr-filter-operators ../new.sqlite $(MUTANTS_CONFIG)
-	mv $(MUTANTS)/new.sqlite $@
+	cp -rp fastkd kernels csrc tests benchmarks setup.py pyproject.toml $(MUTANTS)/tree
+	cp -rp fastkd $(MUTANTS)/original
+	$(IN_COPY) cosmic-ray init $(MUTANTS_CONFIG) ../session.sqlite
+	$(IN_COPY) cr-filter-operators ../session.sqlite $(MUTANTS_CONFIG)
+	touch $@
 
 $(VENV)/mutants/installed: tests/mutants/requirements.txt | setup
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt --target $(VENV)/mutants --requirement $<
