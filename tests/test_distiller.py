@@ -1457,7 +1457,8 @@ class Swin(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.patch, self.stage = nn.Conv2d(3, width, 8, 8), nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        self.patch = nn.Conv2d(3, width, 8, 8)
+        self.stage = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width))
         self.tokens, self.pair, self.head = nn.Linear(width, width), Pair(), nn.Conv2d(width, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
