@@ -14,7 +14,6 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
-from workloads import Dispatched
 
 import fastkd
 from fastkd import DistillLoss, InfoMap, distill_loss

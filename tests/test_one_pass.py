@@ -24,7 +24,6 @@ from samples import (
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from workloads import Dispatched
 
 import fastkd
 from fastkd.ops.presets import DIVISORS
