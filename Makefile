@@ -4,8 +4,11 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt tests/ultralytics-requirements.txt $(shell find csrc -type f)
 CSRC := $(shell find csrc -type f)
 RESULTS := benchmarks/results
+MUTANTS := build/mutants
+SAMPLE ?= 300
+SECONDS ?= 20
 
-.PHONY: setup demo study test lint docs format bench kernels-report gpu-check gpu-train wheel clean
+.PHONY: setup demo study test mutants lint docs format bench kernels-report gpu-check gpu-train wheel clean
 
 setup: $(VENV)/installed
 
@@ -27,6 +30,41 @@ study: setup
 # passive: the threads of the two workers share two cores, so idle threads must sleep and not spin
 test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
+
+# the tests that mutants meet: those of the core that take seconds, without Triton's kernels in their interpreter
+MEETING := api distiller find_levels info_map logits loss loss_weight one_pass ops parity passes peers priors ranks \
+	small_ops teacher viz
+MUTANTS_CONFIG := tests/mutants/cosmic-ray.toml
+IN_COPY = cd $(MUTANTS)/tree && export PATH=$(abspath $(BIN)):$(abspath $(VENV)/mutants/bin):$$PATH \
+	PYTHONPATH=$(abspath $(MUTANTS)/tree):$(abspath $(VENV)/mutants) OMP_NUM_THREADS=1 TRITON_INTERPRET=0 &&
+
+# which small wrong changes of the core no test notices (docs/mutants.md). Stopped, it goes on where it was; after a
+# change of tests it tries again what lived, after one of the core everything
+mutants: setup $(MUTANTS)/coverage
+	cp -rp $(MUTANTS)/original/. $(MUTANTS)/tree/fastkd
+	cp -rp tests/mutants $(MUTANTS)/tree/tests
+	$(IN_COPY) python tests/mutants/run.py choose $(SAMPLE)
+	$(IN_COPY) python tests/mutants/run.py execute $(SECONDS)
+	$(IN_COPY) python tests/mutants/run.py report $(abspath docs/mutants.md)
+
+$(MUTANTS)/coverage: $(MUTANTS)/made $(wildcard tests/*.py)
+	cp -rp $(MUTANTS)/original/. $(MUTANTS)/tree/fastkd
+	cp -rp tests $(MUTANTS)/tree
+	$(IN_COPY) python -m pytest -q -p no:xdist --cov=fastkd --cov-context=test --cov-report= --junitxml=../tests.xml \
+		$(MEETING:%=tests/test_%.py)
+	mv $(MUTANTS)/tree/.coverage $@
+
+$(MUTANTS)/made: $(wildcard fastkd/*.py fastkd/ops/*.py) $(MUTANTS_CONFIG) | $(VENV)/mutants/installed
+	rm -rf $(MUTANTS) && mkdir -p $(MUTANTS)/tree
+	cp -rp fastkd kernels csrc tests benchmarks setup.py pyproject.toml $(MUTANTS)/tree
+	cp -rp fastkd $(MUTANTS)/original
+	$(IN_COPY) cosmic-ray init $(MUTANTS_CONFIG) ../session.sqlite
+	$(IN_COPY) cr-filter-operators ../session.sqlite $(MUTANTS_CONFIG)
+	touch $@
+
+$(VENV)/mutants/installed: tests/mutants/requirements.txt | setup
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt --target $(VENV)/mutants --requirement $<
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check

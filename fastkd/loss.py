@@ -387,6 +387,10 @@ class DistillLoss(nn.Module):
 
     @torch.no_grad()
     def _prepare(self, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> None:
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # what a validation makes here has to serve training too
+                self._prepare(student_feats, teacher_feats)
+            return
         for statistics, t in zip(self.statistics, teacher_feats, strict=True):
             statistics.prepare(t.shape[1])  # type: ignore[operator]
         triples = zip(self.adapters, student_feats, teacher_feats, strict=True)

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import io
 import itertools
+import math
 import pickle
 import re
 import subprocess
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import fastkd
 from fastkd.distiller import Distiller
 from fastkd.health import fingerprint
+from fastkd.hooks import match_by_stride
 from fastkd.level_maps import LevelMaps
 
 
@@ -390,6 +392,28 @@ def test_a_validation_in_between_leaves_nothing_behind(student: Net, teacher: Ne
     assert distiller.loss(images).requires_grad
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_student_validated_under_inference_mode_trains_on(
+    first: bool, student: Net, teacher: Net, images: Tensor
+) -> None:
+    student.eval()  # no batch norm shall count what it sees
+    distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK, calibration_batches=1)
+
+    def gradients() -> list[Tensor]:
+        student(images)
+        return list(torch.autograd.grad(distiller.loss(images), list(student.stages.parameters())))
+
+    expected = None if first else gradients()
+    with torch.inference_mode():
+        student(images)
+        distiller.eval().loss(images)
+        distiller.maps(images)
+    distiller.train()
+    got = gradients()
+    torch.testing.assert_close(got, gradients() if first else expected)
+    assert all(x.any() for x in got)
+
+
 def test_remove_takes_every_hook_off(student: Net, teacher: Net, images: Tensor) -> None:
     distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK)
     distiller.remove()
@@ -498,6 +522,27 @@ def test_hooks_do_not_make_the_compiler_start_again(student: Net, teacher: Net, 
     assert counter.frame_count == 1
 
 
+class Inside(nn.Module):
+    """As FullyShardedDataParallel, activation checkpointing and the compiler wrap a part of a model."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        return getattr(self, self.name)(x)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_names_need_no_part_of_a_wrappers(wrapper: str, student: Net, teacher: Net) -> None:
+    before = fingerprint(student)
+    student.stages[1] = Inside(wrapper, student.stages[1])
+    distiller = Distiller(student, teacher, backbone=[("stages.1.0", "stages.1.0")])
+    assert distiller.levels == [("stages.1.0", "stages.1.0")]
+    assert fingerprint(student) == before
+
+
 def test_a_compiled_submodule_is_found_by_its_plain_name(student: Net, teacher: Net, images: Tensor) -> None:
     torch.compiler.reset()
     student.stages[1] = torch.compile(student.stages[1], backend="eager")
@@ -560,6 +605,34 @@ def test_no_common_stride_names_the_group(images: Tensor, student: Net, teacher:
     distiller = Distiller(student, teacher, neck=(["neck.p3"], ["neck.p2"]))
     with pytest.raises(ValueError, match=r"neck: levels: expected a stride that student and teacher share"):
         distiller.prepare(images)
+
+
+def test_levels_pair_where_each_is_the_others_nearest_within_a_root_of_two() -> None:
+    def pairs(student: list[float], teacher: list[float]) -> list[tuple[int, int]]:
+        return match_by_stride(student, teacher, nearest=True)
+
+    assert pairs([16, 8], [8.5, 15, 32]) == [(0, 1), (1, 0)]
+    assert pairs([8, 10], [8]) == pairs([8], [8, 10]) == [(0, 0)]  # of two the nearer one
+    assert pairs([8, 11.3], [16, 8]) == [(0, 1)]
+    for far in (8 * math.sqrt(2), 8 / math.sqrt(2), 12):
+        with pytest.raises(ValueError, match="a stride that student and teacher share"):
+            pairs([8], [far])
+
+
+def test_strides_are_those_of_heights_whatever_the_widths() -> None:
+    """As detectors of text have them, whose later stages halve the height alone."""
+    student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, (2, 1), 1)) for _ in range(2))
+    seen: list[Any] = []
+
+    def prior(sizes: list[tuple[int, int]]) -> list[None]:
+        seen.append(sizes)
+        return [None] * len(sizes)
+
+    distiller = Distiller(student, teacher, backbone=(["0", "1"], ["1", "0"]), prior=prior)
+    found = distiller.prepare(torch.randn(2, 3, 32, 48)).maps(torch.randn(2, 3, 32, 48))
+    assert distiller.levels == [("0", "0"), ("1", "1")]
+    assert found.names == ["backbone, stride 2", "backbone, stride 4"]
+    assert seen == [[(16, 24), (8, 24)]] * 2
 
 
 class Shrinking(nn.Module):
@@ -1075,6 +1148,13 @@ def test_check_names_a_share_that_drowns_one_of_the_losses(healthy: Healthy, ima
     assert "expected 1% to 99%" in text(report)
 
 
+def test_check_names_a_gradient_that_is_infinite() -> None:
+    student, teacher = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    teacher.bias.data.fill_(math.inf)
+    distiller = Distiller(student, teacher, backbone=[(student, teacher)], adapters=[nn.Identity()], info_map="uniform")
+    assert named(distiller.check(torch.ones(1, 3, 8, 8)))["gradient"] is False
+
+
 def test_check_names_features_that_are_not_finite(student: Net, teacher: Net, images: Tensor) -> None:
     teacher.stages[1][0].weight.data.fill_(float("nan"))
     report = Distiller(student, teacher, backbone=BACKBONE).check(images)
@@ -1156,6 +1236,12 @@ def test_maps_are_those_that_make_the_loss(
         assert found.information[0][:, :4].any()
 
 
+def test_maps_of_a_single_channel_make_the_loss_too(images: Tensor) -> None:
+    student, teacher = nn.Conv2d(3, 1, 3), nn.Conv2d(3, 1, 3)
+    (level,) = Distiller(student, teacher, backbone=[(student, teacher)], info_map="energy").maps(images).levels
+    assert level.product.mean().item() == pytest.approx(level.loss)
+
+
 def test_maps_name_their_levels(student: Net, teacher: Net, images: Tensor) -> None:
     distiller = Distiller(
         student, teacher, backbone=(["stages.1", "stages.2"], ["stages.2", "stages.1"]), neck=NECK, align="interpolate"
@@ -1169,7 +1255,7 @@ def test_maps_name_their_levels(student: Net, teacher: Net, images: Tensor) -> N
 class Resizing(nn.Module):
     """A model that takes a list of images and resizes them itself, like torchvision's detectors."""
 
-    def __init__(self, net: Net, size: int = 64) -> None:
+    def __init__(self, net: Net, size: tuple[int, int] = (64, 96)) -> None:
         super().__init__()
         self.net, self.size = net, size
 
@@ -1371,7 +1457,8 @@ class Swin(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.patch, self.stage = nn.Conv2d(3, width, 8, 8), nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        self.patch = nn.Conv2d(3, width, 8, 8)
+        self.stage = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width))
         self.tokens, self.pair, self.head = nn.Linear(width, width), Pair(), nn.Conv2d(width, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -73,6 +74,28 @@ class TestPublishedFormulas:
         torch.testing.assert_close(score, (nats - constant) * 2 / 6)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_maps_of_the_standardised_teacher_need_its_moments_and_no_others(name: str) -> None:
+    (s,), (t,) = features()
+    needs = name in ("self_information", "graded_iou", "uniform_standardized")
+    refused = pytest.raises(ValueError, match=r"standardize: expected \(mean, rstd\)") if needs else nullcontext()
+    with refused:
+        assert distill_loss([s], [t], info_map=name, prior=[torch.ones(2, 4, 5)]) > 0
+    assert fastkd.DistillLoss(levels=1, info_map=name).calibrated is not needs
+
+
+@pytest.mark.parametrize("backend", [*TARGETS, "reference-cpu"], indirect=True)
+@pytest.mark.parametrize("name", ["score", "fgfi", "graded_iou"])
+def test_a_mask_of_boxes_or_scores_is_divided_by_its_mass(backend: str, name: str) -> None:
+    (s,), (t,) = features()
+    mask, moments = torch.rand(2, 4, 5), [(torch.zeros(6), torch.ones(6))]
+    loss, of_thousandth = (
+        distill_loss([s], [t], info_map=name, prior=[q], standardize=moments, backend=backend)
+        for q in (mask, 1e-3 * mask)
+    )
+    torch.testing.assert_close(loss, of_thousandth)
+
+
 def test_maps_have_the_scale_that_their_normaliser_promises() -> None:
     _, (t,) = features()
     (mean,) = fastkd.info_map([t], InfoMap("energy", "mean"))
@@ -80,10 +103,18 @@ def test_maps_have_the_scale_that_their_normaliser_promises() -> None:
     (minmax,) = fastkd.info_map([t], InfoMap("entropy", "minmax"))
     for w in (mean, softmax):
         torch.testing.assert_close(w.mean((1, 2)), torch.ones(2))
+    (by_default,) = fastkd.info_map([t], InfoMap("magnitude", "softmax"))
+    torch.testing.assert_close(by_default, 20 * t.abs().mean(1).flatten(1).softmax(1).view(2, 4, 5))  # T = 1
     assert minmax.amin() == 0
     assert 0.99 < minmax.amax() <= 1
     assert mean.shape == (2, 4, 5)
     assert mean.dtype == torch.float32
+
+
+def test_a_temperature_at_which_the_entropy_is_rounding_is_refused() -> None:
+    assert InfoMap("entropy", temperature=100).temperature == 100
+    with pytest.raises(ValueError, match="temperature: expected at most 100 for the score 'entropy'"):
+        InfoMap("entropy", temperature=100.5)
 
 
 def test_entropy_is_one_for_a_single_active_channel_and_zero_for_equal_ones() -> None:

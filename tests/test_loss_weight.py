@@ -61,6 +61,10 @@ def test_a_negative_task_loss_counts_as_its_magnitude() -> None:
     assert step(criterion(weight="auto").eval(), 2.0, torch.tensor(-6.0)) == pytest.approx(3)
 
 
+def test_the_largest_float32_is_still_a_task_loss() -> None:
+    assert step(criterion(weight="auto"), 1.0, torch.finfo(torch.float32).max) == pytest.approx(1e12)
+
+
 def test_nothing_flows_into_the_task_loss() -> None:
     auto, task = criterion(weight="auto"), torch.tensor(3.0, requires_grad=True)
     for _ in range(2):

@@ -161,6 +161,7 @@ def test_the_trainers_priors_weigh_the_images_that_the_teacher_sees(prior: str) 
         ({"teacher_every": 2.5}, ValueError, "teacher_every: expected an integer"),
         ({"teacher_images": 0}, ValueError, "teacher_images: expected 1 or 1 divided by a whole number"),
         ({"teacher_images": 1.5}, ValueError, "teacher_images: expected 1 or 1 divided by a whole number"),
+        ({"teacher_images": 1e-4}, ValueError, "teacher_images: expected 1 or 1 divided by a whole number"),
         ({"teacher_images": 0.7}, ValueError, r"teacher_images: .* \(1 / 2, 1 / 3, ...\), got 0.7"),
         ({"teacher_images": 0.45}, ValueError, "teacher_images: expected 1 or 1 divided by a whole number"),
         ({"teacher_images": "half"}, ValueError, "teacher_images: expected"),
@@ -169,6 +170,11 @@ def test_the_trainers_priors_weigh_the_images_that_the_teacher_sees(prior: str) 
 def test_other_parts_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         distiller_of(**options)
+
+
+def test_a_part_may_be_as_small_as_a_thousandth() -> None:
+    distiller = distiller_of(teacher_images=1 / 1000)
+    assert "on 1/1000 of the batch" in " ".join(str(distiller.check()).split())
 
 
 def test_images_that_cannot_be_cut_are_refused() -> None:

@@ -125,6 +125,11 @@ def test_pkd(layout: torch.memory_format, scale: float) -> None:
     assert_same(0.5 * fastkd.distill_loss([s], [t], info_map="uniform", standardize="batch"), of_pkd(s, t), s)
 
 
+def test_pkd_of_two_cells() -> None:
+    s, t = torch.randn(2, 1, 5, 1, 2)
+    torch.testing.assert_close(fastkd.distill_loss([s], [t], info_map="pkd", weights=[0.5]), of_pkd(s, t))
+
+
 def test_pkd_is_one_minus_the_correlation() -> None:
     s, t = features()
     pairs = [torch.stack([a.flatten(), b.flatten()]) for a, b in zip(s.movedim(1, 0), t.movedim(1, 0), strict=True)]

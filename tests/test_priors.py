@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastkd import distill_loss
 from fastkd.ops import prior_ops
-from fastkd.priors import box_balance, confidence, iou_mask
+from fastkd.priors import box_balance, confidence, iou_mask, score
 
 
 def test_confidence_is_the_best_objectness_times_class_over_anchors_and_heads() -> None:
@@ -26,6 +26,17 @@ def test_confidence_is_the_best_objectness_times_class_over_anchors_and_heads() 
     assert q[0, 1, 2] == pytest.approx(1)
     q[0, 1, 2] = 0.1
     torch.testing.assert_close(q, torch.full((1, 4, 4), 0.1))
+
+
+def test_confidence_rises_from_a_tenth_with_the_root_of_the_score() -> None:
+    half = torch.zeros(1, 1, 2, 2)  # as a probability
+    (q,) = confidence([half], [half[:, :, None]], [(2, 2)])
+    torch.testing.assert_close(q, torch.full((1, 2, 2), 0.1 + 0.9 * math.sqrt(0.5 * 0.5)))
+
+
+def test_a_score_is_resized_from_centre_to_centre() -> None:
+    (q,) = score([torch.tensor([-50.0, 50.0]).view(1, 1, 1, 1, 2)], [(1, 4)])
+    torch.testing.assert_close(q, torch.tensor([[[0.0, 0.25, 0.75, 1.0]]]))
 
 
 def test_a_smaller_level_keeps_the_maximum_and_a_larger_one_interpolates() -> None:
@@ -221,6 +232,16 @@ def test_nor_does_rounding_lift_it(corners: tuple[int, ...], anchor: tuple[int, 
     box, anchors = torch.tensor([[0.0, *corners]]), torch.tensor([anchor]).float()
     (mask,) = iou_mask(box, [anchors], SIZES[2:], IMAGE, 4, threshold=threshold)
     assert torch.equal(mask, slow_iou_mask(box, SIZES[2], anchors, threshold)[0])
+
+
+def test_half_of_the_largest_iou_is_the_threshold_that_fgfi_has() -> None:
+    boxes = random_boxes(0, 40, whole=False)
+    by_default, half, more = (
+        torch.cat([x.flatten() for x in iou_mask(boxes, ANCHORS, SIZES, IMAGE, 4, **given)])
+        for given in ({}, {"threshold": 0.5}, {"threshold": 0.6})
+    )
+    assert torch.equal(by_default, half)
+    assert not torch.equal(half, more)
 
 
 def test_every_level_has_its_own_largest_iou() -> None:

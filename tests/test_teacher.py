@@ -71,7 +71,7 @@ def expected(teacher: nn.Module, names: list[str]) -> list[Tensor]:
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda m, a, out, n=name: found.__setitem__(n, out.clone()))
     with torch.no_grad():
-        model(IMAGES)
+        model(IMAGES.to(teacher.head.weight.dtype))
     return [found[name] for name in names]
 
 
@@ -133,16 +133,30 @@ def test_a_convolution_that_is_a_level_keeps_its_own_output() -> None:
 
 
 class Residual(Net):
+    part = 1.0
+
     def last(self, x: Tensor) -> Tensor:
-        return x + self.seen
+        return x + self.part * self.seen
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen = self.conv(self.stage(x))  # used twice, so folding would change it
         return self.head(self.last(self.norm(self.seen)))
 
 
-def test_features_that_would_differ_are_not_folded_and_that_is_said() -> None:
-    teacher = trained(Residual())
+def test_a_teacher_in_half_precision_is_folded_though_it_rounds() -> None:
+    teacher = trained(Net())
+    assert how(distiller_of(copy.deepcopy(teacher).bfloat16())).startswith("2 batch norms folded")
+    for parameter in teacher.norm.parameters():
+        nn.init.zeros_(parameter)  # a level without a signal
+    assert how(distiller_of(teacher.bfloat16())).startswith("2 batch norms folded")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "part"), [(torch.float32, 1.0), (torch.float32, 1e-3), (torch.bfloat16, 0.2)], ids=str
+)
+def test_features_that_would_differ_are_not_folded_and_that_is_said(dtype: torch.dtype, part: float) -> None:
+    teacher = trained(Residual()).to(dtype)
+    teacher.part = part
     levels = [("stage", "stage"), ("norm", "input:head")]
     with pytest.warns(UserWarning, match=r"not folded, as folding would change: teacher backbone\[1\] 'input:head'"):
         found = features(distiller_of(teacher, levels))
