@@ -28,7 +28,7 @@ from fastkd.yolov3.data.dataset import DetectionDataset, spread
 from fastkd.yolov3.data.draw import draw
 from fastkd.yolov3.show.predict import detect_objects
 from study.protocol import Config
-from study.report import Interval, Row, gain, plot_gains
+from study.report import Interval, Row, gain
 from study.runs import SCORES, Bench, Ledger, Result, Run, model_file, read_results
 from study.scenes import part_of_set, set_files, write_set
 
@@ -262,13 +262,33 @@ def _classes(rows: dict[str, Row]) -> list[str]:
 
 
 def draw_gains(results: list[Result], file: Path) -> None:
-    """Plot the gain of each row over the student alone, at equal steps and at equal time."""
-    panels: dict[str, dict[str, Interval]] = {}
-    for regime in regimes_of(results):
-        rows = by_row(results, regime)
-        panels |= {f"{regime}: over {other}": found for other in (ALONE, LONGER) if (found := gains(rows, other))}
+    """Plot the gain of each row over the student alone, at equal steps and at equal time, with one panel per regime."""
+    panels = {
+        regime.replace(": ", ", "): [gains(rows, other) for other in (ALONE, LONGER)]
+        for regime in regimes_of(results)
+        if ALONE in (rows := by_row(results, regime)) and len(rows) > 1
+    }
+    counts = [len(same_steps) for same_steps, _ in panels.values()]
+    figure = Figure((7, 0.7 + 0.45 * len(panels) + 0.26 * sum(counts)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0]
+    styles = (("as many steps", "#0072b2", "o", 0.12), ("as much time", "#d55e00", "s", -0.12))
+    for axis, (title, both) in zip(axes, panels.items(), strict=True):
+        names = list(both[0])[::-1]
+        for found, (label, colour, marker, shift) in zip(both, styles, strict=True):
+            places = [place for place, name in enumerate(names) if name in found]
+            shown = [found[names[place]] for place in places]
+            at, means, halves = [place + shift for place in places], [x.mean for x in shown], [x.half for x in shown]
+            axis.errorbar(means, at, xerr=halves, fmt=marker, ms=4, color=colour, capsize=2, lw=1.2, label=label)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.axvline(0, color="0.5", linewidth=0.8)
+        axis.grid(visible=True, axis="x", color="0.9", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(-0.6, len(names) - 0.4)
+    axes[0].legend(fontsize=8, title="over the student alone, for", title_fontsize=8)
+    axes[-1].set_xlabel("mAP gained, 95 % interval", fontsize=9)
     with replacing(file) as part:
-        plot_gains(panels, "mAP gained, 95 % interval").savefig(part, format="png", dpi=150)
+        figure.savefig(part, format="png", dpi=150)
 
 
 def draw_predictions(results: list[Result], root: Path, name: str, file: Path, count: int = 4) -> None:
