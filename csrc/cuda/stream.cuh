@@ -7,8 +7,8 @@
 // It must move 3 b bytes per element of b bytes, student and teacher read and gradient written, which are 3 units (one
 // unit is the bytes of all student features), and one weight per cell. It does 10 operations per element (l2:
 // standardise 2, bias, difference, penalty 2, derivative, weight 2, sum of the channel) and 3 conversions. The floor is
-// 3 units / bandwidth: in the time in which the memory of an H200 delivers a bfloat16 element, its lanes can do about 36
-// operations.
+// 3 units / bandwidth: in the time in which the memory of an H200 delivers a bfloat16 element, its lanes can do about
+// 36 operations.
 //
 // No sum over the channels of one cell is needed, so an image is one run of 16-byte packs in both layouts. Losses and
 // sums per channel are added up from tiles to images to levels, each by the block that finishes last, in a fixed order.
