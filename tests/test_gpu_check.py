@@ -53,7 +53,7 @@ def test_what_decides_is_done_before_330_seconds(capsys: pytest.CaptureFixture[s
     assert all(fits for _, _, fits in gpu_check.plan(gpu_check.ROWS, 520))
     gpu_check.print_plan(gpu_check.ROWS, 100)
     printed = capsys.readouterr().out
-    assert "  15 s  correct, 50 s: whether the rows below count" in printed
+    assert "  15 s  correct, 50 s: whether results are correct" in printed
     assert "SKIP training, 60 s" in printed
     assert "predicted: large6 bf16 N = 64 0.39 to 0.43 ms" in printed
 
