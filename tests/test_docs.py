@@ -46,6 +46,7 @@ from fastkd.yolov3.data.convert import convert
 from fastkd.yolov3.data.digits import write_digits
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOK = "docs/examples/first_distillation.ipynb"
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(x.relative_to(ROOT)) for x in (ROOT / "docs").rglob("*.md"))]
 
 # blocks that do not run, and why; all others run
@@ -67,6 +68,8 @@ SMALLER_OPTIONS = {
     "train": "--steps 2 --batch 4 --size 64 --width 0.125 --eval-every 0 --no-plots --cpu",
     "digits": "--train 8 --val 40 --test 40",
 }
+SMALLER_NOTEBOOK = {"TEACHER_SCENES": 24, "STUDENT_SCENES": 8, "TEST_SCENES": 8, "TEACHER_STEPS": 2, "STUDENT_STEPS": 2}
+SMALLER_NOTEBOOK |= {"BATCH": 8}
 SMALLER_ULTRALYTICS = {"imgsz": 96, "epochs": 2, "device": "cpu", "plots": False, "workers": 0}
 # names in inline code that belong to other programs or to the reader
 FOREIGN_FILES = {"train.py", "metrics.jsonl"}
@@ -140,7 +143,7 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", x).strip().lower().replace(" ", "-") for x in titles}
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", NOTEBOOK])
 def test_relative_links_lead_to_files(page: str) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", read(page))
     for target in targets:
@@ -304,6 +307,37 @@ def test_the_first_example_of_the_readme_runs_as_it_stands_and_ends_with_a_repor
     assert found["teacher trained"] == "FAIL"  # as the page shows
 
 
+def code_of_notebook() -> str:
+    """Return the code of all cells, with the constants of ``SMALLER_NOTEBOOK`` and without commands of IPython."""
+    cells = ["".join(x["source"]) for x in json.loads(read(NOTEBOOK))["cells"] if x["cell_type"] == "code"]
+    code = re.sub(r"^%.*\n", "", "\n".join(cells), flags=re.MULTILINE)
+    for name, value in SMALLER_NOTEBOOK.items():
+        code, count = re.subn(rf"^{name} = \d+", f"{name} = {value}", code, flags=re.MULTILINE)
+        assert count == 1, name
+    return code
+
+
+def test_the_notebook_runs_from_the_scenes_to_a_student_that_the_commands_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compile(code_of_notebook(), NOTEBOOK, "exec"), names)
+    assert names["results"].keys() == {"teacher", "student alone", "student distilled"}
+    assert names["report"].ok, names["report"]
+    command = capsys.readouterr().out.splitlines()[-1]  # with which the last cell ends
+    assert cli.main(shlex.split(command)[1:]) == 0
+
+
+def test_what_the_notebook_shows_is_small_and_was_computed_in_order() -> None:
+    assert (ROOT / NOTEBOOK).stat().st_size < 300_000
+    cells = [x for x in json.loads(read(NOTEBOOK))["cells"] if x["cell_type"] == "code"]
+    assert [x["execution_count"] for x in cells] == list(range(1, len(cells) + 1))
+    assert not [y for x in cells for y in x["outputs"] if y["output_type"] == "error"]
+
+
 ULTRALYTICS = """
 import json, sys
 from pathlib import Path
@@ -338,7 +372,8 @@ except KeyboardInterrupt:
 for code in python[1:]:
     exec(code)
 main(command)
-assert len(list(Path("runs/detect").glob("train*/weights/best.pt"))) == 2
+assert len(list(Path("runs/detect").glob("train*/weights/best.pt"))) == 3
+assert {x.name for x in Path("runs/detect").glob("train*/*s.png")} >= {"maps.png", "differences.png"}
 """
 
 
