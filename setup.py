@@ -81,7 +81,9 @@ def cuda_archs(nvcc: str) -> tuple[list[int], str]:
     says = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     known = [int(arch) for arch in re.findall(r"^compute_(\d+)$", says, re.MULTILINE)] or ANY_CARD
     # of a card that is newer than nvcc, the newest that it can run
-    archs_here = {max(arch for arch in known if arch <= card) for card in cards_here() if card >= min(known)}
+    archs_here = {
+        max(arch for arch in known if arch <= card) for card in cards_here() if card >= max(ANY_CARD[0], min(known))
+    }
     return (sorted(archs_here), "the cards here") if archs_here else (ANY_CARD, "no card here that nvcc knows")
 
 
@@ -136,7 +138,9 @@ class Build(build_ext):
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
         def compile_all(sources: list[str], **options: Any) -> list[str]:
-            builds = {str(x): partial(compile_cuda, nvcc, archs, jobs, torch / "include", folder, x) for x in with_nvcc}
+            threads = max(1, jobs // max(1, len(with_nvcc)))
+            cuda = partial(compile_cuda, nvcc, archs, threads, torch / "include", folder)
+            builds = {str(x): partial(cuda, x) for x in with_nvcc}
             builds |= {x: partial(compile_one, [x], **options) for x in sources}  # last: nvcc takes longest
             done = itertools.count(1)
 

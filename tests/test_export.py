@@ -214,6 +214,22 @@ def test_damaged_videos_are_named(files: dict[str, Path], tmp_path: Path) -> Non
         assert main([*command[:2], str(tmp_path / "in/cut.avi"), "--out", str(tmp_path / "again"), "--cpu"]) == 0
 
 
+@pytest.mark.parametrize("rate", [29.97, 119.9534, 239.7412])
+def test_a_video_of_any_rate_is_written(tmp_path: Path, rate: float) -> None:
+    from fastkd.yolov3.show.video import write_video
+
+    write_video(tmp_path / "clip.mp4", [np.zeros((48, 64, 3), np.uint8)] * 5, rate)
+    assert (tmp_path / "clip.mp4").is_file()
+
+
+def test_a_video_that_the_codec_does_not_take_is_an_error_and_not_there(tmp_path: Path) -> None:
+    from fastkd.yolov3.show.video import write_video
+
+    with pytest.raises(ValueError, match="can't write 1 x 48 pixels"):
+        write_video(tmp_path / "clip.mp4", [np.zeros((48, 1, 3), np.uint8)] * 5, 10)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_video_that_cannot_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastkd.yolov3.show.video import write_video
 
@@ -228,8 +244,9 @@ class Full:
 
     fourcc = staticmethod(cv2.VideoWriter.fourcc)
 
-    def open(self, path: str, *_: object) -> None:
+    def open(self, path: str, *_: object) -> bool:
         Path(path).write_bytes(b"")
+        return True
 
     def write(self, frame: object) -> None:
         pass

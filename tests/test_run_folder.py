@@ -92,3 +92,19 @@ def test_all_processes_of_a_run_take_the_same_folder(digits, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run: runs/my_digits-yolov3-tiny-2\n") == 1
     assert sorted(x.name for x in (tmp_path / "runs").iterdir()) == ["my_digits-yolov3-tiny", "my_digits-yolov3-tiny-2"]
+
+
+def test_a_folder_with_plots_of_the_users_is_refused(start, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/results.csv").write_text("precious")
+    status, _, said = start("--out", "mine")
+    assert status == 2
+    assert "mine has no run, but results.csv, which would be overwritten" in said.err
+    assert (tmp_path / "mine/results.csv").read_text() == "precious"
+
+
+def test_a_wrong_option_is_named_when_a_run_is_resumed(start):
+    start()
+    status, _, said = start("--resume", "--multi-scale", "2")
+    assert status == 2
+    assert "multi_scale: expected a number in [0, 1), got 2" in said.err

@@ -59,8 +59,10 @@ def write_video(target: Path, frames: Iterable[Image], rate: float) -> None:
     A last row or column is left out where height or width is odd, as the codec wants.
 
     Raises:
+        ValueError: the codec does not take this size.
         OSError: it could not be written.
     """
+    rate = round(rate, 2) if rate < 60 else round(rate)  # the codec takes no fractions of more digits
     writer, count = cv2.VideoWriter(), 0
     with replacing(target) as part:
         unfinished = part.with_suffix(".mp4")  # OpenCV tells the format by it
@@ -68,7 +70,8 @@ def write_video(target: Path, frames: Iterable[Image], rate: float) -> None:
             for frame in frames:
                 if not count:
                     size = frame.shape[1], frame.shape[0]
-                    writer.open(os.fspath(unfinished), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+                    if not writer.open(os.fspath(unfinished), cv2.VideoWriter.fourcc(*"mp4v"), rate, size):
+                        raise ValueError(f"OpenCV can't write {size[0]} x {size[1]} pixels at {rate:g} frames a second")
                 writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
                 count += 1
             writer.release()

@@ -407,6 +407,11 @@ class _Run:
         """Return the checkpoint to continue from, or None to start from the beginning."""
         there = [name for name in RUN_FILES if (self.out / name).exists()]
         begun = read_log(self.out / "metrics.jsonl")
+        plots = [name for name in PLOT_FILES if (self.out / name).exists()]
+        if plots and not there:
+            raise FileExistsError(
+                f"out: {self.out} has no run, but {', '.join(plots)}, which would be overwritten; choose another folder"
+            )
         if not begun and not {"checkpoint.pt", "model.pt", "model.weights"} & set(there):
             return None  # a run that ended before its first step does not count
         if there and not self.config.resume:

@@ -50,8 +50,9 @@ def choose_folder(name: str, configure: Callable[[str], TrainConfig], *, resume:
     there = runs_named(name) if resume else []
     first: ValueError | OSError | None = None
     for folder in there:
+        config = asdict(configure(str(folder)))  # outside the try: a wrong option is not another run's
         try:
-            require_same_run(asdict(read_config(folder)), asdict(configure(str(folder))), 0)
+            require_same_run(asdict(read_config(folder)), config, 0)
             return str(folder)
         except (ValueError, OSError) as error:
             first = first or error
@@ -72,7 +73,7 @@ def agreed(choose: Callable[[], str], *, cpu: bool) -> str:
     if state.is_main_process:
         try:
             found = [choose()]
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever it is: the other processes wait
             found = [error]
     broadcast_object_list(found)  # in place
     if isinstance(found[0], Exception):

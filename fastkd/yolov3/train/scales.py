@@ -13,7 +13,8 @@ STREAM = 32  # keeps the draws apart from those of the order and the augmentatio
 def input_size(size: int, multi_scale: float, seed: int, step: int) -> int:
     """Side in pixels of the network's input in this step, the same in every process and after a resume.
 
-    Drawn evenly from the multiples of 32 in ``size * (1 - multi_scale)`` to ``size * (1 + multi_scale)``.
+    Drawn evenly from the multiples of 32 in ``size * (1 - multi_scale)`` to ``size * (1 + multi_scale)``, from 64 on.
+    If the share is less than 32 pixels (0.25 of a size below 128), the size stays.
 
     Args:
         size: the usual side, a multiple of 32.
@@ -24,7 +25,8 @@ def input_size(size: int, multi_scale: float, seed: int, step: int) -> int:
     most = int(multi_scale * size / STEP + 1e-9)
     if most == 0:
         return size
-    return size + STEP * int(np.random.default_rng([seed, step, STREAM]).integers(-most, most + 1))
+    least = max(-most, min(0, 2 - size // STEP))  # 64 pixels: a map of one cell has no variance to normalise by
+    return size + STEP * int(np.random.default_rng([seed, step, STREAM]).integers(least, most + 1))
 
 
 def at_size(images: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
