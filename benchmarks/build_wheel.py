@@ -57,11 +57,11 @@ def run(*command: str | Path, **environment: str) -> None:
 def build(folder: Path) -> Path:
     """The repaired wheel, in ``folder`` with the source distribution."""
     made = ROOT / "build" / "wheel"
-    for old in (made, folder):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(made, ignore_errors=True)
     # without isolation: the build has to find torch, whose headers it takes
     variables = {"FASTKD_CUDA_ARCH": ARCHS, "FASTKD_CUDA": "1", "FASTKD_CPP": "1"}
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", made, **variables)
+    shutil.rmtree(folder, ignore_errors=True)  # only now that there is something to take its place
     (wheel,) = made.glob("*.whl")
     (sources,) = made.glob("*.tar.gz")
     left_outside = ["--exclude", "libtorch*.so", "--exclude", "libc10*.so"]

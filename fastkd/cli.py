@@ -540,6 +540,9 @@ def _load_onnx(arguments: argparse.Namespace) -> tuple[Exported, int]:
     from fastkd.yolov3.class_names import read_names
     from fastkd.yolov3.onnx_detector import load_onnx
 
+    for name in ("arch", "classes", "width", "anchors"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name}: {arguments.model} describes itself; this option is for .weights files")
     found = load_onnx(arguments.model, class_names=None if arguments.names is None else read_names(arguments.names))
     if arguments.size not in (None, found.size):
         hint = f"write another with fastkd export --size {arguments.size}"

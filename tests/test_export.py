@@ -297,6 +297,7 @@ def wrong(files: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     ("arguments", "message"),
     [
         (["export", "{pt}"], "model.onnx exists already"),
+        (["predict", "{onnx}", "{here}", "--classes", "5"], "model.onnx describes itself; this option is for .weights files"),
         (["export", "{pt}", "--out", "{here}/model.pb"], "expected a file name that ends in .onnx, got '.pb'"),
         (["export", "{pt}", "--out", "{here}/a.onnx", "--size", "100"], "size: expected a positive multiple of 32"),
         (["export", "{onnx}", "--out", "{here}/a.onnx"], "expected a file name that ends in .pt or .weights"),
