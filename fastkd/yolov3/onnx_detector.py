@@ -89,17 +89,17 @@ def load_onnx(
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime has a type of its own for each fault, all below Exception alone
         raise ValueError(f"{path}: not readable as an ONNX model ({type(error).__name__}); is it whole?") from error
-    said = session.get_modelmeta().custom_metadata_map
-    if said.get("format") != _FORMAT:
+    properties = session.get_modelmeta().custom_metadata_map
+    if properties.get("format") != _FORMAT:
         raise ValueError(
-            f"{path}: expected a file that fastkd export wrote, of format {_FORMAT!r}, got {said.get('format')!r}"
+            f"{path}: expected a file that fastkd export wrote, of format {_FORMAT!r}, got {properties.get('format')!r}"
         )
-    classes, size = int(said["num_classes"]), int(said["size"])
-    names = json.loads(said["class_names"]) if class_names is None else class_names
+    classes, size = int(properties["num_classes"]), int(properties["size"])
+    names = json.loads(properties["class_names"]) if class_names is None else class_names
     if names and len(names) != classes:
         raise ValueError(f"class_names: expected {classes}, one per class, got {len(names)}")
-    anchors = torch.tensor(json.loads(said["anchors"]))
-    model = OnnxDetector(session, classes, size, tuple(json.loads(said["strides"])), anchors)
+    anchors = torch.tensor(json.loads(properties["anchors"]))
+    model = OnnxDetector(session, classes, size, tuple(json.loads(properties["strides"])), anchors)
     return Exported(model.eval(), tuple(names), size)
 
 

@@ -74,19 +74,13 @@ def predict(
     written: list[Path] = []
     faults: dict[Path, Exception] = {}
     for file, target in zip(bar, targets, strict=True):
-        before = len(finder.results)
         try:
             source: Video | Image = Video(file) if _is_video(file) else read_image(file)
         except (ValueError, OSError) as error:
             faults[file] = error
             continue
         if isinstance(source, Video):
-            try:
-                write_video(target, finder.frames(source, file.name, progress), source.rate)
-            except ValueError as error:  # of its size; a full disk ends the call
-                faults[file] = error
-                del finder.results[before:]
-                continue
+            write_video(target, finder.frames(source, file.name, progress), source.rate)
         else:
             write_image(target, finder.drawn(source, file.name))
         written.append(target)

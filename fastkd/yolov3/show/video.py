@@ -27,7 +27,7 @@ class Video:
         count: number of frames that the file announces, or 0: not every format says it, and some only nearly.
 
     Raises:
-        ValueError: not a video that OpenCV can read (names the file).
+        ValueError: not a video that OpenCV can read, or frames of one pixel, which no codec writes (names the file).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -37,6 +37,9 @@ class Video:
         if not there:
             self._capture.release()
             raise ValueError(f"{self._path}: not a video that can be read; is it damaged?")
+        if min(self._next.shape[:2]) < 2:
+            self._capture.release()
+            raise ValueError(f"{self._path}: expected frames of at least 2 x 2 pixels, got one of 1 pixel")
         rate, count = self._capture.get(cv2.CAP_PROP_FPS), self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.rate = rate if 0 < rate < 1000 else _USUAL_RATE
         self.count = round(count) if 0 < count < 1e9 else 0
@@ -59,7 +62,6 @@ def write_video(target: Path, frames: Iterable[Image], rate: float) -> None:
     A last row or column is left out where height or width is odd, as the codec wants.
 
     Raises:
-        ValueError: the codec does not take this size.
         OSError: it could not be written.
     """
     rate = round(rate, 2) if rate < 60 else round(rate)  # the codec takes no fractions of more digits
@@ -71,7 +73,7 @@ def write_video(target: Path, frames: Iterable[Image], rate: float) -> None:
                 if not count:
                     size = frame.shape[1], frame.shape[0]
                     if not writer.open(os.fspath(unfinished), cv2.VideoWriter.fourcc(*"mp4v"), rate, size):
-                        raise ValueError(f"OpenCV can't write {size[0]} x {size[1]} pixels at {rate:g} frames a second")
+                        raise OSError(f"OpenCV can't write {size[0]} x {size[1]} pixels at {rate:g} frames a second")
                 writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
                 count += 1
             writer.release()

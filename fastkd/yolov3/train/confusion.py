@@ -56,14 +56,16 @@ def _pairs(
     candidates = np.argwhere(single >= least)
     order = np.argsort(-single[tuple(candidates.T)], kind="stable")  # of equal IoUs the better score first
     label_of: dict[int, int] = {}
+    matched: set[int] = set()  # labels
     for detection, label in candidates[order].tolist():
-        if detection not in label_of and label not in label_of.values():
+        if detection not in label_of and label not in matched:
             label_of[detection] = label
+            matched.add(label)
     in_crowd: Array = np.where(crowd, overlaps, 0.0).max(1, initial=0) >= least
     labels, found_as = [], []
     for detection, found_class in enumerate(found_classes):
         if detection in label_of or not in_crowd[detection]:
             labels.append(classes[label_of[detection]] if detection in label_of else background)
             found_as.append(found_class)
-    missed = [classes[i] for i in np.flatnonzero(~crowd).tolist() if i not in label_of.values()]
+    missed = [classes[i] for i in np.flatnonzero(~crowd).tolist() if i not in matched]
     return [*labels, *missed], [*found_as, *[background] * len(missed)]
