@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from fastkd.plot_style import Numbers, add_legend, label_axes, line_style, new_figure, running_mean, set_log_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap, PowerNorm
     from matplotlib.figure import Figure
 
-Numbers: TypeAlias = Sequence[float]
-
-# Okabe and Ito (2008): distinct for any kind of colour vision; line styles keep lines distinct in grey
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":")
 HEAT = "inferno"
 NOT_FINITE = "#00FFFF"  # cells that are infinite or not a number: a colour that HEAT lacks
 PANEL = 2.2  # inches
@@ -126,22 +123,22 @@ def plot_level_losses(
     for name, values in (series | ({} if share_of_total is None else {"share_of_total": share_of_total})).items():
         if len(values) != len(x):
             raise ValueError(f"{name}: expected {len(x)} values, one per step, got {len(values)}")
-    figure = _figure((9, 3.6))
+    figure = new_figure((9, 3.6))
     left, right = figure.subplots(1, 2)
-    means = [_running_mean(values, smooth) for values in history.values()]
+    means = [running_mean(values, smooth) for values in history.values()]
     for i, (name, values) in enumerate(history.items()):
-        left.plot(x, values, color=_look(i)["color"], linewidth=0.8, alpha=0.25)
-        left.plot(x, means[i], label=name, marker="o" if len(x) == 1 else "", **_look(i))
+        left.plot(x, values, color=line_style(i)["color"], linewidth=0.8, alpha=0.25)
+        left.plot(x, means[i], label=name, marker="o" if len(x) == 1 else "", **line_style(i))
     if any(value > 0 for values in history.values() for value in values):
-        _log_scale(left)
-    _label(left, "step", "loss of the level")
+        set_log_scale(left)
+    label_axes(left, "step", "loss of the level")
     _stack_shares(right, x, means)
     if share_of_total is not None:
         line = {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 1.6}
         line["path_effects"] = _outlined()
-        right.plot(x, _running_mean(share_of_total, smooth), **line)
+        right.plot(x, running_mean(share_of_total, smooth), **line)
         left.plot([], [], label="distillation, of the total loss (right)", **line)
-    _legend(figure, left)
+    add_legend(figure, left)
     return figure
 
 
@@ -149,8 +146,10 @@ def _stack_shares(axis: Axes, x: Sequence[float], means: Sequence[Numbers]) -> N
     """Draw the share of each level in the sum as a band, with its last value at the right edge."""
     totals = [sum(m[k] for m in means) or 1.0 for k in range(len(x))]
     shares = [[value / total for value, total in zip(mean, totals, strict=True)] for mean in means]
-    axis.stackplot(x, shares, colors=[_look(i)["color"] for i in range(len(shares))], edgecolor="white", linewidth=0.6)
-    _label(axis, "step", "share of the sum")
+    axis.stackplot(
+        x, shares, colors=[line_style(i)["color"] for i in range(len(shares))], edgecolor="white", linewidth=0.6
+    )
+    label_axes(axis, "step", "share of the sum")
     axis.set(ylim=(0, 1), xlim=(x[0], x[-1]) if len(x) > 1 else None)
     axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axis.grid(visible=False)
@@ -165,7 +164,7 @@ def _stack_shares(axis: Axes, x: Sequence[float], means: Sequence[Numbers]) -> N
                 textcoords="offset points",
                 va="center",
                 fontsize=8,
-                color=_look(i)["color"],
+                color=line_style(i)["color"],
             )
         below += share if math.isfinite(share) else 0.0
 
@@ -191,7 +190,7 @@ def plot_curves(
     """
     if not curves:
         raise ValueError("curves: expected at least one, got none")
-    figure = _figure((6, 3.8))
+    figure = new_figure((6, 3.8))
     axis = figure.subplots()
     for i, (name, (x, y)) in enumerate(curves.items()):
         series = [list(s) for s in y] if y and isinstance(y[0], Sequence) else [list(y)]  # type: ignore[arg-type]
@@ -199,10 +198,10 @@ def plot_curves(
             if len(s) != len(x):
                 raise ValueError(f"curves[{name!r}]: expected as many y as x, {len(x)}, got {len(s)}")
         columns = list(zip(*series, strict=True))
-        axis.plot(x, [sum(c) / len(c) for c in columns], label=name, marker="o", markersize=3.5, **_look(i))
+        axis.plot(x, [sum(c) / len(c) for c in columns], label=name, marker="o", markersize=3.5, **line_style(i))
         if len(series) > 1:
             low, high = [min(c) for c in columns], [max(c) for c in columns]
-            axis.fill_between(x, low, high, color=_look(i)["color"], alpha=0.18, linewidth=0)
+            axis.fill_between(x, low, high, color=line_style(i)["color"], alpha=0.18, linewidth=0)
     for name, value in (references or {}).items():
         axis.axhline(value, color="0.35", linewidth=1, linestyle=(0, (1, 2)))
         axis.annotate(
@@ -216,17 +215,9 @@ def plot_curves(
             color="0.25",
         )
     axis.margins(y=0.1)
-    _label(axis, x_label, y_label)
-    _legend(figure, axis)
+    label_axes(axis, x_label, y_label)
+    add_legend(figure, axis)
     return figure
-
-
-def _figure(size: tuple[float, float]) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("fastkd.viz needs matplotlib: pip install 'fastkd[train]'") from error
-    return Figure(figsize=size, dpi=150, layout="constrained")
 
 
 def _overlay(
@@ -248,7 +239,7 @@ def _overlay(
         raise ValueError(f"max_images: expected a number >= 1, got {max_images}")
     rows = [(i, kind) for i in range(min(len(images), max_images)) for kind in kinds]
     height, width = images.shape[2:]
-    figure = _figure((PANEL * (len(titles) + 1) + 0.8, (PANEL * height / width + 0.12) * len(rows) + 0.3))
+    figure = new_figure((PANEL * (len(titles) + 1) + 0.8, (PANEL * height / width + 0.12) * len(rows) + 0.3))
     heat, norm = _heat(), _power_norm(gamma)
     axes = figure.subplots(len(rows), len(titles) + 1, squeeze=False)
     for axis, title in zip(axes[0], ("image", *titles), strict=True):
@@ -328,49 +319,3 @@ def _pixels(image: Tensor) -> Tensor:
     """Return a (3, H, W) image as (H, W, 3) float32 in [0, 1]."""
     scale = 255 if image.dtype == torch.uint8 else 1
     return (image.detach().float().cpu() / scale).clamp(0, 1).permute(1, 2, 0)
-
-
-def _running_mean(values: Numbers, keep: float) -> list[float]:
-    """Return the exponential running mean without initial bias; entries that are not finite become NaN."""
-    out, total, weight = [], 0.0, 0.0
-    for value in values:
-        if math.isfinite(value):
-            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(total / weight if weight and math.isfinite(value) else math.nan)
-    return out
-
-
-def _look(i: int) -> dict[str, Any]:
-    return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)]}
-
-
-def _label(axis: Axes, x: str, y: str) -> None:
-    axis.set_xlabel(x, fontsize=9)
-    axis.set_ylabel(y, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(visible=True, color="0.9", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _log_scale(axis: Axes) -> None:
-    """Set a logarithmic scale with plain numbers at 1, 2 and 5 of each decade, as a loss rarely spans more than two."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    rows = math.ceil(len(labels) / 5)
-    figure.legend(
-        handles,
-        labels,
-        loc="outside upper center",
-        ncols=math.ceil(len(labels) / rows),
-        frameon=False,
-        fontsize=8,
-    )

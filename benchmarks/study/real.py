@@ -22,6 +22,7 @@ import torch
 from matplotlib.figure import Figure
 
 from fastkd.files import replacing
+from fastkd.plot_style import COLORS
 from fastkd.yolov3.boxes import Detections
 from fastkd.yolov3.checkpoint import load_detector
 from fastkd.yolov3.data.dataset import DetectionDataset, spread
@@ -271,7 +272,7 @@ def draw_gains(results: list[Result], file: Path) -> None:
     counts = [len(same_steps) for same_steps, _ in panels.values()]
     figure = Figure((7, 0.7 + 0.45 * len(panels) + 0.26 * sum(counts)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0]
-    styles = (("as many steps", "#0072b2", "o", 0.12), ("as much time", "#d55e00", "s", -0.12))
+    styles = (("as many steps", COLORS[0], "o", 0.12), ("as much time", COLORS[1], "s", -0.12))
     for axis, (title, both) in zip(axes, panels.items(), strict=True):
         names = list(both[0])[::-1]
         for found, (label, colour, marker, shift) in zip(both, styles, strict=True):

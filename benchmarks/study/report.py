@@ -15,7 +15,8 @@ from scipy.stats import t as student_t
 
 from fastkd.files import replacing, require_new
 from fastkd.ops.presets import PRESETS
-from fastkd.viz import COLORS, overlay_maps, plot_curves
+from fastkd.plot_style import COLORS
+from fastkd.viz import overlay_maps, plot_curves
 from fastkd.yolov3.data.dataset import DetectionDataset, some_batch
 from fastkd.yolov3.train.run import batches, build_objective, training_set
 from study.maps import MAPS, SHUFFLED, prior_name

@@ -12,7 +12,16 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from fastkd.files import replacing
-from fastkd.viz import COLORS, STYLES, _figure, _label, _legend, _log_scale, _look, _running_mean
+from fastkd.plot_style import (
+    COLORS,
+    STYLES,
+    add_legend,
+    label_axes,
+    line_style,
+    new_figure,
+    running_mean,
+    set_log_scale,
+)
 from fastkd.yolov3.data.annotations import Array
 from fastkd.yolov3.data.dataset import DetectionDataset
 from fastkd.yolov3.data.draw import write_image
@@ -116,29 +125,29 @@ def curves_figure(entries: Sequence[Mapping[str, Any]]) -> Figure:
     """
     lines = [x for x in entries if "loss" in x]
     scores = [(x["step"], x["metrics"]) for x in entries if "metrics" in x]
-    figure = _figure((10 if scores else 7, 3.4))
+    figure = new_figure((10 if scores else 7, 3.4))
     axes = figure.subplots(1, 3 if scores else 2)
     steps = [x["step"] for x in lines]
     smooth = 0.8 if len(steps) > NOISY else 0.0
     for i, name in enumerate(name for name in LOSSES if name in lines[0]):
         values = [x[name] for x in lines]
         if smooth:
-            axes[0].plot(steps, values, color=_look(i)["color"], linewidth=0.8, alpha=0.25)
-        axes[0].plot(steps, _running_mean(values, smooth), label=name, marker=_marker(steps), **_look(i))
+            axes[0].plot(steps, values, color=line_style(i)["color"], linewidth=0.8, alpha=0.25)
+        axes[0].plot(steps, running_mean(values, smooth), label=name, marker=_marker(steps), **line_style(i))
     if any(x["loss"] > 0 for x in lines):
-        _log_scale(axes[0])
-    _label(axes[0], "step", "training loss, its terms as they are weighted")
+        set_log_scale(axes[0])
+    label_axes(axes[0], "step", "training loss, its terms as they are weighted")
     axes[1].plot(steps, [x["lr"] for x in lines], color=COLORS[0], marker=_marker(steps))
     axes[1].set_ylim(bottom=0)
-    _label(axes[1], "step", "learning rate")
+    label_axes(axes[1], "step", "learning rate")
     if scores:
         at = [step for step, _ in scores]
         for i, name in enumerate(("mAP", "AP50", "AP75")):
-            look = {**_look(i), "marker": "o", "markersize": 3.5}
+            look = {**line_style(i), "marker": "o", "markersize": 3.5}
             axes[2].plot(at, [100 * x[name] for _, x in scores], label=name, **look)
         highest = max(100 * x["AP50"] for _, x in scores)
         axes[2].set_ylim(0, max(1.1 * highest, 1))
-        _label(axes[2], "step", "average precision, validation set, %")
+        label_axes(axes[2], "step", "average precision, validation set, %")
         axes[2].legend(frameon=False, fontsize=8)
     axes[0].legend(frameon=False, fontsize=8)
     for axis in axes:
@@ -154,7 +163,7 @@ def recall_figure(evaluation: COCOeval, class_names: Sequence[str]) -> Figure:
     recall = evaluation.params.recThrs
     precision, scores = (evaluation.eval[x][0, :, :, 0, -1] for x in ("precision", "scores"))
     known = [i for i in range(len(class_names)) if precision[0, i] > -1]
-    figure = _figure((6.4, 4))
+    figure = new_figure((6.4, 4))
     axis = figure.subplots()
     few = len(known) <= FEW
     for place, i in enumerate(known):
@@ -168,7 +177,7 @@ def recall_figure(evaluation: COCOeval, class_names: Sequence[str]) -> Figure:
     mean = precision[:, known].mean(1)
     axis.plot(recall, mean, color="black", linewidth=2.2, label=f"mean, AP50 {100 * mean.mean():.1f}")
     dots = f" (dot: score {SCORE:g})" if few else f", {len(known)} classes in grey"
-    _label(axis, f"recall{dots}", "precision at IoU 0.5")
+    label_axes(axis, f"recall{dots}", "precision at IoU 0.5")
     axis.set(xlim=(0, 1), ylim=(0, 1.02))
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
@@ -187,7 +196,7 @@ def confusion_figure(counts: Array, class_names: Sequence[str]) -> Figure:
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     numbered = count <= 2 * FEW + 1
     side = min(3.4 + (0.42 if numbered else 0.16) * count, 18)
-    figure = _figure((side + 0.8, side))
+    figure = new_figure((side + 0.8, side))
     axis = figure.subplots()
     display = ConfusionMatrixDisplay(shares, display_labels=[*map(_plain, class_names), "nothing"])
     display.plot(ax=axis, cmap="Blues", include_values=numbered, colorbar=False, im_kw={"vmin": 0, "vmax": 1})
@@ -215,7 +224,7 @@ def precision_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
         least = sorted((x["boxes"] for x in classes), reverse=True)[MANY - 1]
         classes = [x for x in classes if x["boxes"] >= least][:MANY]
     height = 1.6 + 0.24 * max(len(classes), 5)
-    figure = _figure((8.5, height))
+    figure = new_figure((8.5, height))
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 2), height_ratios=(2.8, max(height - 2.8, 0.01)))
     left, right = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
     rows = range(len(classes))
@@ -223,12 +232,12 @@ def precision_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     fifty = [(i, 100 * x["AP50"]) for i, x in enumerate(classes) if x["AP50"] is not None]
     left.plot([x for _, x in fifty], [i for i, _ in fifty], "o", color=COLORS[1], markersize=4, label="AP50")
     left.axvline(100 * (together["mAP"] or 0), color="black", linewidth=1, linestyle="--", label="mAP of all")
-    _label(left, "average precision, %", "")
+    label_axes(left, "average precision, %", "")
     names = [f"{_plain(x['class'])} ({x['boxes']:,})" for x in classes]
     left.set_yticks(rows, names, fontsize=8)
     left.set(xlim=(0, 100), ylim=(len(classes) - 0.4, -0.6))
     left.grid(visible=False, axis="y")
-    _legend(figure, left)
+    add_legend(figure, left)
     _size_bars(right, together)
     return figure
 
@@ -239,7 +248,7 @@ def _size_bars(axis: Axes, together: Mapping[str, Any]) -> None:
     axis.bar_label(bars, ["no box" if x is None else f"{100 * x:.1f}" for x in values], fontsize=8, padding=2)
     limits = ("up to 32²", "up to 96²", "above 96²")
     axis.set_xticks(range(len(SIZES)), [f"{size}\n{limit} px" for size, limit in zip(SIZES, limits, strict=True)])
-    _label(axis, "size of the boxes in their image", "mAP, %")
+    label_axes(axis, "size of the boxes in their image", "mAP, %")
     axis.set_ylim(0, 100)
     axis.grid(visible=False, axis="x")
 
