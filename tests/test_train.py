@@ -6,6 +6,7 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -130,6 +131,16 @@ def test_resuming_a_finished_run_trains_nothing_more(config, digits, tmp_path):
     assert (again.steps, again.seconds) == (first.steps, first.seconds)
     assert again.metrics == first.metrics
     assert sum("metrics" in line for line in read_log(first.model_file.with_name("metrics.jsonl"))) == 1
+
+
+def test_a_run_that_was_killed_in_its_last_evaluation_logs_it_when_resumed(config, digits, monkeypatch):
+    config = with_val(config, digits)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fastkd.yolov3.train.run.detect_all", Mock(side_effect=KeyboardInterrupt))
+        train(config)
+    resumed = train(replace(config, resume=True))
+    last = read_log(resumed.model_file.with_name("metrics.jsonl"))[-1]
+    assert last == {"step": 9, "metrics": resumed.metrics.as_dict()}
 
 
 def test_a_run_is_not_overwritten(config):

@@ -114,7 +114,13 @@ class RunLog:
         self._curves({"lr": self._lr, **{f"loss/{name}": value for name, value in means.items()}}, self._step)
 
     def metrics(self, step: int, values: Mapping[str, Any], text: str) -> None:
-        """Record an evaluation after this step: write all values to the file, and print ``text``."""
+        """Record an evaluation after this step: write all values to the file, and print ``text``.
+
+        An evaluation that is in the file already is not recorded again: a finished run that is resumed is evaluated
+        once more, but one that was killed during its last evaluation has no metrics yet.
+        """
+        if any(entry["step"] == step and "metrics" in entry for entry in read_log(self.file)):
+            return
         self._write({"step": step, "metrics": dict(values)})
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         self._curves({f"val/{name}": value for name, value in numbers.items()}, step)

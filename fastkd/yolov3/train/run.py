@@ -283,7 +283,7 @@ class _Run:
         if saves:  # before the evaluation, which may fail at a fault of the validation set
             self._save()
         if evaluates:
-            self._evaluate(logged=True)
+            self._evaluate()
 
     def _train_step(self, batch: Batch) -> None:
         lr = float(self.scheduler.get_last_lr()[0])
@@ -314,7 +314,7 @@ class _Run:
     def result(self) -> TrainResult:
         """Return the result of a finished run; evaluate first if a resumed run had no step left."""
         if not self.evaluated:
-            self._evaluate(logged=False)  # the finished run has logged it already
+            self._evaluate()
         model = self.average.eval()
         return TrainResult(
             model, tuple(self.data.class_names), self.metrics, self.step, self.seconds, self.out / "model.pt"
@@ -334,7 +334,7 @@ class _Run:
         if self.distiller is not None:
             self.distiller.remove()
 
-    def _evaluate(self, *, logged: bool) -> None:
+    def _evaluate(self) -> None:
         """Evaluate, export and plot the averaged weights, on the main process."""
         self.evaluated = True
         if self.plots is not None:
@@ -344,8 +344,7 @@ class _Run:
                 detections = detect_all(self.average, self.val, batch_size=config.batch, workers=config.workers)
                 evaluation = coco_evaluation(detections, self.val)
                 self.metrics = metrics_of(evaluation, self.val.class_names)
-                if logged:
-                    self.log.metrics(self.step, self.metrics.as_dict(), str(self.metrics))
+                self.log.metrics(self.step, self.metrics.as_dict(), str(self.metrics))
             for name in ("model.pt", "model.weights"):
                 save_detector(self.average, self.out / name, self.data.class_names, self.config.size)
             if self.distiller is not None:  # on this process only: maps need no collective operation
