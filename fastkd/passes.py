@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,17 @@ from fastkd.loss_weight import LossWeight
 from fastkd.ops.arguments import kind_of, require_int, require_number
 
 ALL = slice(None)
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _outside_graphs(method: Method) -> Method:
+    """Return the method as ``torch.compiler.disable`` does, which imports torch._dynamo: here at the first call."""
+
+    @wraps(method)
+    def call(*args: Any) -> Any:
+        return torch.compiler.disable(method)(*args)  # type: ignore[no-untyped-call]
+
+    return call  # type: ignore[return-value]
 
 
 class Passes:
@@ -43,7 +56,7 @@ class Passes:
         """Whether the teacher runs in every step, on all images."""
         return self.every == self.parts == 1
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph does not count steps
+    @_outside_graphs  # a compiled graph does not count steps
     def images_of_step(self, counter: LossWeight, images: Any) -> tuple[slice, float]:
         """Return which images of the batch the teacher sees in the next training step, and the factor of the loss.
 
@@ -73,7 +86,7 @@ class Passes:
         first, last = (count * (passes % parts + k) // parts for k in (0, 1))
         return slice(first, last), self.every * (last - first) * parts / count if count else 1.0
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_outside_graphs
     def count(self) -> None:
         """Count one training step."""
         self._step += 1

@@ -302,6 +302,8 @@ import torch, fastkd
 s = [torch.randn(2, 4, 3, 3, requires_grad=True)]
 fastkd.distill_loss(s, [torch.randn(2, 4, 3, 3)]).backward()
 assert s[0].grad.abs().sum() > 0
+assert fastkd.Distiller
+assert "torch._dynamo" not in sys.modules, "it takes as long to import as torch"
 """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -150,7 +150,10 @@ def is_dense_like(s: Tensor, t: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+# torch.compiler.assume_constant_result sets this, but it imports torch._dynamo first, which takes as long as torch
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
