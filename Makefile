@@ -8,7 +8,7 @@ MUTANTS := build/mutants
 SAMPLE ?= 300
 SECONDS ?= 20
 
-.PHONY: setup demo study test mutants lint docs format bench kernels-report gpu-check gpu-train wheel clean
+.PHONY: setup demo study test mutants lint style types docs format bench kernels-report gpu-check gpu-train wheel clean
 
 setup: $(VENV)/installed
 
@@ -66,12 +66,15 @@ $(VENV)/mutants/installed: tests/mutants/requirements.txt | setup
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt --target $(VENV)/mutants --requirement $<
 	touch $@
 
-lint: setup
+lint: style types docs
+
+style: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
-	$(MAKE) docs
+
+types: setup
+	$(BIN)/mypy
 
 # every warning is an error, so a broken link or an unknown name fails
 docs: setup

@@ -1,6 +1,7 @@
 """Options and fixtures of the tests.
 
-``--full`` runs all combinations of options in the parity tests, compiles for every card, and prints a table of errors.
+``--full`` runs all combinations of options in the parity tests, compiles for every card and dtype, and prints a table
+of errors.
 Without a GPU the Triton kernels are interpreted, which must be set before they are imported.
 """
 
@@ -42,7 +43,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full", action="store_true", help="parity over the whole product of options, and every card's machine code"
+        "--full", action="store_true", help="all combinations of options, and the machine code of every card and dtype"
     )
 
 

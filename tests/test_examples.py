@@ -82,7 +82,11 @@ def test_the_distilled_student_is_an_ordinary_checkpoint_of_the_plain_script(fil
 
 
 @pytest.mark.parametrize("options", ["", ', info_map="attention", divisor="map_all_ranks"'], ids=["default", "map"])
-def test_two_processes_train_as_one_with_the_whole_batch(options: str, files: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_with_the_whole_batch(
+    options: str, files: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if options and not request.config.getoption("--full"):
+        pytest.skip("the trainer's processes share a map's divisor in test_distributed.py: with --full")
     script = tmp_path / "script.py"
     script.write_text(DISTILLED.read_text().replace('weight="auto"', f'weight="auto"{options}'))
     arguments = [*distilled(files), "--weights", str(files / "student.pt"), "--epochs", "2", "--freeze-batchnorm"]
