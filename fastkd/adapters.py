@@ -38,7 +38,10 @@ class LazyAdapter(nn.LazyConv2d):
         """
         self.out_channels = teacher.shape[1]
         self.to(student.device)
-        self(student[:0].to(torch.get_default_dtype()))
+        device = student.device.type if torch.amp.is_autocast_available(student.device.type) else "cpu"
+        # torch 2.10's autocast would keep the weights that it converts here, without a graph, for the step to come
+        with torch.autocast(device, enabled=False):
+            self(student[:0].to(torch.get_default_dtype()))
 
 
 def same_random_state(device: torch.device) -> AbstractContextManager[None]:
