@@ -69,7 +69,7 @@ SMALLER_OPTIONS = {
     "digits": "--train 8 --val 40 --test 40",
 }
 SMALLER_NOTEBOOK = {"TEACHER_SCENES": 24, "STUDENT_SCENES": 8, "TEST_SCENES": 8, "TEACHER_STEPS": 2, "STUDENT_STEPS": 2}
-SMALLER_NOTEBOOK |= {"BATCH": 8}
+SMALLER_NOTEBOOK |= {"BATCH": 8, "WIDTH": 0.125}
 SMALLER_ULTRALYTICS = {"imgsz": 96, "epochs": 2, "device": "cpu", "plots": False, "workers": 0}
 # names in inline code that belong to other programs or to the reader
 FOREIGN_FILES = {"train.py", "metrics.jsonl"}
@@ -312,7 +312,7 @@ def code_of_notebook() -> str:
     cells = ["".join(x["source"]) for x in json.loads(read(NOTEBOOK))["cells"] if x["cell_type"] == "code"]
     code = re.sub(r"^%.*\n", "", "\n".join(cells), flags=re.MULTILINE)
     for name, value in SMALLER_NOTEBOOK.items():
-        code, count = re.subn(rf"^{name} = \d+", f"{name} = {value}", code, flags=re.MULTILINE)
+        code, count = re.subn(rf"^{name} = [\d.]+", f"{name} = {value}", code, flags=re.MULTILINE)
         assert count == 1, name
     return code
 
