@@ -48,6 +48,8 @@ ROWS: dict[str, Config] = {
     "graded_iou, backbone only": GRADED | {"level_weights": [1, 1, 1, 0, 0]},
     "graded_iou, neck only": GRADED | {"level_weights": [0, 0, 0, 1, 1]},
     "graded_iou, shuffled": {"info_map": "uniform_standardized", "prior": "study: shuffled graded IoU"},
+    f"{ALONE}, multi-scale": {"multi_scale": 0.25},
+    f"{ALONE}, mosaic": {"mosaic": 0.5},
 }
 MAIN = ("graded_iou", "uniform")
 
@@ -168,7 +170,7 @@ class Study:
             for regime, r in self.plan.regimes.items():
                 names = [x for x in r.rows if (x in MAIN) == first]
                 for seed in r.seeds if first else r.seeds[:3]:
-                    rows = {x: ROWS[x] | chosen[regime][MAIN[0]] for x in names}
+                    rows = {x: ROWS[x] | chosen[regime][ALONE if _is_alone(x) else MAIN[0]] for x in names}
                     if first:
                         rows = {x: chosen[regime][x] for x in (ALONE, LONGER)} | rows
                     runs = [self._student(regime, r, row, seed, "test", c, found) for row, c in rows.items()]
@@ -199,8 +201,8 @@ class Study:
     def _student(
         self, regime: str, r: Regime, row: str, seed: int, scored_on: str, config: Config, teacher: tuple[str, str]
     ) -> Run:
-        alone = row in (ALONE, LONGER)
-        return self._run(regime, row, seed, scored_on, r.share, self.plan.usual | config, None if alone else teacher)
+        teacher_of_row = None if _is_alone(row) else teacher
+        return self._run(regime, row, seed, scored_on, r.share, self.plan.usual | config, teacher_of_row)
 
     def _run(self, regime: str, row: str, seed: int, scored_on: str, share: float, config: Config, teacher: Any) -> Run:
         part = part_of_set(self.root, self.name, share, seed)
@@ -215,6 +217,11 @@ class Study:
             if time.monotonic() > self.until:
                 raise TimeoutError
             self.bench.results(left[first : first + self.bench.workers], keep=keep)
+
+
+def _is_alone(row: str) -> bool:
+    """Whether the students of this row have no teacher."""
+    return row.startswith(ALONE)
 
 
 def by_row(results: list[Result], regime: str) -> dict[str, Row]:
