@@ -250,9 +250,9 @@ def table(results: list[Result]) -> str:
         rows = by_row(results, regime)
         if not rows:
             continue
-        over = [gains(rows, ALONE), gains(rows, LONGER)]
-        lines += ["", f"**{regime}**", "", "| | seeds | mAP | AP50 | AP75 | over alone | over alone, equal time |"]
-        lines.append("|---|---|---|---|---|---|---|")
+        over = [gains(rows, other) for other in (ALONE, LONGER, MAIN[1])]
+        columns = "| | seeds | mAP | AP50 | AP75 | over alone | over alone, equal time | over uniform |"
+        lines += ["", f"**{regime}**", "", columns, "|---|---|---|---|---|---|---|---|"]
         for row, found in rows.items():
             means = [f"{fmean(getattr(x, metric) for x in found.values()):.1f}" for metric in SCORES]
             lines.append(f"| {' | '.join([row, str(len(found)), *means, *(str(x.get(row, '')) for x in over)])} |")
