@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHS = "80;90;100;120"
 MAX_MB = 10  # of 1,000,000 bytes; PyPI takes 100
 NAME = re.compile(r"fastkd-([^-]+)-cp310-abi3-manylinux_2_[\w.]+\.whl")
-# these need nothing but torch and pytest
+# these need nothing but torch, pytest and numpy
 CORE_TESTS = [f"test_{name}.py" for name in ("api", "distiller", "loss", "loss_weight", "one_pass", "passes")]
 SMOKE = """
 import importlib.metadata, torch, fastkd
@@ -115,7 +115,7 @@ def try_wheel(wheel: Path, python: str, torch: str) -> str:
         run(there / "python", "-m", "pip", "install", "--quiet", torch, wheel)
         run(there / "python", "-I", "-c", SMOKE.format(archs=ARCHS))
         run(there / "fastkd", "doctor")
-        run(there / "python", "-m", "pip", "install", "--quiet", "pytest")
+        run(there / "python", "-m", "pip", "install", "--quiet", "pytest", "numpy")  # which Triton's interpreter needs
         tests = Path(folder, "tests")  # a copy, beside which there is no other fastkd
         shutil.copytree(ROOT / "tests", tests)
         run(there / "python", "-m", "pytest", "-q", "-c", os.devnull, *(tests / name for name in CORE_TESTS))
