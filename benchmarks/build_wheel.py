@@ -29,7 +29,7 @@ ARCHS = "80;90;100;120"
 MAX_MB = 10  # of 1,000,000 bytes; PyPI takes 100
 NAME = re.compile(r"fastkd-([^-]+)-cp310-abi3-manylinux_2_[\w.]+\.whl")
 # these need nothing but torch, pytest and numpy
-CORE_TESTS = [f"test_{name}.py" for name in ("api", "distiller", "loss", "loss_weight", "one_pass", "passes")]
+CORE_TESTS = [f"test_{name}.py" for name in ("api", "distiller", "loss", "loss_weight", "one_pass", "parity", "passes")]
 SMOKE = """
 import importlib.metadata, torch, fastkd
 from fastkd import _C
@@ -40,8 +40,8 @@ assert torch._C._dispatch_has_kernel_for_dispatch_key("fastkd::distill_cpp", "CU
 """
 
 
-def run(*command: str | Path, **environment: str) -> None:
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **environment})
+def run(*command: str | Path, folder: str | Path = ROOT, **environment: str) -> None:
+    subprocess.run(command, check=True, cwd=folder, env={**os.environ, **environment})
 
 
 def build(folder: Path) -> Path:
@@ -116,9 +116,11 @@ def try_wheel(wheel: Path, python: str, torch: str) -> str:
         run(there / "python", "-I", "-c", SMOKE.format(archs=ARCHS))
         run(there / "fastkd", "doctor")
         run(there / "python", "-m", "pip", "install", "--quiet", "pytest", "numpy")  # which Triton's interpreter needs
-        tests = Path(folder, "tests")  # a copy, beside which there is no other fastkd
+        tests = Path(folder, "tests")
         shutil.copytree(ROOT / "tests", tests)
-        run(there / "python", "-m", "pytest", "-q", "-c", os.devnull, *(tests / name for name in CORE_TESTS))
+        # -m would put the current folder before the wheel, so it must not be that of the sources
+        files = (tests / name for name in CORE_TESTS)
+        run(there / "python", "-m", "pytest", "-q", "-ra", "-c", os.devnull, *files, folder=folder)
         say = "import platform, torch; print('Python', platform.python_version(), 'with torch', torch.__version__)"
         said = subprocess.run([there / "python", "-I", "-c", say], capture_output=True, text=True, check=True).stdout
     return f"ok: {said.strip()}, {time.monotonic() - begin:.0f} s"

@@ -38,10 +38,8 @@ class LazyAdapter(nn.LazyConv2d):
         """
         self.out_channels = teacher.shape[1]
         self.to(student.device)
-        device = student.device.type if torch.amp.is_autocast_available(student.device.type) else "cpu"
-        # torch 2.10's autocast would keep the weights that it converts here, without a graph, for the step to come
-        with torch.autocast(device, enabled=False):
-            self(student[:0].to(torch.get_default_dtype()))
+        self(student[:0].to(torch.get_default_dtype()))
+        forget_converted_weights()
 
 
 def same_random_state(device: torch.device) -> AbstractContextManager[None]:
@@ -49,6 +47,11 @@ def same_random_state(device: torch.device) -> AbstractContextManager[None]:
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def forget_converted_weights() -> None:
+    """Clear autocast's weights after a forward under ``no_grad``: torch 2.10 would train with them, without a graph."""
+    torch.clear_autocast_cache()
 
 
 def without_bias(adapter: nn.Module, student: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from fastkd import health, level_maps
+from fastkd.adapters import forget_converted_weights
 from fastkd.health import Check, Report
 from fastkd.hooks import (
     FeatureHook,
@@ -303,6 +304,7 @@ class Distiller(nn.Module):
             self.criterion.prepare(student, teacher)
         finally:
             self._clear()
+            forget_converted_weights()
         return self
 
     def add_to(self, optimizer: torch.optim.Optimizer) -> Distiller:
@@ -399,6 +401,7 @@ class Distiller(nn.Module):
                 return level_maps.measure(self.criterion, self._matched(), student, teacher, q, self._image_height)
         finally:
             self._clear()
+            forget_converted_weights()
 
     def check(
         self,

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastkd.loss_weight import LossWeight
 from fastkd.ops.arguments import kind_of, require_int, require_number
 
 ALL = slice(None)
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _outside_graphs(method: Method) -> Method:
-    """Return the method as ``torch.compiler.disable`` does, which imports torch._dynamo: here at the first call."""
-
-    @wraps(method)
-    def call(*args: Any) -> Any:
-        return torch.compiler.disable(method)(*args)  # type: ignore[no-untyped-call]
-
-    return call  # type: ignore[return-value]
 
 
 class Passes:
@@ -56,7 +42,6 @@ class Passes:
         """Whether the teacher runs in every step, on all images."""
         return self.every == self.parts == 1
 
-    @_outside_graphs  # a compiled graph does not count steps
     def images_of_step(self, counter: LossWeight, images: Any) -> tuple[slice, float]:
         """Return which images of the batch the teacher sees in the next training step, and the factor of the loss.
 
@@ -86,7 +71,6 @@ class Passes:
         first, last = (count * (passes % parts + k) // parts for k in (0, 1))
         return slice(first, last), self.every * (last - first) * parts / count if count else 1.0
 
-    @_outside_graphs
     def count(self) -> None:
         """Count one training step."""
         self._step += 1

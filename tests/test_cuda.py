@@ -388,6 +388,13 @@ def test_the_cuda_kernels_refuse_cpu_tensors() -> None:
         torch.ops.fastkd.distill_cpp.default.redispatch(on_cuda, *tensors, *codes(**DEFAULTS))
 
 
+def test_a_compiled_graph_takes_the_card_as_constant() -> None:
+    def marked() -> None: ...
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked).items() <= vars(backends._capability).items()
+
+
 def test_a_build_that_lacks_kernels_for_a_card_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda:0")
     monkeypatch.setitem(backends._unavailable, "cpp", None)

@@ -552,9 +552,12 @@ def test_a_compiled_submodule_is_found_by_its_plain_name(student: Net, teacher: 
     assert distiller.levels == [("stages.1.0", "stages.1.0"), BACKBONE[1]]
 
 
-def test_bfloat16_autocast_trains_the_student(student: Net, teacher: Net, images: Tensor) -> None:
+@pytest.mark.parametrize("before", [None, "prepare", "maps", "check"])  # they convert weights too, without a graph
+def test_bfloat16_autocast_trains_the_student(before: str | None, student: Net, teacher: Net, images: Tensor) -> None:
     distiller = Distiller(student, teacher, backbone=BACKBONE, neck=NECK)
     with torch.autocast("cpu", torch.bfloat16):
+        if before is not None:
+            getattr(distiller, before)(images)
         student(images)
         loss = distiller.loss(images)
     loss.backward()

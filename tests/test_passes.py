@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from fastkd import Distiller
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
@@ -189,12 +190,21 @@ def test_images_that_cannot_be_cut_are_refused() -> None:
         distiller.loss(list(images))
 
 
-def test_a_compiled_step_counts_too() -> None:
-    distiller = distiller_of(teacher_every=2)
+@pytest.mark.parametrize("schedule", [{"teacher_every": 3}, {"teacher_images": 1 / 3}])
+def test_a_compiled_step_counts_too(schedule: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    compiles = CompileCounter()
+    losses = []
+    for wrap in (lambda function: function, lambda function: torch.compile(function, backend=compiles)):
+        distiller = distiller_of(**schedule)
 
-    def forward(x: Tensor) -> Tensor:
-        distiller.student(x)
-        return distiller.loss(x)
+        def forward(x: Tensor, distiller: Distiller = distiller) -> Tensor:
+            distiller.student(x)
+            return distiller.loss(x)
 
-    compiled = torch.compile(forward, backend="eager")
-    assert [compiled(images_of(2)).item() > 0 for _ in range(4)] == [True, False, True, False]
+        run, counts = wrap(forward), []
+        for _ in range(12):
+            losses.append(run(images_of(6)).item())
+            counts.append(compiles.frame_count)
+    assert losses[12:] == pytest.approx(losses[:12], rel=1e-5)
+    assert counts[6] == counts[-1], "compiled again in every step"

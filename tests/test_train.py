@@ -495,6 +495,20 @@ def test_tensorboard_shows_what_distillation_looks_at(config, teacher, tmp_path)
     assert [x.step for x in events.Images("distillation/maps")] == [2]
 
 
+def test_curves_of_a_finished_run_stay_when_it_is_resumed(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first in (0, 2):
+        log = RunLog(tmp_path, ["loss"], first=first, last=2, batch=1, every=1)
+        for step in range(first + 1, 3):
+            log.step(step, 0, torch.ones(1), 0.1)
+        log.metrics(2, {"mAP": 0.5}, "")
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [x.step for x in events.Scalars("loss/loss")] == [1, 2]
+    assert [x.step for x in events.Scalars("val/mAP")] == [2]
+
+
 def test_figures_that_cost_too_much_wait_for_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr("fastkd.yolov3.train.log.FIGURE_SHARE", 0.0)
     log = RunLog(tmp_path, ["loss"], first=0, last=3, batch=1, every=1)

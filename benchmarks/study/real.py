@@ -66,8 +66,6 @@ class Regime:
         alone, longer, distilled: settings of the student alone at equal steps and at equal time, and of the distilled
             student, to choose from on the validation set, with a seed of its own.
         rows: names of the rows in ``ROWS`` that are run.
-        seeds: the student alone and the rows in ``MAIN`` have one student for each of these seeds, the other rows one
-            for each of the first three.
     """
 
     share: float
@@ -77,7 +75,6 @@ class Regime:
     longer: tuple[Config, ...]
     distilled: tuple[Config, ...]
     rows: tuple[str, ...] = MAIN
-    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,14 @@ class Plan:
         usual: settings of all students.
         teacher: settings of the teacher.
         regimes: the regimes by name.
+        seeds: every row has one student per seed.
         tuning_seed: the seed with which settings are chosen.
     """
 
     usual: Config
     teacher: Config
     regimes: dict[str, Regime]
+    seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 9
 
 
@@ -116,7 +115,6 @@ PLANS = {
                 longer=DECAYS,
                 distilled=SHARES,
                 rows=tuple(ROWS),
-                seeds=(0, 1, 2, 3, 4),
             ),
             "all labels": Regime(
                 share=1,
@@ -169,12 +167,12 @@ class Study:
         for first in (True, False):
             for regime, r in self.plan.regimes.items():
                 names = [x for x in r.rows if (x in MAIN) == first]
-                for seed in r.seeds if first else r.seeds[:3]:
+                for seed in self.plan.seeds:
                     rows = {x: ROWS[x] | chosen[regime][ALONE if _is_alone(x) else MAIN[0]] for x in names}
                     if first:
                         rows = {x: chosen[regime][x] for x in (ALONE, LONGER)} | rows
                     runs = [self._student(regime, r, row, seed, "test", c, found) for row, c in rows.items()]
-                    self._go(runs, keep=first and seed == r.seeds[0])
+                    self._go(runs, keep=first and seed == self.plan.seeds[0])
                     self.bench.forget()
 
     def _choose(self, regime: str, r: Regime, teacher: tuple[str, str]) -> dict[str, Config]:

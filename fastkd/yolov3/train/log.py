@@ -69,13 +69,15 @@ class RunLog:
         self._figure_seconds = 0.0
         self._bar = tqdm(total=last, initial=first, unit="step", disable=not show, dynamic_ncols=True)
         self._board = None
+        self._evaluated: set[int] = set()
         if show:
             _drop_after(self.file, first)
+            self._evaluated = {entry["step"] for entry in read_log(self.file) if "metrics" in entry}
             if tensorboard:
                 import matplotlib  # noqa: F401  # if it is missing, fail now and not at the first figure
                 from torch.utils.tensorboard import SummaryWriter  # imported here, because that takes seconds
 
-                self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
+                self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
 
     def step(self, step: int, epoch: int, values: Tensor, lr: float) -> None:
         """Record a finished step.
@@ -116,10 +118,10 @@ class RunLog:
     def metrics(self, step: int, values: Mapping[str, Any], text: str) -> None:
         """Record an evaluation after this step: write all values to the file, and print ``text``.
 
-        An evaluation that is in the file already is not recorded again: a finished run that is resumed is evaluated
-        once more, but one that was killed during its last evaluation has no metrics yet.
+        An evaluation that an earlier process of this run has recorded is not recorded again: a finished run that is
+        resumed is evaluated once more, but one that was killed during its last evaluation has no metrics yet.
         """
-        if any(entry["step"] == step and "metrics" in entry for entry in read_log(self.file)):
+        if step in self._evaluated:
             return
         self._write({"step": step, "metrics": dict(values)})
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
