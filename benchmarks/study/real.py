@@ -236,9 +236,10 @@ def regimes_of(results: list[Result]) -> list[str]:
 
 
 def gains(rows: dict[str, Row], other: str) -> dict[str, Interval]:
-    """Return the gain of each row over another, paired by seed."""
+    """Return the gain of each row over another, paired by seed; only distilled students take the time of ``LONGER``."""
     over = rows.get(other, {})
-    return {name: gain(row, over) for name, row in rows.items() if name != other and row.keys() & over.keys()}
+    compared = {name: row for name, row in rows.items() if not (other == LONGER and _is_alone(name))}
+    return {name: gain(row, over) for name, row in compared.items() if name != other and row.keys() & over.keys()}
 
 
 def table(results: list[Result]) -> str:
