@@ -32,7 +32,7 @@ def report(*arguments: str) -> list[str]:
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_triton(capability: int, dtype: str, request: pytest.FixtureRequest) -> None:
     if (capability != 90 or dtype == "float16") and not request.config.getoption("--full"):
-        pytest.skip("a minute for each card, and float16 is compiled as bfloat16 is: with --full")
+        pytest.skip("half a minute for each card and dtype: with --full")
     rows = report("--only", "triton", "--capability", str(capability), "--dtype", dtype)
     for name in ("forward", "backward", "score", "stream", "rescale"):
         for layout in ("NCHW", "channels_last"):
