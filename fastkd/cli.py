@@ -190,9 +190,11 @@ def _add_train(commands: Any) -> None:
     add(kd, "--teacher-every", "run the teacher in one of N steps only: cheaper (default: 1)", type=int)
     part = "fraction of a batch's images that the teacher sees, for example 1/2 or 1/3: cheaper (default: 1.0)"
     add(kd, "--teacher-images", part, type=_fraction, metavar="N")
-    unlabelled = "folder of images without labels, which only the distillation loss uses (default: none)"
+    unlabelled = "folder of images without labels, for the distillation loss alone (default: none)"
     add(kd, "--unlabelled", unlabelled, metavar="DIR")
     add(kd, "--unlabelled-batch", "number of unlabelled images per step (default: as --batch)", type=int)
+    pseudo = "label the images of --unlabelled with the teacher's detections of a score of at least N"
+    add(kd, "--pseudo-labels", f"{pseudo} (default: no labels)", type=float)
     add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=weight_of, metavar="N")
     add(kd, "--distill-share", "with auto: keep it at N times the detection loss (default: 1.0)", type=float)
     add(kd, "--info-map", "information map: how the cells are weighted (default: graded_iou)", metavar="NAME")
@@ -202,7 +204,8 @@ def _add_train(commands: Any) -> None:
     levels = "factor of each level, backbone first; 0 leaves a level out (default: all 1)"
     add(kd, "--level-weights", levels, type=_numbers, metavar="N,N,...")
     add(kd, "--distill-warmup", "steps until the distillation loss has its full weight (default: 0)", type=int)
-    add(kd, "--distill-stop", "stop the distillation after N epochs (default: never)", type=int)
+    stop = "stop the distillation after N epochs; 0 with --pseudo-labels: learn from these alone (default: never)"
+    add(kd, "--distill-stop", stop, type=int)
     add(kd, "--distill-decay", "decay to zero until --distill-stop or the end (default: no decay)", choices=DECAYS[1:])
 
     how = parser.add_argument_group("optimisation")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,10 +18,15 @@ from fastkd.distiller import takes_output
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
 from fastkd.yolov3.boxes import likely_boxes
 from fastkd.yolov3.checkpoint import load_detector, save_detector
+from fastkd.yolov3.data.dataset import read_image
 from fastkd.yolov3.data.digits import CLASS_NAMES, write_digits
+from fastkd.yolov3.data.images import read_images
 from fastkd.yolov3.show.inspect import inspect_run, level_loss_figure
+from fastkd.yolov3.show.predict import detect_objects
 from fastkd.yolov3.train.config import TrainConfig, read_config
 from fastkd.yolov3.train.log import RunLog, read_log
+from fastkd.yolov3.train.objective import Objective
+from fastkd.yolov3.train.pseudo_labels import pseudo_labelled
 from fastkd.yolov3.train.run import (
     _Run,
     batches,
@@ -29,7 +35,7 @@ from fastkd.yolov3.train.run import (
     load_checkpoint,
     train,
     training_set,
-    unlabelled_images,
+    unlabelled_batches,
     unlabelled_set,
     validation_set,
 )
@@ -619,7 +625,10 @@ def test_a_teacher_file_that_is_cut_off_or_of_another_model_is_refused(teacher, 
 def test_unlabelled_images_are_explained_by_the_teacher_alone(config, digits, teacher):
     config = replace(config, teacher=str(teacher), unlabelled=str(digits / "images/train"), unlabelled_batch=3)
     data = training_set(config)
-    batch, more = next(batches(data, config, 0, 1)), next(unlabelled_images(unlabelled_set(config), config, 0, 1))
+    batch, more = (
+        next(batches(data, config, 0, 1)),
+        next(unlabelled_batches(unlabelled_set(config), config, 0, 1)).images,
+    )
     assert more.shape == (3, 3, config.size, config.size)
     objective = build_objective(config, data).eval()  # in training mode, batch norm would mix the images
 
@@ -632,9 +641,10 @@ def test_unlabelled_images_are_explained_by_the_teacher_alone(config, digits, te
     assert together["distill/conv16"] != pytest.approx(alone["distill/conv16"], rel=1e-5)
 
 
-def test_a_run_with_unlabelled_images_resumes_to_the_same_bits(config, digits, teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("labels", [{}, {"pseudo_labels": 0.01}])
+def test_a_run_with_unlabelled_images_resumes_to_the_same_bits(config, digits, teacher, tmp_path, monkeypatch, labels):
     options = {"teacher": str(teacher), "unlabelled": str(digits / "images/train"), "unlabelled_batch": 2}
-    config = replace(config, **options)
+    config = replace(config, **options | labels)
     whole = train(replace(config, out=str(tmp_path / "whole")))
     with monkeypatch.context() as killed:
         kill_at(killed, 5)
@@ -642,6 +652,53 @@ def test_a_run_with_unlabelled_images_resumes_to_the_same_bits(config, digits, t
             train(config)
     resumed = train(replace(config, resume=True))
     assert same(weights(whole.model_file), weights(resumed.model_file))
+
+
+def test_pseudo_labels_are_the_teachers_detections_in_each_image(digits):
+    torch.manual_seed(3)
+    model, images = YOLOv3Tiny(num_classes=10, width=0.125).eval(), read_images(digits / "images/train")
+    everything = [detect_objects(model, read_image(images.path(i)), 64, score_threshold=1e-5) for i in range(10)]
+    scores = torch.cat([x.scores for x in everything]).sort(descending=True).values[:50]
+    gap = int((scores[:-1] - scores[1:]).argmax())  # far from every score, as those of a batch are rounded differently
+    least = float(scores[gap : gap + 2].mean())
+    labels = pseudo_labelled(images, model, CLASS_NAMES, size=64, least_score=least)
+    for row, found in enumerate(everything):
+        kept = found.scores >= least
+        corners = np.concatenate([labels.boxes[:, :2], labels.boxes[:, :2] + labels.boxes[:, 2:]], 1)[labels.of(row)]
+        np.testing.assert_allclose(corners, found.boxes[kept].numpy(), atol=1e-3)
+        assert labels.classes[labels.of(row)].tolist() == found.classes[kept].tolist()
+    with pytest.raises(ValueError, match=r"pseudo_labels: expected a score that .* got 0\.999, which none reaches in"):
+        pseudo_labelled(images, model, CLASS_NAMES, size=64, least_score=0.999)
+
+
+def test_with_pseudo_labels_the_detection_loss_uses_the_unlabelled_images(config, digits, teacher, tmp_path):
+    met = []
+
+    class Met(Objective):
+        def forward(self, images, targets, unlabelled=None):
+            met.append((len(images), set(targets[:, 0].int().tolist()), unlabelled))
+            return super().forward(images, targets, unlabelled)
+
+    options = {"teacher": str(teacher), "unlabelled": str(digits / "images/train"), "steps": 2, "pseudo_labels": 0.01}
+    config = replace(config, **options)
+    train(config, make_objective=Met)
+    assert all(count == 8 and of_image > {5, 6, 7} and more is None for count, of_image, more in met)
+
+    teacher_alone_labels = replace(config, distill_stop=0)
+    first, second = (
+        train(replace(teacher_alone_labels, info_map=info_map, prior="none", out=str(tmp_path / info_map)))
+        for info_map in ("uniform", "energy")
+    )
+    assert same(weights(first.model_file), weights(second.model_file))
+
+
+def test_pseudo_labels_want_images_and_a_score(config):
+    with pytest.raises(ValueError, match="pseudo_labels: expected unlabelled too"):
+        replace(config, teacher="teacher.pt", pseudo_labels=0.3)
+    with pytest.raises(ValueError, match=r"pseudo_labels: expected None or a score between 0 and 1, got 1\.5"):
+        replace(config, teacher="teacher.pt", unlabelled="images", pseudo_labels=1.5)
+    with pytest.raises(ValueError, match="distill_stop: expected None or an epoch >= 1, got 0"):
+        replace(config, teacher="teacher.pt", distill_stop=0)
 
 
 def test_unlabelled_images_want_a_teacher(config):

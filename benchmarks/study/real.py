@@ -48,10 +48,13 @@ ROWS: dict[str, Config] = {
     "graded_iou, backbone only": GRADED | {"level_weights": [1, 1, 1, 0, 0]},
     "graded_iou, neck only": GRADED | {"level_weights": [0, 0, 0, 1, 1]},
     "graded_iou, shuffled": {"info_map": "uniform_standardized", "prior": "study: shuffled graded IoU"},
+    "graded_iou, pseudo-labels": GRADED | {"pseudo_labels": 0.3},
+    "pseudo-labels alone": {"pseudo_labels": 0.3, "distill_stop": 0},
     f"{ALONE}, multi-scale": {"multi_scale": 0.25},
     f"{ALONE}, mosaic": {"mosaic": 0.5},
 }
 MAIN = ("graded_iou", "uniform")
+PSEUDO = ("graded_iou, pseudo-labels", "pseudo-labels alone")
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,9 @@ PLANS = {
         usual=STUDENT,
         teacher=TEACHER | {"epochs": 200},
         regimes={
-            "10 % of the labels": Regime(0.1, steps=800, cost=4.2, alone=DECAYS, longer=DECAYS, distilled=SHARES),
+            "10 % of the labels": Regime(
+                0.1, steps=800, cost=4.2, alone=DECAYS, longer=DECAYS, distilled=SHARES, rows=(*MAIN, *PSEUDO)
+            ),
             "25 % of the labels": Regime(  # with the settings that were chosen for 10 %
                 0.25, steps=800, cost=4.2, alone=DECAYS[:1], longer=DECAYS[:1], distilled=SHARES[:1]
             ),

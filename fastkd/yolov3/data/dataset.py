@@ -326,6 +326,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def joined(first: Batch, second: Batch) -> Batch:
+    """Return one batch with the images of two."""
+    moved = second.targets + second.targets.new_tensor([len(first.images), 0, 0, 0, 0, 0])
+    return Batch(
+        images=torch.cat([first.images, second.images]),
+        targets=torch.cat([first.targets, moved]),
+        image_ids=first.image_ids + second.image_ids,
+        letterboxes=first.letterboxes + second.letterboxes,
+    )
+
+
 def spread(total: int, count: int) -> list[int]:
     """Return at most ``count`` of ``total`` indices, evenly spaced."""
     return [i * total // min(count, total) for i in range(min(count, total))]

@@ -54,9 +54,11 @@ class TrainConfig:
             ``"data"``, because new heads have nothing to keep.
         teacher: ``.pt`` or ``.weights`` file of the teacher; None: train without distillation.
         teacher_model: model of a ``.weights`` teacher; None: from the ``.cfg`` file beside it, or from its size.
-        unlabelled: folder of images without labels, with its sub-folders, which only the distillation loss uses; None:
-            no such images.
+        unlabelled: folder of images without labels, with its sub-folders, which only the distillation loss uses, unless
+            ``pseudo_labels`` is given; None: no such images.
         unlabelled_batch: number of these images per step, over all processes; None: ``batch``.
+        pseudo_labels: label these images, before the training, with the teacher's detections of at least this score,
+            so that the detection loss uses them too, see ``fastkd.yolov3.train.pseudo_labels``; None: no labels.
         match_threshold: see ``fastkd.yolov3.DetectionLoss``.
         distill_weight, info_map: see ``Objective`` and ``fastkd.DistillLoss``.
         prior: see ``Objective``; None: the prior that the map needs, which is ``"score"`` for ``"score"``,
@@ -66,7 +68,8 @@ class TrainConfig:
         distill_share: with ``distill_weight="auto"``, the distillation loss is kept at this multiple of the detection
             loss.
         distill_warmup: number of steps until the distillation loss has its full weight.
-        distill_stop: number of epochs with distillation; None: all.
+        distill_stop: number of epochs with distillation; None: all; 0: none, so that the teacher gives nothing but
+            pseudo-labels.
         distill_decay: ``"linear"`` or ``"cosine"``: the weight of the distillation loss decays from the end of the
             warm-up to zero at ``distill_stop`` (or the end); None: it stays constant.
         teacher_every, teacher_images: see ``fastkd.Distiller``: fewer passes of the teacher.
@@ -116,6 +119,7 @@ class TrainConfig:
     teacher_model: str | None = None
     unlabelled: str | None = None
     unlabelled_batch: int | None = None
+    pseudo_labels: float | None = None
     distill_weight: float | str = "auto"
     distill_share: float = 1.0
     info_map: str = "graded_iou"
@@ -187,7 +191,13 @@ class TrainConfig:
             raise ValueError("unlabelled: expected a teacher too, as only distillation uses these images, got None")
         if self.unlabelled is None and self.unlabelled_batch is not None:
             raise ValueError(f"unlabelled_batch: expected unlabelled too, got {self.unlabelled_batch} alone")
-        self._require("distill_stop", self.distill_stop is None or self.distill_stop >= 1, "None or an epoch >= 1")
+        if self.pseudo_labels is not None:
+            self._require("pseudo_labels", 0 < self.pseudo_labels < 1, "None or a score between 0 and 1")
+            if self.unlabelled is None:
+                raise ValueError("pseudo_labels: expected unlabelled too, whose images they label, got None")
+        least = 1 if self.pseudo_labels is None else 0
+        reached = self.distill_stop is None or self.distill_stop >= least
+        self._require("distill_stop", reached, f"None or an epoch >= {least}")
         Passes(self.teacher_every, self.teacher_images)  # raises if they are out of range
         self._require("steps", self.steps is None or self.steps >= 1, "None or a number >= 1")
         self._require("lr", 0 < self.lr < math.inf, "a finite number > 0")

@@ -31,7 +31,7 @@ from fastkd.ops.presets import CWD, resolve
 from fastkd.yolov3.anchors import dataset_anchors
 from fastkd.yolov3.checkpoint import Trained, load_detector, read_dictionary, save_detector
 from fastkd.yolov3.class_names import same_names
-from fastkd.yolov3.data.dataset import Batch, DetectionDataset, Sample, collate, some_batch
+from fastkd.yolov3.data.dataset import Batch, DetectionDataset, Sample, collate, joined, some_batch
 from fastkd.yolov3.model import MODELS, Detector, build_detector
 from fastkd.yolov3.onnx_detector import Exported
 from fastkd.yolov3.train.config import TrainConfig, read_config, require_same_run
@@ -40,6 +40,7 @@ from fastkd.yolov3.train.figures import map_figures
 from fastkd.yolov3.train.log import RunLog, read_log
 from fastkd.yolov3.train.objective import Objective
 from fastkd.yolov3.train.plots import PLOT_FILES, RunPlots
+from fastkd.yolov3.train.pseudo_labels import pseudo_labelled
 from fastkd.yolov3.train.scales import at_size, input_size
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ class _Run:
         self.student, self.distiller = objective.student, objective.distiller
         if self.distiller is not None:  # the teacher is not a submodule of the objective
             self.distiller.teacher.to(self.accelerator.device)
+        if unlabelled is not None and config.pseudo_labels is not None:
+            unlabelled = self._pseudo_labelled(unlabelled)
         self.teacher_fingerprint = None if self.distiller is None else fingerprint(self.distiller.teacher)
         self.average = copy.deepcopy(self.student)
         self._averaged, self._current = _floats(self.average), _floats(self.student)
@@ -235,7 +238,7 @@ class _Run:
         self.scheduler = LambdaLR(optimizer, lambda step: _lr_factor(step, self.steps, config.warmup, config.final_lr))
         if saved is not None:
             self._restore(saved, optimizer)
-        elif self.distiller is not None:
+        elif self.distiller is not None and config.distill_stop != 0:
             if self.accelerator.is_main_process:
                 report = _report(objective, self.distiller, self.data, optimizer)  # before a long training
                 if not report.ok:
@@ -257,7 +260,7 @@ class _Run:
         self.plots = RunPlots(self.out, self.data.class_names, enabled=config.plots) if main else None
         rank = self.accelerator.process_index
         self.batches = batches(self.data, config, self.step, self.steps, rank=rank, ranks=ranks)
-        self.unlabelled = unlabelled_images(unlabelled, config, self.step, self.steps, rank=rank, ranks=ranks)
+        self.unlabelled = unlabelled_batches(unlabelled, config, self.step, self.steps, rank=rank, ranks=ranks)
 
     def train_to_next_stop(self) -> None:
         """Train to the next checkpoint or evaluation, or to the end."""
@@ -288,12 +291,14 @@ class _Run:
     def _train_step(self, batch: Batch) -> None:
         lr = float(self.scheduler.get_last_lr()[0])
         unlabelled = next(self.unlabelled)
+        if unlabelled is not None and self.config.pseudo_labels is not None:
+            batch, unlabelled = joined(batch, unlabelled), None
         size = input_size(self.config.size, self.config.multi_scale, self.config.seed, self.step)
         targets = batch.targets.to(self.accelerator.device, non_blocking=True)
         images, targets = at_size(self._moved(batch.images), targets, size)
         if self.plots is not None:
             self.plots.batch(self.step, images, targets)
-        more = None if unlabelled is None else at_size(self._moved(unlabelled), targets[:0], size)[0]
+        more = None if unlabelled is None else at_size(self._moved(unlabelled.images), targets[:0], size)[0]
         loss, terms = self.objective(images, targets, more)
         self.accelerator.backward(loss)
         if self.config.clip:
@@ -389,6 +394,24 @@ class _Run:
             }
             save(content, self.out / "checkpoint.pt")
         self.accelerator.wait_for_everyone()
+
+    def _pseudo_labelled(self, unlabelled: DetectionDataset) -> DetectionDataset:
+        """Return the images with the teacher's detections as labels; every rank computes them."""
+        config, main = self.config, self.accelerator.is_main_process
+        device = self.accelerator.device
+        teacher = load_detector(cast(str, config.teacher), model=config.teacher_model).model.to(device)  # without hooks
+        labelled = pseudo_labelled(
+            unlabelled.annotations,
+            teacher,
+            self.data.class_names,
+            size=config.size,
+            least_score=cast(float, config.pseudo_labels),
+            device=device,
+            progress=main,
+        )
+        if main:
+            print(f"pseudo-labels: the teacher found {len(labelled.rows)} boxes in {len(labelled)} images")
+        return DetectionDataset(labelled, None, config.size, **_training_options(config))
 
     def _hold(self, held: contextlib.ExitStack) -> None:
         """Lock the run's folder against other processes; if that fails, all ranks raise the error."""
@@ -550,14 +573,14 @@ def unlabelled_set(config: TrainConfig) -> DetectionDataset | None:
     return DetectionDataset.of_images(config.unlabelled, config.size, **_training_options(config))
 
 
-def unlabelled_images(
+def unlabelled_batches(
     data: DetectionDataset | None, config: TrainConfig, first: int, last: int, *, rank: int = 0, ranks: int = 1
-) -> Iterator[Tensor | None]:
+) -> Iterator[Batch | None]:
     """Yield the images without labels of the steps ``first`` to ``last`` - 1; None for each step if there are none."""
     if data is None:
         return itertools.repeat(None)
     batch = config.unlabelled_batch or config.batch
-    return (x.images for x in batches(data, replace(config, batch=batch), first, last, rank=rank, ranks=ranks))
+    return batches(data, replace(config, batch=batch), first, last, rank=rank, ranks=ranks)
 
 
 def batches(
