@@ -194,7 +194,7 @@ def _add_train(commands: Any) -> None:
     add(kd, "--unlabelled", unlabelled, metavar="DIR")
     add(kd, "--unlabelled-batch", "number of unlabelled images per step (default: as --batch)", type=int)
     pseudo = "label the images of --unlabelled with the teacher's detections of a score of at least N"
-    add(kd, "--pseudo-labels", f"{pseudo} (default: no labels)", type=float)
+    add(kd, "--pseudo-labels", f"{pseudo} (default: none)", type=float)
     add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=weight_of, metavar="N")
     add(kd, "--distill-share", "with auto: keep it at N times the detection loss (default: 1.0)", type=float)
     add(kd, "--info-map", "information map: how the cells are weighted (default: graded_iou)", metavar="NAME")
