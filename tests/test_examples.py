@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import launched
 
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
 from fastkd.yolov3.checkpoint import load_detector, save_detector
@@ -22,7 +20,6 @@ EXAMPLES = ROOT / "docs" / "examples"
 PLAIN, DISTILLED, ACCELERATE = (
     EXAMPLES / f"{name}.py" for name in ("plain_loop", "plain_loop_distilled", "accelerate_loop")
 )
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SMALL = ["--size", "64", "--batch", "4"]
 
 
@@ -42,10 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(script: Path, files: Path, out: Path, *options: str, processes: int = 1) -> list[dict[str, float]]:
     """Return the lines that a script prints."""
-    launcher = TORCHRUN if processes > 1 else []
-    command = [sys.executable, *launcher, str(script), "--data", str(files / "digits"), "--out", str(out), *SMALL]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=120)
+    done = launched([script, "--data", files / "digits", "--out", out, *SMALL, *options], processes)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import launched
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -216,10 +215,7 @@ def _two_processes(folder: str) -> None:
 
 
 def test_two_processes_have_the_same_student_adapters_and_statistics(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=120
-    )
+    done = launched([__file__, tmp_path], processes=2)
     assert done.returncode == 0, done.stderr
     ours, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, value in ours.items():

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from processes import CONTEXT
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn import functional as F
 
 import fastkd
@@ -342,7 +343,7 @@ def prior(images: slice) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("of_ranks")
-    spawn(_rank, args=(str(folder),), nprocs=2)
+    start_processes(_rank, args=(str(folder),), nprocs=2, start_method=CONTEXT.get_start_method())
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

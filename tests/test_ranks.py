@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from processes import CONTEXT
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.distiller import Distiller
@@ -144,7 +145,7 @@ def _see_a_part_of_the_batch(rank: int) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(_rank, args=(str(folder),), nprocs=2)
+    start_processes(_rank, args=(str(folder),), nprocs=2, start_method=CONTEXT.get_start_method())
     return folder
 
 

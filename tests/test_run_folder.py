@@ -1,20 +1,16 @@
 """The folder of a run without ``--out``: its name, never one that is there, and which one ``--resume`` finds."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import launched
 
 from fastkd.cli import main
 from fastkd.yolov3.data.digits import write_digits
 from fastkd.yolov3.train.log import read_log
 from fastkd.yolov3.train.run_folder import run_name, runs_named
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +79,10 @@ def test_resume_goes_on_with_the_held_back_split_of_the_run_that_it_finds(digits
 
 
 def test_all_processes_of_a_run_take_the_same_folder(digits, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     small = ["--width", "0.125", "--size", "64", "--batch", "4", "--steps", "1", "--cpu", "--val", "none"]
-    command = [*torchrun, "-m", "fastkd", "train", "--data", str(digits), *small, "--no-plots"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     (tmp_path / "runs/my_digits-yolov3-tiny").mkdir(parents=True)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    command = ["-m", "fastkd", "train", "--data", digits, *small, "--no-plots"]
+    done = launched(command, processes=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run: runs/my_digits-yolov3-tiny-2\n") == 1
     assert sorted(x.name for x in (tmp_path / "runs").iterdir()) == ["my_digits-yolov3-tiny", "my_digits-yolov3-tiny-2"]
