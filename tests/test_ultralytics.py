@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,20 +11,17 @@ import pytest
 from ultralytics_offline import environment, packages
 
 CHECKS = Path(__file__).with_name("ultralytics_checks.py")
-PARTS = 3  # number of processes, which may run in parallel
 
 
 @pytest.mark.skipif(packages() is None, reason="without Ultralytics: pip install it as `make setup` does")
-@pytest.mark.parametrize("part", range(PARTS))
-def test_distillation_works_in_ultralytics_own_trainer(part: int, tmp_path: Path) -> None:
-    names = re.findall(r"^def (test_\w+)", CHECKS.read_text(encoding="utf-8"), re.MULTILINE)[part::PARTS]
+def test_distillation_works_in_ultralytics_own_trainer(tmp_path: Path) -> None:
     options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=short", "--show-capture=no", "--durations=10"]
     found = subprocess.run(
         [
             sys.executable,
             "-m",
             "pytest",
-            *(f"{CHECKS}::{name}" for name in names),
+            str(CHECKS),
             *options,
             f"--basetemp={tmp_path / 'checks'}",
         ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import csv
 import pickle
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import pytest
 import torch
 import ultralytics
 import yaml
+from processes import launched
 from torch import Tensor, nn
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -490,21 +492,16 @@ def test_options_survive_the_file_that_ultralytics_starts_processes_with(
 ) -> None:
     trainer = DistillationTrainer(teacher, share=0.25)(overrides={**settings, "model": tiny, "name": "spawned"})
     trainer.ddp = True  # as if several GPUs were requested
-    started: list[subprocess.CompletedProcess[str]] = []
-    start = subprocess.run
+    started: list[str] = []
 
     def start_one(command: Any, check: bool) -> None:
-        run = [
-            sys.executable,
-            "-c",
-            f"import ultralytics_offline, runpy; runpy.run_path({command[-1]!r}, None, '__main__')",
-        ]
-        started.append(start(run, capture_output=True, text=True, cwd=folder))
+        started.append(command[-1])
+        runpy.run_path(command[-1], None, "__main__")
 
     monkeypatch.setattr(subprocess, "run", start_one)
     monkeypatch.setattr(trainer, "world_size", 1)
     trainer.train()
-    assert started[0].returncode == 0, started[0].stdout + started[0].stderr
+    assert len(started) == 1
     table = columns(trainer)
     task = sum(table[f"train/{name}_loss"][0] for name in ("box", "cls", "dfl"))
     assert table["train/distill_loss"][0] == pytest.approx(0.25 * task, rel=0.2)
@@ -516,10 +513,7 @@ def test_two_processes_keep_adapters_and_statistics_alike(
     script = Path(__file__).with_name("ultralytics_ddp.py")
     overrides = {**settings, "model": tiny, "name": "two"}
     (folder / "two.yaml").write_text(yaml.safe_dump({"teacher": teacher, "overrides": overrides}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    found = subprocess.run(
-        [*command, str(script), str(folder / "two.yaml")], capture_output=True, text=True, cwd=folder
-    )
+    found = launched([script, folder / "two.yaml"], processes=2, cwd=folder)
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
     assert found.stdout.count("alike") == 2
 

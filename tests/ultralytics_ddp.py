@@ -1,4 +1,4 @@
-"""One of two gloo processes of Ultralytics' trainer: started by torchrun from ``ultralytics_checks.py``.
+"""One of two gloo processes of Ultralytics' trainer: started as by torchrun from ``ultralytics_checks.py``.
 
 Ultralytics itself uses DDP for GPUs only; this program changes its device settings to CPUs, and nothing else.
 """
