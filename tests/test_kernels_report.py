@@ -31,7 +31,7 @@ def report(*arguments: str) -> list[str]:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_triton(capability: int, dtype: str, request: pytest.FixtureRequest) -> None:
-    if (capability != 90 or dtype == "float16") and not request.config.getoption("--full"):
+    if (capability, dtype) != (90, "float32") and not request.config.getoption("--full"):
         pytest.skip("half a minute for each card and dtype: with --full")
     rows = report("--only", "triton", "--capability", str(capability), "--dtype", dtype)
     for name in ("forward", "backward", "score", "stream", "rescale"):
@@ -41,7 +41,9 @@ def test_triton(capability: int, dtype: str, request: pytest.FixtureRequest) -> 
 
 @needs_tools
 @pytest.mark.skipif(not backends._cuda_archs, reason="the extension was built without nvcc")
-def test_cuda() -> None:
+def test_cuda(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--full"):
+        pytest.skip("half a minute for each card: with --full")
     rows = [row for row in report("--only", "cuda") if not row.startswith("| _Z")]  # without the small ops
     assert len(rows) == 26 * len(backends._cuda_archs)
 
