@@ -1,7 +1,7 @@
 """Options and fixtures of the tests.
 
-``--full`` runs all combinations of options in the parity tests, compiles for every card and dtype, and prints a table
-of errors.
+``--full`` runs all combinations of options, reads the machine code for every card and dtype, and prints a table of
+errors.
 Without a GPU the Triton kernels are interpreted, which must be set before they are imported.
 """
 
@@ -64,6 +64,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="all combinations of options, and the machine code of every card and dtype"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the test that takes a minute, so that no other process waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_ultralytics.py")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

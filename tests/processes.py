@@ -21,7 +21,7 @@ CONTEXT.set_forkserver_preload(["torch._dynamo", "fastkd.cli"])  # optimisers im
 
 
 def launched(
-    words: Sequence[str | Path], processes: int = 1, cwd: Path | None = None, seconds: float = 120
+    words: Sequence[str | Path], processes: int = 1, cwd: Path | None = None, seconds: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """Return what ``python`` with these words did, in one process, or in several as torchrun starts them.
 
@@ -35,10 +35,8 @@ def launched(
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch, str(rank)) for rank in range(processes)]
-        ranks = [
-            CONTEXT.Process(target=_run, args=(command, folder, cwd or Path.cwd(), variables_of(rank, processes, store)))
-            for rank, folder in enumerate(folders)
-        ]
+        arguments = [(command, x, cwd or Path.cwd(), variables_of(i, processes, store)) for i, x in enumerate(folders)]
+        ranks = [CONTEXT.Process(target=_run, args=x) for x in arguments]
         for folder, rank in zip(folders, ranks, strict=True):
             folder.mkdir()
             rank.start()
