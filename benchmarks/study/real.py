@@ -40,6 +40,8 @@ GRADED = {"info_map": "graded_iou"}
 ROWS: dict[str, Config] = {
     "graded_iou": GRADED,
     "uniform": {"info_map": "uniform_standardized"},
+    "graded_iou, pseudo-labels": GRADED | {"pseudo_labels": 0.3},
+    "pseudo-labels alone": {"pseudo_labels": 0.3, "distill_stop": 0},
     "PKD": {"info_map": "pkd"},
     "CWD": {"info_map": "uniform", "penalty": "cwd"},
     "score": {"info_map": "score"},
@@ -48,8 +50,6 @@ ROWS: dict[str, Config] = {
     "graded_iou, backbone only": GRADED | {"level_weights": [1, 1, 1, 0, 0]},
     "graded_iou, neck only": GRADED | {"level_weights": [0, 0, 0, 1, 1]},
     "graded_iou, shuffled": {"info_map": "uniform_standardized", "prior": "study: shuffled graded IoU"},
-    "graded_iou, pseudo-labels": GRADED | {"pseudo_labels": 0.3},
-    "pseudo-labels alone": {"pseudo_labels": 0.3, "distill_stop": 0},
     f"{ALONE}, multi-scale": {"multi_scale": 0.25},
     f"{ALONE}, mosaic": {"mosaic": 0.5},
 }
@@ -234,16 +234,20 @@ def _is_alone(row: str) -> bool:
 
 
 def by_row(results: list[Result], regime: str) -> dict[str, Row]:
-    """Return a regime's results on the test set, by row and seed."""
+    """Return a regime's results on the test set, by row and seed, in the order of ``ROWS``."""
     rows: dict[str, Row] = {}
     for result in results:
         if result.run.regime == regime and result.run.scored_on == "test":
             rows.setdefault(result.run.row, {})[result.run.seed] = result
-    return rows
+    order = [ALONE, LONGER, *ROWS]
+    return dict(sorted(rows.items(), key=lambda item: order.index(item[0]) if item[0] in order else 0))
 
 
 def regimes_of(results: list[Result]) -> list[str]:
-    return list(dict.fromkeys(x.run.regime for x in results))
+    """Return the regimes that have results, in the order of the plans."""
+    found = {x.run.regime for x in results}
+    planned = [f"{name}: {regime}" for name, plan in PLANS.items() for regime in ("teacher", *plan.regimes)]
+    return [regime for regime in planned if regime in found]
 
 
 def gains(rows: dict[str, Row], other: str) -> dict[str, Interval]:
