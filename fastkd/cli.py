@@ -190,10 +190,10 @@ def _add_train(commands: Any) -> None:
     add(kd, "--teacher-every", "run the teacher in one of N steps only: cheaper (default: 1)", type=int)
     part = "fraction of a batch's images that the teacher sees, for example 1/2 or 1/3: cheaper (default: 1.0)"
     add(kd, "--teacher-images", part, type=_fraction, metavar="N")
-    unlabelled = "folder of images without labels, for the distillation loss alone (default: none)"
+    unlabelled = "folder of images without labels, for the distillation loss (default: none)"
     add(kd, "--unlabelled", unlabelled, metavar="DIR")
     add(kd, "--unlabelled-batch", "number of unlabelled images per step (default: as --batch)", type=int)
-    pseudo = "label the images of --unlabelled with the teacher's detections of a score of at least N"
+    pseudo = "also train to detect there what the teacher detects with a score of at least N, for example 0.3"
     add(kd, "--pseudo-labels", f"{pseudo} (default: none)", type=float)
     add(kd, "--distill-weight", "factor of the feature loss, or auto (default: auto)", type=weight_of, metavar="N")
     add(kd, "--distill-share", "with auto: keep it at N times the detection loss (default: 1.0)", type=float)

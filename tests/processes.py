@@ -35,7 +35,9 @@ def launched(
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch, str(rank)) for rank in range(processes)]
-        arguments = [(command, x, cwd or Path.cwd(), variables_of(i, processes, store)) for i, x in enumerate(folders)]
+        environment = dict(os.environ)  # the fork server has that of its start
+        variables = [environment | variables_of(i, processes, store) for i in range(processes)]
+        arguments = [(command, x, cwd or Path.cwd(), y) for x, y in zip(folders, variables, strict=True)]
         ranks = [CONTEXT.Process(target=_run, args=x) for x in arguments]
         for folder, rank in zip(folders, ranks, strict=True):
             folder.mkdir()
@@ -46,7 +48,8 @@ def launched(
         for rank in ranks:
             rank.kill()
             rank.join()
-        status = next((x.exitcode for x in ranks if x.exitcode), 0)
+        codes = [x.exitcode or 0 for x in ranks]
+        status = next((x for x in codes if x > 0), min(codes))  # a negative one is that of a rank that was killed
         out, err = ("".join((folder / name).read_text() for folder in folders) for name in ("out", "err"))
     return subprocess.CompletedProcess(command, status, out, err)
 
@@ -72,4 +75,5 @@ def _run(command: list[str], folder: Path, cwd: Path, variables: dict[str, str])
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = command
+        sys.path.insert(0, str(Path(command[0]).resolve().parent))
         runpy.run_path(command[0], run_name="__main__")

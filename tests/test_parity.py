@@ -95,7 +95,8 @@ def test_every_instruction_set_that_the_processor_has(capability: str) -> None:
     code = """
 import torch
 from samples import DTYPES, INFO_MAPS, LAYOUTS, levels, step, widened, with_bias
-pairs = [(INFO_MAPS[i], DTYPES[(i + j) % 4]) for i in range(16) for j in (i // 4, i // 4 + 2)]  # 2 dtypes for each map
+count = len(DTYPES)  # two dtypes for each map
+pairs = [(x, DTYPES[(i + j) % count]) for i, x in enumerate(INFO_MAPS) for j in (i // count, i // count + 2)]
 for i, (info, dtype) in enumerate(pairs):
     sample = with_bias(levels(dtype, LAYOUTS[i % len(LAYOUTS)], seed=i))
     options = {"info_map": info, "penalty": ("l2", "l1", "smooth_l1")[i % 3]}

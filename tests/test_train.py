@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,15 +20,14 @@ from fastkd.distiller import takes_output
 from fastkd.yolov3 import YOLOv3, YOLOv3Tiny
 from fastkd.yolov3.boxes import likely_boxes
 from fastkd.yolov3.checkpoint import load_detector, save_detector
-from fastkd.yolov3.data.dataset import read_image
+from fastkd.yolov3.data.dataset import DetectionDataset, read_image
 from fastkd.yolov3.data.digits import CLASS_NAMES, write_digits
-from fastkd.yolov3.data.images import read_images
 from fastkd.yolov3.show.inspect import inspect_run, level_loss_figure
 from fastkd.yolov3.show.predict import detect_objects
 from fastkd.yolov3.train.config import TrainConfig, read_config
 from fastkd.yolov3.train.log import RunLog, read_log
 from fastkd.yolov3.train.objective import Objective
-from fastkd.yolov3.train.pseudo_labels import pseudo_labelled
+from fastkd.yolov3.train.pseudo_labels import pseudo_labels
 from fastkd.yolov3.train.run import (
     _Run,
     batches,
@@ -654,51 +655,69 @@ def test_a_run_with_unlabelled_images_resumes_to_the_same_bits(config, digits, t
     assert same(weights(whole.model_file), weights(resumed.model_file))
 
 
-def test_pseudo_labels_are_the_teachers_detections_in_each_image(digits):
+def test_pseudo_labels_are_the_teachers_detections_in_each_image(digits, tmp_path):
     torch.manual_seed(3)
-    model, images = YOLOv3Tiny(num_classes=10, width=0.125).eval(), read_images(digits / "images/train")
-    everything = [detect_objects(model, read_image(images.path(i)), 64, score_threshold=1e-5) for i in range(10)]
+    model = YOLOv3Tiny(num_classes=10, width=0.125).eval()
+    for name in ("000001.png", "000002.png"):
+        shutil.copy(digits / "images/train" / name, tmp_path)
+    cv2.imwrite(str(tmp_path / "wide.png"), read_image(tmp_path / "000001.png")[:40])
+    data = DetectionDataset.of_images(tmp_path, 64)
+    files = [data.annotations.path(i) for i in range(len(data))]
+    everything = [detect_objects(model, read_image(file), 64, score_threshold=1e-5) for file in files]
     scores = torch.cat([x.scores for x in everything]).sort(descending=True).values[:50]
     gap = int((scores[:-1] - scores[1:]).argmax())  # far from every score, as those of a batch are rounded differently
     least = float(scores[gap : gap + 2].mean())
-    labels = pseudo_labelled(images, model, CLASS_NAMES, size=64, least_score=least)
+
+    labels = pseudo_labels(data, model, CLASS_NAMES, score_threshold=least)
+    assert len(labels) == 3
     for row, found in enumerate(everything):
-        kept = found.scores >= least
+        sides = (found.boxes[:, 2:] - found.boxes[:, :2]).min(1).values
+        kept = (found.scores >= least) & (sides >= 1)  # boxes that are cut off to less than a pixel are left out
         corners = np.concatenate([labels.boxes[:, :2], labels.boxes[:, :2] + labels.boxes[:, 2:]], 1)[labels.of(row)]
         np.testing.assert_allclose(corners, found.boxes[kept].numpy(), atol=1e-3)
         assert labels.classes[labels.of(row)].tolist() == found.classes[kept].tolist()
     with pytest.raises(ValueError, match=r"pseudo_labels: expected a score that .* got 0\.999, which none reaches in"):
-        pseudo_labelled(images, model, CLASS_NAMES, size=64, least_score=0.999)
+        pseudo_labels(data, model, CLASS_NAMES, score_threshold=0.999)
 
 
-def test_with_pseudo_labels_the_detection_loss_uses_the_unlabelled_images(config, digits, teacher, tmp_path):
-    met = []
+def test_with_pseudo_labels_the_detection_loss_uses_the_unlabelled_images(config, digits, teacher):
+    seen = []
 
-    class Met(Objective):
+    class Seeing(Objective):
         def forward(self, images, targets, unlabelled=None):
-            met.append((len(images), set(targets[:, 0].int().tolist()), unlabelled))
+            seen.append((len(images), set(targets[:, 0].int().tolist()), unlabelled))
             return super().forward(images, targets, unlabelled)
 
     options = {"teacher": str(teacher), "unlabelled": str(digits / "images/train"), "steps": 2, "pseudo_labels": 0.01}
     config = replace(config, **options)
-    train(config, make_objective=Met)
-    assert all(count == 8 and of_image > {5, 6, 7} and more is None for count, of_image, more in met)
+    train(config, make_objective=Seeing)
+    assert all(count == 8 and of_image > {5, 6, 7} and more is None for count, of_image, more in seen)
 
-    teacher_alone_labels = replace(config, distill_stop=0)
-    first, second = (
-        train(replace(teacher_alone_labels, info_map=info_map, prior="none", out=str(tmp_path / info_map)))
-        for info_map in ("uniform", "energy")
-    )
-    assert same(weights(first.model_file), weights(second.model_file))
+    written = DetectionDataset(Path(config.out) / "pseudo_labels.json", config.unlabelled, config.size)
+    expected = pseudo_labels(unlabelled_set(config), load_detector(teacher).model, CLASS_NAMES, score_threshold=0.01)
+    np.testing.assert_allclose(written.annotations.boxes, expected.boxes, atol=1e-3)
+
+
+def test_a_teacher_may_give_pseudo_labels_alone(config, digits, teacher, tmp_path):
+    options = {"teacher": str(teacher), "unlabelled": str(digits / "images/train"), "steps": 2, "pseudo_labels": 0.01}
+    config = replace(config, **options, distill_stop=0)
+    assert build_objective(config, training_set(config)).distiller is None
+    train(config)
+    assert "distill" not in read_log(Path(config.out) / "metrics.jsonl")[-1]
+    with pytest.raises(ValueError, match="this run imitates no teacher, so there are no maps"):
+        inspect_run(config.out, count=1)
 
 
 def test_pseudo_labels_want_images_and_a_score(config):
     with pytest.raises(ValueError, match="pseudo_labels: expected unlabelled too"):
         replace(config, teacher="teacher.pt", pseudo_labels=0.3)
+    config = replace(config, teacher="teacher.pt", unlabelled="images")
     with pytest.raises(ValueError, match=r"pseudo_labels: expected None or a score between 0 and 1, got 1\.5"):
-        replace(config, teacher="teacher.pt", unlabelled="images", pseudo_labels=1.5)
-    with pytest.raises(ValueError, match="distill_stop: expected None or an epoch >= 1, got 0"):
-        replace(config, teacher="teacher.pt", distill_stop=0)
+        replace(config, pseudo_labels=1.5)
+    with pytest.raises(ValueError, match="distill_stop: expected None or an epoch >= 1, or pseudo_labels too, got 0"):
+        replace(config, distill_stop=0)
+    with pytest.raises(ValueError, match="distill_decay: expected None, as distill_stop is 0, got 'linear'"):
+        replace(config, pseudo_labels=0.3, distill_stop=0, distill_decay="linear")
 
 
 def test_unlabelled_images_want_a_teacher(config):

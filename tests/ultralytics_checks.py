@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import csv
 import pickle
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -492,16 +491,21 @@ def test_options_survive_the_file_that_ultralytics_starts_processes_with(
 ) -> None:
     trainer = DistillationTrainer(teacher, share=0.25)(overrides={**settings, "model": tiny, "name": "spawned"})
     trainer.ddp = True  # as if several GPUs were requested
-    started: list[str] = []
+    started: list[subprocess.CompletedProcess[str]] = []
+    start = subprocess.run
 
     def start_one(command: Any, check: bool) -> None:
-        started.append(command[-1])
-        runpy.run_path(command[-1], None, "__main__")
+        run = [
+            sys.executable,
+            "-c",
+            f"import ultralytics_offline, runpy; runpy.run_path({command[-1]!r}, None, '__main__')",
+        ]
+        started.append(start(run, capture_output=True, text=True, cwd=folder))
 
     monkeypatch.setattr(subprocess, "run", start_one)
     monkeypatch.setattr(trainer, "world_size", 1)
     trainer.train()
-    assert len(started) == 1
+    assert started[0].returncode == 0, started[0].stdout + started[0].stderr
     table = columns(trainer)
     task = sum(table[f"train/{name}_loss"][0] for name in ("box", "cls", "dfl"))
     assert table["train/distill_loss"][0] == pytest.approx(0.25 * task, rel=0.2)

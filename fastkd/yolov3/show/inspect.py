@@ -103,8 +103,11 @@ def inspect_run(
     if paths and split is not None:
         raise ValueError(f"set: expected None together with images of your own, got {split!r}")
     config = replace(read_config(run), augmentation=None)
-    if config.teacher is None:
-        raise ValueError(f"{os.fspath(run)}: this run has no teacher, so there are no maps; train with --teacher")
+    if not config.distils:
+        raise ValueError(
+            f"{os.fspath(run)}: this run imitates no teacher, so there are no maps; train with --teacher, and without "
+            "--distill-stop 0"
+        )
     folder = new_folder(Path(run) / "inspect") if out is None else Path(out)
     files = tuple(folder / f"{name}.png" for name in FIGURES)
     for file in files:

@@ -58,7 +58,8 @@ class TrainConfig:
             ``pseudo_labels`` is given; None: no such images.
         unlabelled_batch: number of these images per step, over all processes; None: ``batch``.
         pseudo_labels: label these images, before the training, with the teacher's detections of at least this score,
-            so that the detection loss uses them too, see ``fastkd.yolov3.train.pseudo_labels``; None: no labels.
+            so that the detection loss uses them too, as many as ``unlabelled_batch`` beside ``batch``, see
+            ``fastkd.yolov3.train.pseudo_labels``; None: no labels.
         match_threshold: see ``fastkd.yolov3.DetectionLoss``.
         distill_weight, info_map: see ``Objective`` and ``fastkd.DistillLoss``.
         prior: see ``Objective``; None: the prior that the map needs, which is ``"score"`` for ``"score"``,
@@ -68,8 +69,8 @@ class TrainConfig:
         distill_share: with ``distill_weight="auto"``, the distillation loss is kept at this multiple of the detection
             loss.
         distill_warmup: number of steps until the distillation loss has its full weight.
-        distill_stop: number of epochs with distillation; None: all; 0: none, so that the teacher gives nothing but
-            pseudo-labels.
+        distill_stop: number of epochs with distillation; None: all; 0: none, so that the teacher gives pseudo-labels
+            alone.
         distill_decay: ``"linear"`` or ``"cosine"``: the weight of the distillation loss decays from the end of the
             warm-up to zero at ``distill_stop`` (or the end); None: it stays constant.
         teacher_every, teacher_images: see ``fastkd.Distiller``: fewer passes of the teacher.
@@ -188,16 +189,18 @@ class TrainConfig:
                 "info_map 'uniform'"
             )
         if self.unlabelled is not None and self.teacher is None:
-            raise ValueError("unlabelled: expected a teacher too, as only distillation uses these images, got None")
+            raise ValueError("unlabelled: expected a teacher too, as only it can say what these images show, got None")
         if self.unlabelled is None and self.unlabelled_batch is not None:
             raise ValueError(f"unlabelled_batch: expected unlabelled too, got {self.unlabelled_batch} alone")
         if self.pseudo_labels is not None:
             self._require("pseudo_labels", 0 < self.pseudo_labels < 1, "None or a score between 0 and 1")
             if self.unlabelled is None:
                 raise ValueError("pseudo_labels: expected unlabelled too, whose images they label, got None")
-        least = 1 if self.pseudo_labels is None else 0
-        reached = self.distill_stop is None or self.distill_stop >= least
-        self._require("distill_stop", reached, f"None or an epoch >= {least}")
+        elif self.distill_stop == 0:
+            raise ValueError("distill_stop: expected None or an epoch >= 1, or pseudo_labels too, got 0 alone")
+        self._require("distill_stop", self.distill_stop is None or self.distill_stop >= 0, "None or an epoch >= 0")
+        if self.distill_stop == 0 and self.distill_decay is not None:
+            raise ValueError(f"distill_decay: expected None, as distill_stop is 0, got {self.distill_decay!r}")
         Passes(self.teacher_every, self.teacher_images)  # raises if they are out of range
         self._require("steps", self.steps is None or self.steps >= 1, "None or a number >= 1")
         self._require("lr", 0 < self.lr < math.inf, "a finite number > 0")
@@ -207,6 +210,16 @@ class TrainConfig:
         self._require("ema", 0 <= self.ema < 1, "a number in [0, 1)")
         both = (self.val_annotations is None) == (self.val_images is None)
         self._require("val_images", both, "val_annotations and val_images together, or neither")
+
+    @property
+    def distils(self) -> bool:
+        """Whether the student imitates features of a teacher, which may also give nothing but pseudo-labels."""
+        return self.teacher is not None and self.distill_stop != 0
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of a step over all processes, with labels and without."""
+        return self.batch + (0 if self.unlabelled is None else self.unlabelled_batch or self.batch)
 
     @property
     def effective_prior(self) -> str:

@@ -40,7 +40,7 @@ from fastkd.yolov3.train.figures import map_figures
 from fastkd.yolov3.train.log import RunLog, read_log
 from fastkd.yolov3.train.objective import Objective
 from fastkd.yolov3.train.plots import PLOT_FILES, RunPlots
-from fastkd.yolov3.train.pseudo_labels import pseudo_labelled
+from fastkd.yolov3.train.pseudo_labels import PSEUDO_LABELS, pseudo_labels
 from fastkd.yolov3.train.scales import at_size, input_size
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ CHECKPOINT_KEYS = (
 )
 RUN_FILES = (
     *("checkpoint.pt", "model.pt", "model.weights", "model.cfg", "model.names"),
-    *("config.json", "metrics.jsonl"),
+    *("config.json", "metrics.jsonl", PSEUDO_LABELS),
 )
 SCORED_IMAGES = 32  # number of images on which `fastkd doctor --run` evaluates the teacher
 LEAST_AP50 = 0.01  # the check fails below it
@@ -141,10 +141,8 @@ def build_objective(
     if kept and on_init is not None:
         on_init(kept)
     teacher = None
-    if config.teacher is not None:
-        found = load_detector(config.teacher, model=config.teacher_model)
-        require_classes("teacher", found, data)
-        teacher = found.model
+    if config.distils:
+        teacher = _teacher_of(config, data)
         if on_teacher is not None:
             on_teacher(teacher)
     objective = make_objective(
@@ -160,6 +158,13 @@ def build_objective(
         _to_channels_last(objective.distiller.teacher)
     _to_channels_last(objective)
     return objective
+
+
+def _teacher_of(config: TrainConfig, data: DetectionDataset) -> Detector:
+    """Return the teacher, which must have the classes of the data."""
+    found = load_detector(cast(str, config.teacher), model=config.teacher_model)
+    require_classes("teacher", found, data)
+    return found.model
 
 
 def _loss_options(config: TrainConfig, data: DetectionDataset, ranks: int) -> dict[str, Any]:
@@ -229,8 +234,6 @@ class _Run:
         self.student, self.distiller = objective.student, objective.distiller
         if self.distiller is not None:  # the teacher is not a submodule of the objective
             self.distiller.teacher.to(self.accelerator.device)
-        if unlabelled is not None and config.pseudo_labels is not None:
-            unlabelled = self._pseudo_labelled(unlabelled)
         self.teacher_fingerprint = None if self.distiller is None else fingerprint(self.distiller.teacher)
         self.average = copy.deepcopy(self.student)
         self._averaged, self._current = _floats(self.average), _floats(self.student)
@@ -238,7 +241,7 @@ class _Run:
         self.scheduler = LambdaLR(optimizer, lambda step: _lr_factor(step, self.steps, config.warmup, config.final_lr))
         if saved is not None:
             self._restore(saved, optimizer)
-        elif self.distiller is not None and config.distill_stop != 0:
+        elif self.distiller is not None:
             if self.accelerator.is_main_process:
                 report = _report(objective, self.distiller, self.data, optimizer)  # before a long training
                 if not report.ok:
@@ -255,6 +258,8 @@ class _Run:
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         if saved is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
+        if unlabelled is not None and config.pseudo_labels is not None:
+            unlabelled = self._pseudo_labelled(unlabelled, resumed=saved is not None)
         self.log = self._open_log()
         main = self.accelerator.is_main_process
         self.plots = RunPlots(self.out, self.data.class_names, enabled=config.plots) if main else None
@@ -395,23 +400,24 @@ class _Run:
             save(content, self.out / "checkpoint.pt")
         self.accelerator.wait_for_everyone()
 
-    def _pseudo_labelled(self, unlabelled: DetectionDataset) -> DetectionDataset:
-        """Return the images with the teacher's detections as labels; every rank computes them."""
-        config, main = self.config, self.accelerator.is_main_process
-        device = self.accelerator.device
-        teacher = load_detector(cast(str, config.teacher), model=config.teacher_model).model.to(device)  # without hooks
-        labelled = pseudo_labelled(
-            unlabelled.annotations,
-            teacher,
-            self.data.class_names,
-            size=config.size,
-            least_score=cast(float, config.pseudo_labels),
-            device=device,
-            progress=main,
-        )
-        if main:
-            print(f"pseudo-labels: the teacher found {len(labelled.rows)} boxes in {len(labelled)} images")
-        return DetectionDataset(labelled, None, config.size, **_training_options(config))
+    def _pseudo_labelled(self, unlabelled: DetectionDataset, *, resumed: bool) -> DetectionDataset:
+        """Return these images with the teacher's detections as labels; the main process writes them for all."""
+        config, file = self.config, self.out / PSEUDO_LABELS
+        if self.accelerator.is_main_process and not (resumed and file.is_file()):
+            labels = pseudo_labels(
+                unlabelled,
+                _teacher_of(config, self.data).to(self.accelerator.device),
+                self.data.class_names,
+                score_threshold=cast(float, config.pseudo_labels),
+                batch_size=config.batch,
+                workers=config.workers,
+            )
+            with replacing(file) as part:
+                part.write_text(json.dumps(labels.coco()), encoding="utf-8")
+            counts = (len(labels.rows) / len(labels), len(self.data.annotations.rows) / len(self.data))
+            print("pseudo-labels: {:.1f} boxes per image; the labelled images have {:.1f}".format(*counts))
+        self.accelerator.wait_for_everyone()
+        return DetectionDataset(file, cast(str, config.unlabelled), config.size, **_training_options(config))
 
     def _hold(self, held: contextlib.ExitStack) -> None:
         """Lock the run's folder against other processes; if that fails, all ranks raise the error."""
@@ -476,7 +482,7 @@ class _Run:
             self.terms,
             first=self.step,
             last=self.steps,
-            batch=self.config.batch,
+            batch=self.config.images_per_step,
             every=self.config.log_every,
             show=main,
             tensorboard=self.config.tensorboard,
@@ -579,8 +585,9 @@ def unlabelled_batches(
     """Yield the images without labels of the steps ``first`` to ``last`` - 1; None for each step if there are none."""
     if data is None:
         return itertools.repeat(None)
-    batch = config.unlabelled_batch or config.batch
-    return batches(data, replace(config, batch=batch), first, last, rank=rank, ranks=ranks)
+    return batches(
+        data, replace(config, batch=config.unlabelled_batch or config.batch), first, last, rank=rank, ranks=ranks
+    )
 
 
 def batches(
@@ -780,7 +787,9 @@ def check_distillation(config: TrainConfig) -> Report:
     data = training_set(config)
     objective = build_objective(config, data)
     if objective.distiller is None:
-        raise ValueError("teacher: expected a run with a teacher, got one without, so there is nothing to check")
+        raise ValueError(
+            "teacher: expected a run that imitates a teacher, got one that does not, so nothing can be checked"
+        )
     load_checkpoint(config, objective)
     report = _report(objective, objective.distiller, data, _optimizer(config, objective))
     teacher = cast(Detector, objective.distiller.teacher)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.yolov3.boxes import Detections
-from fastkd.yolov3.data.dataset import DetectionDataset, fit, letterbox_of, read_image, spread_readable
+from fastkd.yolov3.data.dataset import DetectionDataset, fit, letterbox_of, read_image, spread, spread_readable
 from fastkd.yolov3.data.draw import Image, draw
 from fastkd.yolov3.train.evaluate import Detection
 
@@ -21,7 +21,7 @@ MAX_TILES = 16  # of a batch
 
 
 def batch_image(images: Tensor, targets: Tensor, class_names: Sequence[str]) -> Image:
-    """A batch as the network gets it, with its labels: (H, W, 3) uint8 RGB, at most 16 images of it.
+    """A batch as the network gets it, with its labels: (H, W, 3) uint8 RGB, at most 16 images of it, evenly spaced.
 
     Args:
         images: (N, 3, S, S) float in 0..1, on any device.
@@ -29,9 +29,10 @@ def batch_image(images: Tensor, targets: Tensor, class_names: Sequence[str]) -> 
         class_names: one per class.
     """
     tiles = []
-    shown = (images[:MAX_TILES].detach().float().cpu() * 255).round().clamp(0, 255).byte()
+    places = spread(len(images), MAX_TILES)
+    shown = (images[places].detach().float().cpu() * 255).round().clamp(0, 255).byte()
     targets = targets.detach().float().cpu()
-    for i, image in enumerate(shown):
+    for i, image in zip(places, shown, strict=True):
         of = targets[targets[:, 0] == i]
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
         boxes = of[:, 2:] * (TILE / pixels.shape[0])
