@@ -255,7 +255,7 @@ def test_sets_are_found_in_the_layouts_of_coco_and_of_digits(tmp_path, annotatio
         ),
         (["doctor", "--run", "{out}"], "no run of fastkd train there"),
         (["inspect", "{out}"], "no run of fastkd train there"),
-        (["inspect", "{plain}"], "this run has no teacher"),
+        (["inspect", "{plain}"], "this run imitates no teacher"),
         (["inspect", "{distilled}", "absent.jpg"], "absent.jpg: no such image or folder"),
         (["inspect", "{distilled}", "{plain}/config.json"], "not an image that can be read"),
         (["inspect", "{distilled}", "--set", "test"], "set: expected train or val, got 'test'"),

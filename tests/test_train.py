@@ -320,7 +320,7 @@ def test_check_of_a_run_finds_distillation_on(config, teacher):
     # its weights are random, but look trained to the check
     assert [check.name for check in report.checks if check.ok is False] == ["teacher scores"]
     assert "AP50 0.0 on the first 10 images of the training set" in str(report)
-    with pytest.raises(ValueError, match="expected a run with a teacher, got one without"):
+    with pytest.raises(ValueError, match="expected a run that imitates a teacher, got one that does not"):
         check_distillation(replace(config, teacher=None))
 
 
